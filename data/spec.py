@@ -1,0 +1,91 @@
+"""What every source of data offers: a description (`Spec`), training steps and evaluation batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = (
+    "image_classification",
+    "language_modelling",
+    "graph_classification",
+    "node_labelling",
+    "node_classification",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Describe a data set to the rest of the program.
+
+    Args:
+        kind: the kind of task, one of `KINDS`; a model class lists the kinds it serves.
+        inputs: constructor keywords the model takes from the data, such as `{"in_channels": 3, "num_classes": 10}`.
+        sizes: number of examples (images, graphs, tokens) per split.
+    """
+
+    kind: str
+    inputs: dict[str, int]
+    sizes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is not known; choose one of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every global batch that one process works on.
+
+    Args:
+        rank: index of this process.
+        world: number of processes.
+        micro: parts one process cuts its share into (gradient accumulation).
+    """
+
+    rank: int = 0
+    world: int = 1
+    micro: int = 1
+
+    def parts(self, count: int) -> list[range]:
+        """Return this rank's index ranges of a global batch of `count` examples, one per micro-batch, none empty.
+
+        All ranks' parts together cover `range(count)` exactly once. A batch too small for every rank to get at least
+        one example yields an empty list on every rank, so that ranks never disagree on the number of steps.
+        """
+        if count < self.world:
+            return []
+        begin, end = count * self.rank // self.world, count * (self.rank + 1) // self.world
+        micro = min(self.micro, count // self.world)
+        cuts = [begin + (end - begin) * i // micro for i in range(micro + 1)]
+        return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+class Source(ABC):
+    """One data set: splits, batches, and nothing about models or losses.
+
+    Batches are yielded on the CPU. The order of training examples and their augmentation are a pure function of
+    (seed, epoch, index), so that a run resumed in the middle of an epoch sees exactly what an unbroken one sees.
+    """
+
+    spec: Spec
+    splits: tuple[str, ...]
+
+    @abstractmethod
+    def steps(self, epoch: int) -> int:
+        """Return the number of optimiser steps of training epoch `epoch`."""
+
+    @abstractmethod
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Any]]:
+        """Yield one list of micro-batches (this rank's share) per optimiser step, beginning at step `start`."""
+
+    @abstractmethod
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Any]:
+        """Yield the batches of `split`; over all ranks every example appears exactly once."""
+
+    def check_split(self, split: str) -> None:
+        """Raise ValueError when this source has no such split."""
+        if split not in self.splits:
+            raise ValueError(f"split={split!r} does not exist here; choose one of {', '.join(self.splits)}")

@@ -1,0 +1,39 @@
+"""Train implicit models: solvers for z = f(z), and estimators of the gradient through the equilibrium.
+
+solution = phantom.fixed_point(f, z0, solver=Broyden(max_steps=20, tol=1e-4), grad=UPG(k=5, lam=0.5))
+loss(solution.value).backward()
+"""
+
+from phantom.deq import DEQ, fixed_point
+from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
+from phantom.gradient.base import GradientEstimator
+from phantom.gradient.unroll import BPTT, UPG
+from phantom.layers import WeightNorm, variational_mask
+from phantom.regularization import JacobianRegularizer
+from phantom.solution import Solution, Stats
+from phantom.solver.anderson import Anderson
+from phantom.solver.base import Solver
+from phantom.solver.broyden import Broyden
+from phantom.solver.fixed_point import FixedPoint
+from phantom.state import State
+
+__all__ = [
+    "BPTT",
+    "DEQ",
+    "NPG",
+    "UPG",
+    "AdjointEstimator",
+    "Anderson",
+    "Broyden",
+    "FixedPoint",
+    "GradientEstimator",
+    "Implicit",
+    "JacobianRegularizer",
+    "Solution",
+    "Solver",
+    "State",
+    "Stats",
+    "WeightNorm",
+    "fixed_point",
+    "variational_mask",
+]

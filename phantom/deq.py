@@ -1,0 +1,112 @@
+"""Solve a fixed point and attach a gradient: the function, and the module that remembers how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from phantom.gradient.base import GradientEstimator
+from phantom.solution import Solution, Stats
+from phantom.solve import solve
+from phantom.solver.base import Solver
+from phantom.state import Map, Packing, State
+
+Clock = Callable[[str], AbstractContextManager]
+Regularizer = Callable[[Map, State], Tensor]
+
+
+def _no_clock(phase: str) -> AbstractContextManager:
+    return nullcontext()
+
+
+def fixed_point(
+    f: Map,
+    z0: State,
+    *,
+    solver: Solver,
+    grad: GradientEstimator,
+    regularizer: Regularizer | None = None,
+    clock: Clock = _no_clock,
+) -> Solution:
+    """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
+
+    Args:
+        f: closed map of states: input, masks and effective weights are bound already, the same at every step.
+        z0: initial guess, a tensor or a tuple of tensors with a leading axis of B independent problems.
+        solver: finds z_star.
+        grad: gives the value its backward; not used under `torch.no_grad()`, where the value is z_star.
+        regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
+        clock: called with "solve" and "attach", the context managers it returns time the two phases.
+
+    Returns:
+        Solution: value, z0 and z_star in the form of `z0`.
+    """
+    packing = Packing(z0)
+    flat_f, flat_z0 = packing.wrap(f), packing.pack(z0).detach()
+    differentiate = torch.is_grad_enabled()
+    with clock("solve"):
+        if differentiate and not grad.needs_equilibrium:
+            z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
+        else:
+            z_star, stats, history = solve(flat_f, flat_z0, solver)
+            # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
+            torch.clear_autocast_cache()
+    keep = history if grad.needs_history else None
+    del history
+    flat = Solution(value=z_star, z0=flat_z0, z_star=z_star, stats=stats, history=keep)
+    if differentiate:
+        with clock("attach"):
+            flat.value = grad.attach(flat_f, flat)
+            if not grad.needs_equilibrium:
+                flat.z_star = flat.value.detach()
+    solution = Solution(
+        value=packing.unpack(flat.value), z0=z0, z_star=packing.unpack(flat.z_star), stats=stats, history=keep
+    )
+    if differentiate and regularizer is not None:
+        with clock("attach"):
+            solution.penalty = regularizer(f, solution.z_star)
+    return solution
+
+
+class DEQ(nn.Module):
+    """A deep equilibrium layer without parameters: how to solve, and how to differentiate.
+
+    `forward(f, z0)` is `fixed_point` with these settings. The four settings are plain attributes holding immutable
+    objects: replace one to change a run on the way (pretraining phase, jitter of the budget, another estimator).
+
+    Args:
+        solver: used in training mode, and in evaluation mode unless `eval_solver` is given.
+        grad: the gradient estimator; it looks at whether grad is enabled, never at `.training`.
+        eval_solver: used in evaluation mode.
+        regularizer: its value leaves as `Solution.penalty`.
+    """
+
+    def __init__(
+        self,
+        *,
+        solver: Solver,
+        grad: GradientEstimator,
+        eval_solver: Solver | None = None,
+        regularizer: Regularizer | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (("solver", solver, Solver), ("grad", grad, GradientEstimator)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if eval_solver is not None and not isinstance(eval_solver, Solver):
+            raise TypeError(f"eval_solver must be a Solver or None, got {eval_solver!r}")
+        self.solver = solver
+        self.grad = grad
+        self.eval_solver = eval_solver
+        self.regularizer = regularizer
+        self.clock: Clock = _no_clock
+
+    def forward(self, f: Map, z0: State) -> Solution:
+        solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
+        return fixed_point(f, z0, solver=solver, grad=self.grad, regularizer=self.regularizer, clock=self.clock)
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, grad={self.grad}, eval_solver={self.eval_solver}, regularizer={self.regularizer}"

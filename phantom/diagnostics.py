@@ -1,0 +1,126 @@
+"""Pure functions that measure a map and a gradient estimate; nothing here runs inside a forward pass.
+
+J = df/dz with outputs as rows. The damped map of the phantom gradients has B = lam J + (1 - lam) I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phantom.state import Map, Packing, State
+
+
+def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, seed: int = 0) -> Tensor:
+    """Return the spectral radius of lam J + (1 - lam) I at `z`, per problem, as (B,).
+
+    Arnoldi on J^T (the spectrum of J) with `num_steps` vjps: the largest |lam mu + 1 - lam| over the Ritz values mu.
+    Right for a non-symmetric J and for complex pairs, where a Rayleigh quotient is not. Exact for num_steps >= D.
+
+    Source: Arnoldi, *The principle of minimized iterations* (1951).
+    """
+    packing, vjp, z = _linearise(f, z)
+    batch, width = z.shape
+    steps = min(num_steps, width)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    v = torch.randn(batch, width, generator=generator, dtype=z.dtype).to(z.device)
+    basis = [v / torch.linalg.vector_norm(v, dim=1, keepdim=True)]
+    hessenberg = z.new_zeros(batch, steps, steps)
+    for j in range(steps):
+        w = vjp(basis[j])
+        stacked = torch.stack(basis)
+        for _ in range(2):  # a second pass of Gram-Schmidt restores orthogonality lost to rounding
+            products = torch.einsum("nbd,bd->bn", stacked, w)
+            w = w - torch.einsum("bn,nbd->bd", products, stacked)
+            hessenberg[:, : j + 1, j] += products
+        length = torch.linalg.vector_norm(w, dim=1)
+        if j + 1 < steps:
+            # a vanished remainder means an invariant subspace: the rest of the matrix stays zero
+            alive = length > 100 * torch.finfo(z.dtype).eps * hessenberg.abs().amax(dim=(1, 2))
+            hessenberg[:, j + 1, j] = torch.where(alive, length, 0.0)
+            basis.append(torch.where(alive, 1 / length, 0.0)[:, None] * w)
+    ritz = torch.linalg.eigvals(hessenberg)
+    return (lam * ritz + (1 - lam)).abs().amax(dim=1)
+
+
+def dense_jacobian(f: Map, z: State) -> Tensor:
+    """Return J (B, D, D) at `z`, one vjp per row: for small D."""
+    _, vjp, z = _linearise(f, z)
+    rows = [vjp(unit.expand_as(z)) for unit in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
+    return torch.stack(rows, dim=1)
+
+
+def exact_adjoint(jacobian: Tensor, g: Tensor) -> Tensor:
+    """Return u (B, D) with (I - J^T) u = g by a dense solve; `jacobian` (B, D, D), `g` (B, D)."""
+    eye = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
+    return torch.linalg.solve(eye - jacobian.mT, g)
+
+
+def neumann_matrix(jacobian: Tensor, *, k: int, lam: float) -> Tensor:
+    """Return lam (I + B + ... + B^{k-1}) (D, D), the phantom stand-in for (I - J)^{-1}: Eq. (17), Geng et al. 2021."""
+    eye = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
+    damped = lam * jacobian + (1 - lam) * eye
+    total, power = eye, eye
+    for _ in range(k - 1):
+        power = power @ damped
+        total = total + power
+    return lam * total
+
+
+def ascent_margin(a: Tensor, jacobian: Tensor, theta_jacobian: Tensor) -> Tensor:
+    """Return sigma_min^2 / sigma_max - |(I - J) A - dF/dtheta|; positive means Theorem 1 of Geng et al. 2021 applies.
+
+    Eq. (6) in the convention of rows as outputs: `a` (D, P) stands for dz_star/dtheta, `theta_jacobian` (D, P) is
+    dF/dtheta, `jacobian` (D, D). sigma_min is the D-th singular value of dF/dtheta, so 0 if P < D. Where the margin is
+    positive, the phantom gradient a^T g and the exact gradient have a positive inner product for every g != 0.
+    """
+    width, parameters = theta_jacobian.shape
+    singular = torch.linalg.svdvals(theta_jacobian)
+    least = singular[width - 1] if parameters >= width else singular.new_zeros(())
+    error = torch.linalg.matrix_norm((torch.eye(width).to(jacobian) - jacobian) @ a - theta_jacobian, ord=2)
+    return least.square() / singular[0] - error
+
+
+def conditioning(a: Tensor) -> Tensor:
+    """Return the condition number of the phantom matrix `a`, the ratio of its extreme singular values."""
+    return torch.linalg.cond(a)
+
+
+def cosine(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
+    """Return the cosine between two gradients, each a sequence of tensors taken as one vector."""
+    dot, left, right = _inner_products(estimate, exact)
+    return dot / (left * right).sqrt()
+
+
+def norm_ratio(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
+    """Return |estimate| / |exact|, each a sequence of tensors taken as one vector."""
+    _, left, right = _inner_products(estimate, exact)
+    return (left / right).sqrt()
+
+
+def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if len(a) != len(b):
+        raise ValueError(f"the gradients must have the same tensors, got {len(a)} and {len(b)}")
+    pairs = [(x.double().flatten(), y.double().flatten()) for x, y in zip(a, b, strict=True)]
+    return (
+        sum(torch.dot(x, y) for x, y in pairs),
+        sum(torch.dot(x, x) for x, _ in pairs),
+        sum(torch.dot(y, y) for _, y in pairs),
+    )
+
+
+def _linearise(f: Map, z: State):
+    """Return the packing, u -> J^T u on (B, D) tensors, and the packed detached z."""
+    packing = Packing(z)
+    flat_f = packing.wrap(f)
+    with torch.enable_grad():
+        z = packing.pack(z).detach().requires_grad_()
+        fz = flat_f(z)
+
+    def vjp(u: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True)
+        return product
+
+    return packing, vjp, z.detach()

@@ -1,0 +1,76 @@
+"""What a task is to the loop: it scores a batch and reports a tally. The loop never asks which kind it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from phantom import Solution
+
+
+@dataclass
+class Tally:
+    """Sums that add over micro-batches, batches and ranks, and are divided once, at the end.
+
+    Args:
+        loss_sum: () sum of the loss over what `count` counts; carries the graph during training.
+        count: number of scored items (images, tokens, graphs, node-label pairs).
+        sums: further () sums by name, such as the number of correct predictions.
+    """
+
+    loss_sum: Tensor
+    count: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: Tally) -> Tally:
+        if self.sums.keys() != other.sums.keys():
+            raise ValueError(f"tallies of different tasks cannot add: {sorted(self.sums)} and {sorted(other.sums)}")
+        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        return Tally(self.loss_sum + other.loss_sum, self.count + other.count, sums)
+
+    def detach(self) -> Tally:
+        """Return the same numbers in float64, without a graph."""
+        return Tally(
+            self.loss_sum.detach().double(),
+            self.count,
+            {name: value.detach().double() for name, value in self.sums.items()},
+        )
+
+    def all_reduce(self) -> Tally:
+        """Return the tally summed over all ranks (itself in a single process)."""
+        if not dist.is_initialized():
+            return self
+        names = sorted(self.sums)
+        values = [self.loss_sum, *(self.sums[name] for name in names)]
+        packed = self.loss_sum.new_tensor([float(self.count)] + [0.0] * len(values))
+        for i, value in enumerate(values):
+            packed[i + 1] = value
+        dist.all_reduce(packed)
+        return Tally(packed[1], round(packed[0].item()), dict(zip(names, packed[2:], strict=True)))
+
+
+class Score(NamedTuple):
+    """What scoring one batch gives: the tally, one Solution per solve, and the state to carry to the next batch."""
+
+    tally: Tally
+    solutions: tuple[Solution, ...]
+    carry: Any
+
+
+class Task(ABC):
+    """One kind of training: how a batch is scored and how a tally becomes metrics."""
+
+    metric: ClassVar[str]
+    mode: ClassVar[Literal["max", "min"]]
+
+    @abstractmethod
+    def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
+        """Run `model` on `batch`; `carry` is None on the first batch, then what the previous score returned."""
+
+    @abstractmethod
+    def report(self, tally: Tally) -> dict[str, float]:
+        """Divide a tally (of one step, or of a whole split over all ranks) into metrics, `loss` among them."""

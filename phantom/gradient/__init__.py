@@ -1,0 +1,1 @@
+"""Gradient estimators: what backward means for an equilibrium."""

@@ -1,0 +1,70 @@
+"""Estimators that differentiate a few damped steps: the unrolled phantom gradient, and backpropagation through time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from phantom.gradient.base import GradientEstimator, check_grad_enabled
+from phantom.solution import Solution
+from phantom.solver.base import check_count, check_lam
+from phantom.state import FlatMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class UPG(GradientEstimator):
+    """Unrolled phantom gradient: differentiate k steps z <- lam f(z) + (1 - lam) z from z_star.
+
+    Eq. (12) and (16), Geng et al. 2021. The value is the state after the k steps. Cost: k evaluations of f with a graph,
+    and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead.
+    Supports double backward.
+
+    Args:
+        k: number of steps, >= 1.
+        lam: weight of the new iterate, in (0, 1].
+    """
+
+    k: int
+    lam: float
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k, least=1)
+        check_lam(self.lam)
+
+    def attach(self, f: FlatMap, solution: Solution) -> Tensor:
+        return _unroll(f, solution.z_star, self.k, self.lam, self.checkpoint, solution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPTT(GradientEstimator):
+    """Backpropagation through time: differentiate `num_steps` damped steps from z0, without a solve.
+
+    The exact gradient of the truncated iteration, and the unrolled pretraining of MDEQ and the DEQ Transformer
+    (lam = 1). Cost: `num_steps` evaluations of f with a graph and as many activations, unless `checkpoint`.
+    """
+
+    needs_equilibrium: ClassVar[bool] = False
+
+    num_steps: int
+    lam: float = 1.0
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("num_steps", self.num_steps, least=1)
+        check_lam(self.lam)
+
+    def attach(self, f: FlatMap, solution: Solution) -> Tensor:
+        return _unroll(f, solution.z0, self.num_steps, self.lam, self.checkpoint, solution)
+
+
+def _unroll(f: FlatMap, z: Tensor, steps: int, lam: float, checkpoint: bool, solution: Solution) -> Tensor:
+    check_grad_enabled()
+    for _ in range(steps):
+        fz = recompute(f, z, use_reentrant=False, preserve_rng_state=False) if checkpoint else f(z)
+        z = fz if lam == 1 else z.lerp(fz, lam)
+    solution.stats.num_evals += steps
+    return z

@@ -1,0 +1,71 @@
+"""What a solve returns: the value, where it came from, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phantom.state import State
+
+
+@dataclass
+class Stats:
+    """Statistics of one solve. B problems, T steps; those of one problem do not depend on its neighbours.
+
+    Args:
+        num_steps: (B,) steps a problem took before it stopped changing.
+        num_evals: evaluations of f, those of the estimator's `attach` included.
+        num_vjps: vector-Jacobian products of the estimator's backward so far (those of the ordinary backward through
+            the attached graph are not counted).
+        residual: (B,) residual of the returned iterate, in the solver's own measure (`stop`, `norm`).
+        converged: (B,) True where `residual < tol`.
+        diverged: (B,) True where the residual left the finite range or grew beyond the limit of the loop.
+        trace: (T + 1, B) residual of every iterate visited, the initial guess first.
+        adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
+    """
+
+    num_steps: Tensor
+    num_evals: int
+    residual: Tensor
+    converged: Tensor
+    diverged: Tensor
+    trace: Tensor
+    num_vjps: int = 0
+    adjoint: Stats | None = None
+
+    @classmethod
+    def of_no_solve(cls, z: Tensor) -> Stats:
+        """Return the statistics of a solve of zero steps from `z` (B, D): nothing evaluated, nothing known."""
+        batch = z.shape[0]
+        return cls(
+            num_steps=torch.zeros(batch, dtype=torch.long, device=z.device),
+            num_evals=0,
+            residual=z.new_full((batch,), torch.nan),
+            converged=torch.zeros(batch, dtype=torch.bool, device=z.device),
+            diverged=torch.zeros(batch, dtype=torch.bool, device=z.device),
+            trace=z.new_empty((0, batch)),
+        )
+
+
+@dataclass
+class Solution:
+    """The outcome of `fixed_point`.
+
+    Args:
+        value: the state to compute with. With grad enabled it carries the estimator's graph; without, it is `z_star`.
+        z0: the initial guess.
+        z_star: the detached iterate whose residual is reported (the best one visited; always finite if `z0` is).
+        stats: cost and quality of the solve.
+        history: the solver's memory, kept only for an estimator that reuses it; None otherwise.
+        penalty: () the value of the DEQ's regulariser, with a graph; None without one.
+    """
+
+    value: State
+    z0: State
+    z_star: State
+    stats: Stats
+    history: Any = None
+    penalty: Tensor | None = None

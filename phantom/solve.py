@@ -1,0 +1,80 @@
+"""The only solver loop: stopping, counting, per-problem residuals, the best iterate, divergence, statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phantom.residual import residual_norm
+from phantom.solution import Stats
+from phantom.solver.base import Solver
+from phantom.state import FlatMap
+
+# A residual this many times the first one counts as divergence; the official MDEQ code uses the same factor.
+DIVERGENCE = 1e6
+
+
+@torch.no_grad()
+def solve(f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None) -> tuple[Tensor, Stats, Any]:
+    """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
+
+    A problem whose residual falls below `tol`, or diverges, is held at its best iterate while the others go on. The
+    iterate returned is the one with the smallest residual visited; it is finite whenever `z0` is.
+
+    Args:
+        f: closed map of (B, D) tensors.
+        z0: (B, D) initial guess.
+        fz0: f(z0) where it is known already; saves one evaluation.
+    """
+    if solver.max_steps == 0:
+        return z0.detach(), Stats.of_no_solve(z0), None
+    with torch.autocast(z0.device.type, enabled=False):
+        return _loop(f, z0.detach(), solver, fz0)
+
+
+def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Tensor, Stats, Any]:
+    stops_early = solver.tol is not None
+    fz = f(z) if fz0 is None else fz0
+    num_evals = int(fz0 is None)
+    g = fz - z
+    residual = residual_norm(fz, g, norm=solver.norm, stop=solver.stop)
+    trace = [residual]
+    # a NaN compares false with everything: it is never better, never converged, and always diverged
+    best, best_residual = z, torch.where(residual.isfinite(), residual, torch.inf)
+    limit = best_residual * DIVERGENCE
+    active = best_residual.isfinite()
+    num_steps = torch.zeros_like(active, dtype=torch.long)
+    if stops_early:
+        active &= ~(best_residual < solver.tol)
+    memory = solver.start(z, g)
+    for step in range(1, solver.max_steps + 1):
+        if stops_early and (step - 1) % solver.sync_every == 0 and not bool(active.any()):  # device-to-host sync
+            break
+        z = solver.propose(memory, z, g)
+        num_steps += active
+        if stops_early:
+            z = torch.where(active[:, None], z, best)
+        fz = f(z)
+        num_evals += 1
+        g = fz - z
+        residual = residual_norm(fz, g, norm=solver.norm, stop=solver.stop)
+        trace.append(residual)
+        better = residual < best_residual if not stops_early else (residual < best_residual) & active
+        best = torch.where(better[:, None], z, best)
+        best_residual = torch.where(better, residual, best_residual)
+        active &= residual <= limit
+        if stops_early:
+            active &= ~(best_residual < solver.tol)
+    tol = 0.0 if solver.tol is None else solver.tol
+    converged = best_residual < tol
+    stats = Stats(
+        num_steps=num_steps,
+        num_evals=num_evals,
+        residual=best_residual,
+        converged=converged,
+        diverged=~(active | converged),
+        trace=torch.stack(trace),
+    )
+    return best, stats, memory

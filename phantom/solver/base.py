@@ -1,0 +1,66 @@
+"""A solver is its settings and its update rule; `phantom.solve.solve` is the loop."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import Tensor
+
+from phantom.residual import Norm, Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Find z with f(z) = z, for B independent problems at once.
+
+    Args:
+        max_steps: largest number of steps; a solve costs `max_steps + 1` evaluations of f at most.
+        tol: a problem stops changing once its residual is below this; None runs the fixed budget, without any
+            device-to-host synchronisation inside the loop.
+        stop: measure the residual relative to |f(z)|, or absolutely.
+        norm: per problem, `l2`, `rms` (l2 / sqrt(D)) or `max`.
+        sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped.
+    """
+
+    max_steps: int
+    tol: float | None
+    stop: Stop = "relative"
+    norm: Norm = "l2"
+    sync_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps, least=0)
+        check_count("sync_every", self.sync_every, least=1)
+        if self.tol is not None and not (math.isfinite(self.tol) and self.tol >= 0):
+            raise ValueError(f"tol={self.tol!r} must be a number >= 0, or null for a fixed budget of steps")
+        check_choice("stop", self.stop, get_args(Stop))
+        check_choice("norm", self.norm, get_args(Norm))
+
+    @abstractmethod
+    def start(self, z: Tensor, g: Tensor) -> Any:
+        """Return the memory of a solve that begins at `z` (B, D) with residual vector g = f(z) - z."""
+
+    @abstractmethod
+    def propose(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
+        """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place."""
+
+
+def check_count(name: str, value: int, *, least: int) -> None:
+    """Raise unless `value` is an integer >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}")
+
+
+def check_lam(value: float) -> None:
+    """Raise unless lam is in (0, 1], where Theorem 2 of Geng et al. 2021 holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"lam={value!r} must be in (0, 1]: it weights the new iterate in z <- lam f(z) + (1 - lam) z")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(allowed)}")
