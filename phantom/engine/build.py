@@ -1,0 +1,287 @@
+"""From a config to objects: the only file that meets Hydra, models and data at once.
+
+Everything is checked before anything expensive is built: root keys, the fit of data and model, every constructor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from data.errors import DataError
+from data.spec import KINDS, Shard, Source, Spec
+from models.reference import load_reference
+from phantom import DEQ
+from phantom.engine import distributed, precision, records
+from phantom.engine.loop import Budget, Trainer
+from phantom.engine.precision import PRECISIONS
+from phantom.engine.rules import Rules
+from phantom.engine.task import Task
+from phantom.engine.tracking import MODES, Tracker
+
+__all__ = ["DataError", "Shard", "load_reference"]
+
+TASKS = {
+    "image_classification": "phantom.engine.classification.ImageClassification",
+    "language_modelling": "phantom.engine.language_task.LanguageModelling",
+    "graph_classification": "phantom.engine.graph_tasks.GraphClassification",
+    "node_labelling": "phantom.engine.graph_tasks.NodeLabelling",
+    "node_classification": "phantom.engine.graph_tasks.NodeClassification",
+}
+# optional groups: absent from the config unless chosen
+OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "monitor")
+# root keys that only some estimators use
+ESTIMATOR_KEYS = ("k", "lam")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field, the value and what is allowed."""
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Return the config as plain data, checked for unused estimator keys and for values that are missing.
+
+    `k` and `lam` leave the config when an experiment pinned them for an estimator that was then replaced.
+    """
+    used = str(OmegaConf.to_container(cfg, resolve=False)["grad"])
+    container = OmegaConf.to_container(cfg, resolve=False)
+    for key in ESTIMATOR_KEYS:
+        if key in container and f"${{{key}}}" not in used:
+            del container[key]
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(container), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    # `pretraining=null` on top of an experiment leaves the experiment's numbers without a constructor: that is None too
+    absent = {key: None for key in OPTIONAL if "_target_" not in (config.get(key) or {})}
+    return config | absent
+
+
+def instantiate(config: Any, field: str, **extra: Any) -> Any:
+    """Build the object of a config node; errors name the field and, for an unknown key, the valid ones."""
+    if config is None:
+        return None
+    try:
+        return hydra.utils.instantiate(config, **extra, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
+            raise ConfigError(f"{field}: {_unknown_keys(config, extra)}") from error
+        if isinstance(cause, (ValueError, TypeError, ImportError, AttributeError)):
+            raise ConfigError(f"{field}: {cause}") from error
+        raise ConfigError(f"{field}: {str(error).splitlines()[0]}") from error
+
+
+def _unknown_keys(config: Any, extra: dict[str, Any]) -> str:
+    target = hydra.utils.get_object(config["_target_"])
+    valid = [name for name in inspect.signature(target).parameters if name not in extra and name != "self"]
+    unknown = [key for key in config if not key.startswith("_") and key not in valid]
+    return f"{config['_target_']} has no key {', '.join(unknown)}; valid keys: {', '.join(valid)}"
+
+
+def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the model's constructor for this kind of task.
+
+    A model leaf is one constructor, or a family: a mapping from kinds of task to constructors.
+
+    Raises:
+        ConfigError: the model does not serve the kind; names the kinds it does.
+    """
+    model = config["model"]
+    if "_target_" in model:
+        kinds = hydra.utils.get_class(model["_target_"]).kinds
+        if kind in kinds:
+            return model
+    else:
+        kinds = [key for key in model if key in KINDS]
+        if kind in kinds:
+            return model[kind]
+    raise ConfigError(
+        f"the model serves {', '.join(kinds)}, the data is {kind}: choose a model for this data "
+        f"({_fitting('model', lambda leaf: kind in _kinds_of_model(leaf))}) or data for this model "
+        f"({_fitting('data', lambda leaf: _kind_of_data(leaf) in kinds)})"
+    )
+
+
+def check_pair(config: dict[str, Any]) -> str:
+    """Return the kind of task of the data, having checked that the model serves it, before building either."""
+    kind = _kind_of_data(config["data"])
+    model_config(config, kind)
+    return kind
+
+
+def _kind_of_data(leaf: dict[str, Any]) -> str:
+    return hydra.utils.get_class(leaf["_target_"]).kind
+
+
+def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
+    return hydra.utils.get_class(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
+
+
+def _fitting(group: str, fits: Any) -> str:
+    folder = Path(__file__).parents[2] / "configs" / group
+    leaves = {path.stem: OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in folder.glob("*.yaml")}
+    names = sorted(name for name, leaf in leaves.items() if fits(leaf))
+    return f"{group}=" + "|".join(names) if names else f"no {group} fits"
+
+
+def check_root(config: dict[str, Any]) -> None:
+    """Check the values of the root keys.
+
+    Raises:
+        ConfigError: names the key, the value got and what is allowed.
+    """
+    choices = {"precision": PRECISIONS, "device": distributed.DEVICES, "wandb": MODES, "resume": ("auto", "never")}
+    for key, allowed in choices.items():
+        if config[key] not in allowed:
+            raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {', '.join(allowed)}")
+    for key in ("epochs", "accumulate", "log_every"):
+        _check_count(key, config[key], optional=False)
+    for key in ("steps", "eval_every", "checkpoint_every", "subset", "test_subset"):
+        _check_count(key, config[key], optional=True)
+    if config["ema"] is not None and not 0 < config["ema"] < 1:
+        raise ConfigError(f"ema={config['ema']!r} must be in (0, 1), or null for no average")
+
+
+def _check_count(key: str, value: Any, *, optional: bool) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={value!r} must be an integer >= 1{' or null' if optional else ''}")
+
+
+def build_deq(config: dict[str, Any]) -> DEQ:
+    """Return the DEQ layer of the config: solver, estimator and evaluation solver."""
+    return DEQ(
+        solver=instantiate(config["solver"], "solver"),
+        grad=instantiate(config["grad"], "grad"),
+        eval_solver=instantiate(config["eval_solver"], "eval_solver"),
+    )
+
+
+def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:
+    """Return the model for data of this spec; the numbers of the spec are handed to it."""
+    return instantiate(model_config(config, spec.kind), "model", **spec.inputs, deq=deq)
+
+
+def build_task(kind: str) -> Task:
+    """Return the task that scores data of this kind."""
+    return hydra.utils.get_class(TASKS[kind])()
+
+
+def build_source(config: dict[str, Any]) -> Source:
+    """Return the source of data, located and checked."""
+    return instantiate(config["data"], "data")
+
+
+def build_rules(config: dict[str, Any], deq: DEQ) -> Rules:
+    """Return what depends on the step."""
+    return Rules(
+        solver=deq.solver,
+        grad=deq.grad,
+        seed=config["seed"],
+        pretraining=instantiate(config["pretraining"], "pretraining"),
+        penalty=instantiate(config["penalty"], "penalty"),
+        jitter=instantiate(config["jitter"], "jitter"),
+    )
+
+
+def build_budget(config: dict[str, Any], splits: Sequence[str]) -> Budget:
+    """Return the budget, with the evaluation splits checked against those the data has."""
+    wanted = tuple(config["eval_splits"])
+    missing = [split for split in wanted if split not in splits]
+    if missing or not wanted:
+        raise ConfigError(f"eval_splits={list(wanted)} must name splits of the data, which has {', '.join(splits)}")
+    return Budget(
+        epochs=config["epochs"],
+        steps=config["steps"],
+        eval_every=config["eval_every"],
+        log_every=config["log_every"],
+        checkpoint_every=config["checkpoint_every"],
+        eval_splits=wanted,
+    )
+
+
+def label_of(config: dict[str, Any], choices: dict[str, Any]) -> str:
+    """Return the experiment's name, or model-data-gradient; with the scale unless it is the paper's."""
+    label = choices.get("experiment") or "-".join(str(choices[group]) for group in ("model", "data", "grad"))
+    return label if config["scale"] == "paper" else f"{label}@{config['scale']}"
+
+
+def build_trainer(
+    config: dict[str, Any], *, label: str, overrides: Sequence[str], choices: dict[str, Any]
+) -> tuple[Trainer, dict[str, Any]]:
+    """Build everything a run needs; return the trainer and the facts its record begins with.
+
+    Raises:
+        ConfigError: an unknown key, an impossible value or pair, or data that cannot be found.
+    """
+    kind = check_pair(config)
+    deq = build_deq(config)
+    rules = build_rules(config, deq)
+    schedule = instantiate(config["schedule"], "schedule")
+    clipping = instantiate(config["clipping"], "clipping")
+    monitor = instantiate(config["monitor"], "monitor")
+    precision.set_up(config["precision"], deterministic=config["deterministic"])
+    device, rank, world = distributed.start(config["device"])
+    shard = Shard(rank=rank, world=world, micro=config["accumulate"])
+    source = build_source(config)
+    budget = build_budget(config, source.splits)
+    torch.manual_seed(config["seed"])  # the same initial weights on every rank
+    bare = build_model(config, source.spec, deq).to(device)
+    model = distributed.wrap(bare, device, world, sync_batchnorm=config["sync_batchnorm"])
+    torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
+    folder = records.run_folder(config["runs"], label, overrides, config["seed"]).absolute()
+    optimizer = instantiate(config["optimizer"], "optimizer")([p for p in bare.parameters() if p.requires_grad])
+    trainer = Trainer(
+        model=model,
+        bare=bare,
+        task=build_task(kind),
+        source=source,
+        optimizer=optimizer,
+        schedule=schedule,
+        rules=rules,
+        budget=budget,
+        clipping=clipping,
+        monitor=monitor,
+        ema_decay=config["ema"],
+        shard=shard,
+        device=device,
+        precision=config["precision"],
+        folder=folder,
+        config=OmegaConf.to_yaml(OmegaConf.create(config)),
+        make_tracker=lambda: Tracker(
+            mode=config["wandb"],
+            project=config["wandb_project"],
+            name=f"{label}/{folder.parent.name}",
+            folder=folder,
+            config=config,
+        ),
+    )
+    groups = bare.parameter_groups_count()
+    facts = {
+        "label": label,
+        "experiment": choices.get("experiment"),
+        "choices": choices,
+        "overrides": records.meaningful(overrides),
+        "scale": config["scale"],
+        "seed": config["seed"],
+        "config_hash": records.config_hash(config),
+        "kind": kind,
+        "metric": trainer.task.metric,
+        "num_parameters": sum(p.numel() for p in bare.parameters()),
+        "parameter_groups": groups,
+        "world_size": world,
+        "precision": config["precision"],
+        "folder": str(folder.relative_to(Path(config["runs"]).absolute())),
+    }
+    return trainer, facts

@@ -1,0 +1,52 @@
+"""Evaluate a model on a split: every example once, sums divided once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from phantom.engine.meters import SolveMeter
+from phantom.engine.precision import autocast
+from phantom.engine.task import Tally, Task
+
+
+def batch_to(batch: Any, device: torch.device) -> Any:
+    """Move a batch (a tensor, a tuple, list or dict of such, or an object with `.to`) to `device`."""
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(batch_to(item, device) for item in batch)
+    if isinstance(batch, dict):
+        return {key: batch_to(item, device) for key, item in batch.items()}
+    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, source: Any, split: str, *, shard: Any, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Return the task's metrics on `split` over all ranks, and this rank's cost and quality of the solves.
+
+    The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    was_training = model.training
+    model.eval()
+    total: Tally | None = None
+    carry = None
+    meter = SolveMeter()
+    try:
+        for batch in source.evaluate(split, shard=shard):
+            with autocast(precision, device):
+                score = task.score(model, batch_to(batch, device), carry)
+            carry = score.carry
+            tally = score.tally.detach()
+            total = tally if total is None else total + tally
+            meter.add(score.solutions)
+    finally:
+        model.train(was_training)
+    if total is None:
+        raise ValueError(f"the split {split!r} has no batch for this process: use fewer processes or more data")
+    return {**task.report(total.all_reduce()), **meter.report()}

@@ -1,0 +1,326 @@
+"""The training loop: one page, for every task, model and estimator.
+
+One optimiser step takes this rank's micro-batches of one global batch; loss and gradients are sums divided once by the
+global count, so accumulation, ranks and short last batches need no special case. The only device-to-host
+synchronisations are at log rows, evaluations and checkpoints, marked below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from phantom.engine import checkpoint as checkpoints
+from phantom.engine.evaluation import batch_to, evaluate
+from phantom.engine.meters import SolveMeter
+from phantom.engine.monitor import Monitor
+from phantom.engine.optim import Clipping, gradient_norm, scale_gradients
+from phantom.engine.precision import autocast
+from phantom.engine.progress import Progress
+from phantom.engine.records import MetricsLog, peak_memory
+from phantom.engine.rules import Rules, deqs_of
+from phantom.engine.schedule import Schedule
+from phantom.engine.task import Tally, Task
+from phantom.engine.timing import StepTimer
+from phantom.engine.tracking import Tracker
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the gradient is not finite any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train, and how often to look.
+
+    Args:
+        epochs: passes over the training data.
+        steps: stop after so many optimiser steps, if earlier.
+        eval_every: evaluate every so many steps; None evaluates at the end of each epoch.
+        log_every: write a training row every so many steps.
+        checkpoint_every: save every so many steps, besides at each evaluation.
+        eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint.
+    """
+
+    epochs: int
+    steps: int | None
+    eval_every: int | None
+    log_every: int
+    checkpoint_every: int | None
+    eval_splits: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Train a model; `fit` runs to the end, from wherever the last checkpoint in `folder` stands.
+
+    Args:
+        model: as the task calls it (wrapped for several processes); `bare` is the same without the wrapper.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated.
+        config: the resolved configuration as text, stored in every checkpoint.
+    """
+
+    model: nn.Module
+    bare: nn.Module
+    task: Task
+    source: Any
+    optimizer: Optimizer
+    schedule: Schedule
+    rules: Rules
+    budget: Budget
+    clipping: Clipping | None
+    monitor: Monitor | None
+    ema_decay: float | None
+    shard: Any
+    device: torch.device
+    precision: str
+    folder: Path
+    config: str
+    make_tracker: Callable[[], Tracker]
+
+    step: int = 0
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    final: dict[str, dict[str, float]] = field(default_factory=dict)
+    train_report: dict[str, float] = field(default_factory=dict)
+
+    def fit(self, *, resume: bool) -> None:
+        """Train to the end of the budget.
+
+        Raises:
+            DivergenceError: the loss or the gradient stopped being finite; the last good checkpoint is kept.
+            CheckpointError: the checkpoint to resume from is damaged or of another model.
+        """
+        self._deqs = deqs_of(self.bare)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._parameters = [p for p in self.bare.parameters() if p.requires_grad]
+        self._ema = None
+        if self.ema_decay is not None:
+            self._ema = AveragedModel(
+                self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay), use_buffers=True, device=self.device
+            )
+        self._lengths = [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
+        self.total = min(sum(self._lengths), self.budget.steps or math.inf)
+        self._carries: list[Any] = [None] * self.shard.micro
+        if resume and (self.folder / "last.pt").exists():
+            self._load(self.folder / "last.pt")
+        main = self.shard.rank == 0
+        self.timer = StepTimer(self.device)
+        for deq in self._deqs:
+            deq.clock = self.timer.phase
+        self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
+        self._tracker = self.make_tracker() if main else None
+        self._progress = Progress(self.total, done=self.step, enabled=main)
+        self._first_bad = torch.full((), -1, device=self.device)
+        self._reset_window()
+        try:
+            self._epochs()
+        finally:
+            self._progress.stop()
+            if self._log is not None:
+                self._log.close()
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Close the tracker with the final record."""
+        if self._tracker is not None:
+            self._tracker.finish(
+                {key: value for key, value in record.items() if isinstance(value, (int, float, str, dict))}
+            )
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def _epochs(self) -> None:
+        self.model.train()
+        before = 0
+        for epoch, length in enumerate(self._lengths):
+            start, before = self.step - before, before + length
+            if start >= length or self.step >= self.total:
+                continue
+            if start == 0:
+                self._carries = [None] * self.shard.micro
+            for micro_batches in self.source.train(epoch=epoch, start=start, shard=self.shard):
+                self._train_step(micro_batches, epoch)
+                self.step += 1
+                self._after_step(micro_batches, epoch, end_of_epoch=self.step == before)
+                if self.step >= self.total:
+                    return
+
+    def _train_step(self, micro_batches: list[Any], epoch: int) -> None:
+        penalty_weight = self.rules.apply(self._deqs, self.step, self.total)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = self.schedule.rate(self.step, base=base, total=self.total, epoch=epoch)
+        total: Tally | None = None
+        with self.timer.phase("step"):
+            for i, batch in enumerate(micro_batches):
+                last = i + 1 == len(micro_batches)
+                with contextlib.nullcontext() if last or self.shard.world == 1 else self.model.no_sync():
+                    with autocast(self.precision, self.device):
+                        score = self.task.score(self.model, batch_to(batch, self.device), self._carries[i])
+                    self._carries[i] = score.carry
+                    loss = score.tally.loss_sum
+                    for solution in score.solutions:
+                        if solution.penalty is not None:
+                            loss = loss + penalty_weight * score.tally.count * solution.penalty
+                            self._penalty = self._penalty + solution.penalty.detach()
+                            self._penalties += 1
+                    with self.timer.phase("backward"):
+                        loss.backward()
+                self._meter.add(score.solutions)
+                tally = score.tally.detach()
+                total = tally if total is None else total + tally
+            with self.timer.phase("optimizer"):
+                self._update(total.count)
+        self.timer.end_step(total.count * self.shard.world)
+        self._window = total if self._window is None else self._window + total
+
+    def _update(self, count: int) -> None:
+        """Divide the summed gradients by the global count, check, clip and step."""
+        if self.shard.world > 1:
+            counts = torch.tensor(float(count), device=self.device)
+            dist.all_reduce(counts)
+            scale_gradients(self._parameters, self.shard.world / counts)  # DDP has averaged over ranks already
+        else:
+            scale_gradients(self._parameters, 1 / count)
+        norm = gradient_norm(self._parameters)
+        self._norm_sum = self._norm_sum + norm
+        bad = ~norm.isfinite() & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        if self.clipping is not None:
+            self.clipping.clip(self._parameters, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self._ema is not None:
+            self._ema.update_parameters(self.bare)
+
+    def _after_step(self, micro_batches: list[Any], epoch: int, *, end_of_epoch: bool) -> None:
+        budget, done = self.budget, self.step == self.total
+        self._progress.step(self.step, epoch)
+        every = budget.eval_every
+        evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
+        saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
+        if self.monitor is not None and self.step % self.monitor.every == 0:
+            batch = batch_to(micro_batches[0], self.device)
+            self._write(
+                {"kind": "monitor", **self.monitor.measure(self.bare, self.task, batch, self._carries[0])}, epoch
+            )
+        if saves or self.step % budget.log_every == 0:
+            self._flush(epoch)  # device-to-host sync
+        if evaluates:
+            self._evaluate(epoch)  # device-to-host sync
+        if saves:
+            self._save()
+
+    # ------------------------------------------------------------------------------------------- rows and evaluations
+
+    def _reset_window(self) -> None:
+        self._window: Tally | None = None
+        self._meter = SolveMeter()
+        self._norm_sum: Tensor | float = 0.0
+        self._penalty: Tensor | float = 0.0
+        self._penalties = 0
+        self._window_start = self.step
+
+    def _flush(self, epoch: int) -> None:
+        first_bad = int(self._first_bad)
+        tally = self._window.all_reduce()
+        loss = float(tally.loss_sum)
+        if first_bad >= 0 or not math.isfinite(loss):
+            step = first_bad if first_bad >= 0 else self.step - 1
+            raise DivergenceError(
+                f"the loss or its gradient stopped being finite at step {step} (epoch {epoch}). The last good checkpoint, if "
+                f"one was saved, is {self.folder / 'last.pt'}. Try a smaller optimizer.lr, clipping=total, a smaller "
+                "lam or k, more solver.max_steps, precision=fp32, or look for a broken batch near that step"
+            )
+        row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
+        row["gradient_norm"] = float(self._norm_sum) / (self.step - self._window_start)
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        if self._penalties:
+            row["penalty"] = float(self._penalty) / self._penalties
+        self.train_report = dict(row)
+        times = {f"time/{name}": seconds for name, seconds in self.timer.latest().items()}
+        speed = self.timer.throughput()
+        row |= times | ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
+        self._write(row, epoch)
+        self._progress.train_row(row)
+        self._reset_window()
+
+    def _evaluate(self, epoch: int) -> None:
+        model = self.evaluated_model
+        for split in self.budget.eval_splits:
+            metrics = evaluate(
+                model, self.task, self.source, split, shard=self.shard, device=self.device, precision=self.precision
+            )
+            self._write({"kind": "eval", "split": split, **metrics}, epoch)
+            self._progress.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
+            self.final[split] = metrics
+            value, best = metrics[self.task.metric], self.best.get(split)
+            sign = 1 if self.task.mode == "max" else -1
+            if best is None or sign * value > sign * best[self.task.metric]:
+                self.best[split] = {**metrics, "epoch": epoch, "step": self.step}
+                if split == self.budget.eval_splits[0] and self.shard.rank == 0:
+                    checkpoints.save(self.folder / "best.pt", self._state())
+        self.timer.reset_marks()
+
+    def _write(self, row: dict[str, Any], epoch: int) -> None:
+        if self._log is not None:
+            row = {"kind": row.pop("kind"), "step": self.step, "epoch": epoch, **row}
+            self._log.write(row)
+            self._tracker.log(row)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that evaluation sees: the moving average when there is one."""
+        return self.bare if self._ema is None else self._ema.module
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.bare.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "carries": self._carries,
+            "best": self.best,
+            "final": self.final,
+            "rng": checkpoints.rng_state(self.device),
+            "config": self.config,
+        }
+
+    def _save(self) -> None:
+        # every rank holds its own carry and random state; the weights are the same on all
+        rank = self.shard.rank
+        if rank > 0:
+            own = {"carries": self._carries, "rng": checkpoints.rng_state(self.device), "step": self.step}
+            checkpoints.save(self.folder / f"last.rank{rank}.pt", own)
+        if dist.is_initialized():
+            dist.barrier()
+        if rank == 0:
+            checkpoints.save(self.folder / "last.pt", self._state())
+
+    def _load(self, path: Path) -> None:
+        state = checkpoints.load(path)
+        checkpoints.check_config(state, self.config, path)
+        checkpoints.load_weights(self.bare, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._ema is not None and state["ema"] is not None:
+            self._ema.load_state_dict(state["ema"])
+        self.step, self.best, self.final = state["step"], state["best"], state["final"]
+        own = state
+        if self.shard.rank > 0:
+            own = checkpoints.load(path.with_name(f"last.rank{self.shard.rank}.pt"))
+        if own["step"] != self.step or len(own["carries"]) != self.shard.micro:
+            raise checkpoints.CheckpointError(
+                f"{path} was written by a run with other processes or accumulation: resume with the same number of them"
+            )
+        self._carries = batch_to(own["carries"], self.device)
+        checkpoints.set_rng_state(own["rng"], self.device)

@@ -1,0 +1,31 @@
+"""Number formats: fp32, tf32 (float32 with TF32 matrix units) and bf16 (autocast)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def set_up(precision: str, *, deterministic: bool) -> None:
+    """Set torch's global switches for a run.
+
+    Raises:
+        ValueError: `precision` is not one of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+    tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Return the context a forward pass runs in; solver arithmetic stays in at least float32 inside it."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

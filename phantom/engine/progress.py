@@ -1,0 +1,84 @@
+"""What a person sees: a bar on a terminal, plain lines in a log, a short table at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+UNITS = {"image_classification": "images", "language_modelling": "tokens"}
+
+
+class Progress:
+    """Show the state of training; on anything but a terminal, one line per evaluation.
+
+    Args:
+        total: steps of the run.
+        enabled: False on all ranks but the first.
+    """
+
+    def __init__(self, total: int, *, done: int, enabled: bool) -> None:
+        self._bar = None
+        self._enabled = enabled
+        if not enabled or not sys.stderr.isatty():
+            return
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("epoch {task.fields[epoch]}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[text]}"),
+        )
+        self._task = self._bar.add_task("train", total=total, completed=done, epoch=0, text="")
+        self._bar.start()
+
+    def step(self, step: int, epoch: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, epoch=epoch)
+
+    def train_row(self, row: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, text=_line(row))
+
+    def eval_row(self, row: Mapping[str, Any]) -> None:
+        if not self._enabled:
+            return
+        line = f"epoch {row['epoch']} step {row['step']} {row['split']}: {_line(row)}"
+        if self._bar is not None:
+            self._bar.console.print(line)
+        else:
+            print(line, flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+SHOWN = ("loss", "accuracy", "perplexity", "micro_f1", "items_per_second", "num_evals", "num_steps", "residual")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if isinstance(row.get(name), (int, float)))
+
+
+def summary_table(record: Mapping[str, Any]) -> str:
+    """Return the short closing table of a run: its metrics, evaluations of f, and time by phase."""
+    rows = [("run", str(record["label"])), ("parameters", f"{record['num_parameters']:,}")]
+    for split, values in record["final"].items():
+        best = record["best"].get(split)
+        name = record["metric"]
+        shown = f"{values[name]:.2f} (last)" + (f", {best[name]:.2f} (best, epoch {best['epoch']})" if best else "")
+        rows.append((f"{split} {name}", shown))
+    if "num_evals" in record["train"]:
+        rows.append(("evaluations of f per step", f"{record['train']['num_evals']:.1f}"))
+        rows.append(("vjps per step", f"{record['train']['num_vjps']:.1f}"))
+        rows.append(("residual", f"{record['train']['residual']:.2e}"))
+    for phase, times in record["times"].items():
+        rows.append((f"{phase} time", f"{1e3 * times['median']:.1f} ms per step (median of {times['n']})"))
+    if record["items_per_second"]:
+        rows.append(("throughput", f"{record['items_per_second']:.0f} {record['unit']}/s"))
+    rows.append(("record", str(record["folder"])))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,143 @@
+"""What a run leaves on disk: its folder, metrics.jsonl, and one final record.json."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Overrides that say where or how to run, not what: they do not change a run's folder or its results.
+PLACES = ("seed", "device", "data.root", "data.download", "wandb", "wandb_project", "runs", "resume", "progress")
+LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
+
+
+def run_folder(root: str, label: str, overrides: Sequence[str], seed: int) -> Path:
+    """Return the folder of a run: a pure function of the experiment, the overrides and the seed.
+
+    Args:
+        root: folder of all runs.
+        label: the experiment's name, or model-data-gradient for a run without one.
+        overrides: the command line's `key=value` items.
+    """
+    kept = [item for item in meaningful(overrides) if item.split("=")[0] not in ("experiment", "scale")]
+    slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
+    if len(slug) > 80:
+        slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
+    return Path(root) / label / slug / f"seed{seed}"
+
+
+def meaningful(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that change what is run, sorted; those that only say where or how are left out."""
+    return sorted(item for item in overrides if item.lstrip("+~").split("=")[0] not in PLACES)
+
+
+class MetricsLog:
+    """Append rows to metrics.jsonl; each row names its `kind`, `step` and `epoch`."""
+
+    def __init__(self, path: Path, *, keep_until: int) -> None:
+        """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists() and keep_until > 0:
+            for line in path.read_text().splitlines():
+                row = _parse(line)  # the last line of a killed run may be cut short
+                if row is not None and row["step"] <= keep_until:
+                    kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` atomically, readable by a person."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n")
+    os.replace(temporary, path)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a short hash of what was run: the resolved config without the keys that only say where or how."""
+    return hashlib.sha256(json.dumps(_what(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the root keys in which two configs differ, those that only say where or how left out."""
+    a, b = _what(config), _what(other)
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def _what(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in PLACES or key == "seed"}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in PLACES}
+    return kept
+
+
+def now() -> str:
+    """Return the current UTC time in ISO format."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe what a run ran on: device, versions, commit."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    commit = _git(here, "rev-parse", "HEAD")
+    status = _git(here, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": name,
+        "versions": versions,
+        "commit": commit,
+        "dirty": None if status is None else bool(status),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: allocated on the GPU, or resident for the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,97 @@
+"""Time the phases of a training step: forward solve, attach, backward, optimiser, and the whole step.
+
+On a GPU the phases are marked by events and read later, so timing adds no synchronisation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("solve", "attach", "backward", "optimizer", "step")
+WINDOW = 2000
+
+
+class StepTimer:
+    """Collect the durations of named phases, in seconds, leaving out the first `warmup` steps.
+
+    A step may enter a phase several times (micro-batches, several solves); the durations of one step add up.
+    """
+
+    def __init__(self, device: torch.device, *, warmup: int = 3) -> None:
+        self._cuda = device.type == "cuda"
+        self._warmup = warmup
+        self._marks: list[tuple[str, object, object]] = []
+        self._open_steps: list[tuple[list[tuple[str, object, object]], int]] = []
+        # a bounded window: the record of a long run describes its last steps
+        self._steps: deque[tuple[dict[str, float], int]] = deque(maxlen=WINDOW)
+        self._count = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body as part of `name` in the current step."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._marks.append((name, begin, self._now()))
+
+    def end_step(self, items: int) -> None:
+        """Close the current step, which processed `items` items."""
+        self._open_steps.append((self._marks, items))
+        self._marks = []
+
+    def reset_marks(self) -> None:
+        """Forget phases timed outside a step, such as those of an evaluation."""
+        self._marks = []
+
+    def latest(self) -> dict[str, float]:
+        """Return the seconds of the most recent step by phase (reads events: call it where a sync is due anyway)."""
+        self._read()
+        return self._steps[-1][0] if self._steps else {}
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return per phase the median, the 10th and the 90th percentile in seconds, and n, over the last timed steps."""
+        self._read()
+        kept = [seconds for seconds, _ in self._steps]
+        result = {}
+        for name in PHASES:
+            values = sorted(step[name] for step in kept if name in step)
+            if values:
+                result[name] = {
+                    "median": statistics.median(values),
+                    "p10": values[int(0.1 * (len(values) - 1))],
+                    "p90": values[int(0.9 * (len(values) - 1))],
+                    "n": len(values),
+                }
+        return result
+
+    def throughput(self) -> float | None:
+        """Return items per second of step time over the timed steps; None before the warm-up is over."""
+        self._read()
+        seconds = sum(step["step"] for step, _ in self._steps if "step" in step)
+        return sum(items for _, items in self._steps) / seconds if seconds else None
+
+    def _now(self) -> object:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _read(self) -> None:
+        if self._open_steps and self._cuda:
+            torch.cuda.synchronize()
+        for marks, items in self._open_steps:
+            seconds: dict[str, float] = defaultdict(float)
+            for name, begin, end in marks:
+                seconds[name] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            self._count += 1
+            if self._count > self._warmup:
+                self._steps.append((dict(seconds), items))
+        self._open_steps = []

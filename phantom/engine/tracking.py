@@ -1,0 +1,75 @@
+"""Weights & Biases: the same rows as metrics.jsonl, as panels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MODES = ("auto", "online", "offline", "disabled")
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Send rows to wandb; a tracker that is disabled does nothing.
+
+    Args:
+        mode: one of `MODES`; "auto" logs online when the user is logged in and offline otherwise.
+    """
+
+    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._run = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError:
+            log.warning("wandb is not installed: metrics go to metrics.jsonl only (wandb=disabled says so silently)")
+            return
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        # one id per folder: a resumed run continues its own curve
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=_identifier(folder),
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=dict(config),
+            settings=wandb.Settings(silent=True),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Send the numbers of `row`, grouped under its kind (and split) as `train/loss`, `test/accuracy`."""
+        if self._run is None:
+            return
+        prefix = row.get("split", row["kind"])
+        panels = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
+        self._run.log({**panels, "step": row["step"]})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Store the final numbers and close."""
+        if self._run is not None:
+            self._run.summary.update(dict(summary))
+            self._run.finish()
+
+
+def _logged_in() -> bool:
+    """Return whether wandb would find a key, without asking the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _identifier(folder: Path) -> str:
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:12]

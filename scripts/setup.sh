@@ -1,0 +1,11 @@
+# Sourced by run.sh and test.sh: make .venv and install the requirements once; fast when nothing changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/.installed
+sum=$(sha256sum requirements.txt | cut -d' ' -f1)
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
+  echo "installing the requirements into .venv (once)" >&2
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  echo "$sum" > "$stamp"
+fi
