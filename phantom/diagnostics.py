@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phantom.state import Map, Packing, State
+from phantom.state import FlatMap, Map, Packing, State
 
 
 def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, seed: int = 0) -> Tensor:
@@ -21,7 +21,7 @@ def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, 
 
     Source: Arnoldi, *The principle of minimized iterations* (1951).
     """
-    packing, vjp, z = _linearise(f, z)
+    vjp, z = _linearise(f, z)
     batch, width = z.shape
     steps = min(num_steps, width)
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -47,7 +47,7 @@ def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, 
 
 def dense_jacobian(f: Map, z: State) -> Tensor:
     """Return J (B, D, D) at `z`, one vjp per row: for small D."""
-    _, vjp, z = _linearise(f, z)
+    vjp, z = _linearise(f, z)
     rows = [vjp(unit.expand_as(z)) for unit in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
     return torch.stack(rows, dim=1)
 
@@ -111,8 +111,8 @@ def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, T
     )
 
 
-def _linearise(f: Map, z: State):
-    """Return the packing, u -> J^T u on (B, D) tensors, and the packed detached z."""
+def _linearise(f: Map, z: State) -> tuple[FlatMap, Tensor]:
+    """Return u -> J^T u on (B, D) tensors, and the packed detached z."""
     packing = Packing(z)
     flat_f = packing.wrap(f)
     with torch.enable_grad():
@@ -123,4 +123,4 @@ def _linearise(f: Map, z: State):
         (product,) = torch.autograd.grad(fz, z, u, retain_graph=True)
         return product
 
-    return packing, vjp, z.detach()
+    return vjp, z.detach()

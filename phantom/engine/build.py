@@ -81,6 +81,13 @@ def instantiate(config: Any, field: str, **extra: Any) -> Any:
         raise ConfigError(f"{field}: {str(error).splitlines()[0]}") from error
 
 
+def _locate(target: str) -> Any:
+    try:
+        return hydra.utils.get_class(target)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{target} cannot be imported: {str(error).splitlines()[0]}") from error
+
+
 def _unknown_keys(config: Any, extra: dict[str, Any]) -> str:
     target = hydra.utils.get_object(config["_target_"])
     valid = [name for name in inspect.signature(target).parameters if name not in extra and name != "self"]
@@ -98,7 +105,7 @@ def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """
     model = config["model"]
     if "_target_" in model:
-        kinds = hydra.utils.get_class(model["_target_"]).kinds
+        kinds = _locate(model["_target_"]).kinds
         if kind in kinds:
             return model
     else:
@@ -120,11 +127,11 @@ def check_pair(config: dict[str, Any]) -> str:
 
 
 def _kind_of_data(leaf: dict[str, Any]) -> str:
-    return hydra.utils.get_class(leaf["_target_"]).kind
+    return _locate(leaf["_target_"]).kind
 
 
 def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
-    return hydra.utils.get_class(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
+    return _locate(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
 
 
 def _fitting(group: str, fits: Any) -> str:
@@ -175,7 +182,7 @@ def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:
 
 def build_task(kind: str) -> Task:
     """Return the task that scores data of this kind."""
-    return hydra.utils.get_class(TASKS[kind])()
+    return _locate(TASKS[kind])()
 
 
 def build_source(config: dict[str, Any]) -> Source:

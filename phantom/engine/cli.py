@@ -59,7 +59,7 @@ def check(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -> None:
-    """Check the whole command line, every job of a sweep included, then run `job(config, overrides, choices)` by Hydra."""
+    """Check the whole command line, every job of a sweep included, then run `job(config, overrides, choices)`."""
     arguments = sys.argv[1:]
     failed = []
 

@@ -56,7 +56,7 @@ class StepTimer:
         return self._steps[-1][0] if self._steps else {}
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return per phase the median, the 10th and the 90th percentile in seconds, and n, over the last timed steps."""
+        """Return per phase the median, the 10th and the 90th percentile in seconds, and n."""
         self._read()
         kept = [seconds for seconds, _ in self._steps]
         result = {}

@@ -18,8 +18,8 @@ from phantom.state import FlatMap
 class UPG(GradientEstimator):
     """Unrolled phantom gradient: differentiate k steps z <- lam f(z) + (1 - lam) z from z_star.
 
-    Eq. (12) and (16), Geng et al. 2021. The value is the state after the k steps. Cost: k evaluations of f with a graph,
-    and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead.
+    Eq. (12) and (16), Geng et al. 2021. The value is the state after the k steps. Cost: k evaluations of f with a
+    graph, and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead.
     Supports double backward.
 
     Args:

@@ -29,7 +29,9 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    """Mix the last `memory` iterates: z <- sum_i alpha_i (z_i + lam g_i), alpha = argmin |sum_i alpha_i g_i|, sum alpha = 1.
+    """Mix the last `memory` iterates: z <- sum_i alpha_i (z_i + lam g_i).
+
+    alpha minimises |sum_i alpha_i g_i| subject to sum_i alpha_i = 1.
 
     The least-squares problem is solved by its Gram matrix, scaled to unit diagonal and ridged by `ridge`; the ridge
     is therefore relative, and works at residual 1e-8 as at 1. A problem whose system has no finite solution takes
