@@ -98,6 +98,8 @@ class DEQ(nn.Module):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
         if eval_solver is not None and not isinstance(eval_solver, Solver):
             raise TypeError(f"eval_solver must be a Solver or None, got {eval_solver!r}")
+        if regularizer is not None and not callable(regularizer):
+            raise TypeError(f"regularizer must be callable as regularizer(f, z), or None, got {regularizer!r}")
         self.solver = solver
         self.grad = grad
         self.eval_solver = eval_solver

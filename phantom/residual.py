@@ -19,15 +19,14 @@ def vector_norm(v: Tensor, norm: Norm) -> Tensor:
     return length if norm == "l2" else length / v.shape[1] ** 0.5
 
 
-def residual_norm(fz: Tensor, g: Tensor, *, norm: Norm, stop: Stop) -> Tensor:
-    """Return |g| (absolute) or |g| / |f(z)| (relative) for g = f(z) - z, per problem.
+def residual_norm(fz: Tensor, length: Tensor, *, norm: Norm, stop: Stop) -> Tensor:
+    """Return |f(z) - z| (absolute) or |f(z) - z| / |f(z)| (relative), per problem.
 
     Args:
         fz: (B, D) f(z).
-        g: (B, D) f(z) - z.
+        length: (B,) `vector_norm` of f(z) - z.
     """
-    absolute = vector_norm(g, norm)
     if stop == "absolute":
-        return absolute
-    # where f(z) = 0 the fixed point is z = 0: absolute and relative then agree on 0, and on no progress otherwise
-    return absolute / vector_norm(fz, norm).clamp_min(torch.finfo(fz.dtype).tiny)
+        return length
+    # where f(z) = 0 both agree on 0 at the fixed point z = 0; elsewhere the relative one is huge or infinite
+    return length / vector_norm(fz, norm).clamp_min(torch.finfo(fz.dtype).tiny)

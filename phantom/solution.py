@@ -22,7 +22,7 @@ class Stats:
             the attached graph are not counted).
         residual: (B,) residual of the returned iterate, in the solver's own measure (`stop`, `norm`).
         converged: (B,) True where `residual < tol`.
-        diverged: (B,) True where the residual left the finite range or grew beyond the limit of the loop.
+        diverged: (B,) True where |f(z) - z| left the finite range or grew beyond the limit of the loop.
         trace: (T + 1, B) residual of every iterate visited, the initial guess first.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
     """

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phantom.residual import residual_norm
+from phantom.residual import residual_norm, vector_norm
 from phantom.solution import Stats
 from phantom.solver.base import Solver
 from phantom.state import FlatMap
 
-# A residual this many times the first one counts as divergence; the official MDEQ code uses the same factor.
+# |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
+# absolute length decides under either `stop`: the relative one tends to |mu - 1| / |mu| where f grows by mu a step.
 DIVERGENCE = 1e6
 
 
@@ -39,12 +42,14 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     fz = f(z) if fz0 is None else fz0
     num_evals = int(fz0 is None)
     g = fz - z
-    residual = residual_norm(fz, g, norm=solver.norm, stop=solver.stop)
+    length = vector_norm(g, solver.norm)
+    residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z, torch.where(residual.isfinite(), residual, torch.inf)
-    limit = best_residual * DIVERGENCE
-    active = best_residual.isfinite()
+    # a start at the fixed point itself gives no scale to grow from
+    limit = torch.where(length > 0, length * DIVERGENCE, torch.inf)
+    active = length.isfinite()
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
         active &= ~(best_residual < solver.tol)
@@ -52,19 +57,21 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     for step in range(1, solver.max_steps + 1):
         if stops_early and (step - 1) % solver.sync_every == 0 and not bool(active.any()):  # device-to-host sync
             break
-        z = solver.propose(memory, z, g)
+        with _ieee_products(z.device):
+            z = solver.propose(memory, z, g)
         num_steps += active
         if stops_early:
             z = torch.where(active[:, None], z, best)
         fz = f(z)
         num_evals += 1
         g = fz - z
-        residual = residual_norm(fz, g, norm=solver.norm, stop=solver.stop)
+        length = vector_norm(g, solver.norm)
+        residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
         trace.append(residual)
         better = residual < best_residual if not stops_early else (residual < best_residual) & active
         best = torch.where(better[:, None], z, best)
         best_residual = torch.where(better, residual, best_residual)
-        active &= residual <= limit
+        active &= length.isfinite() & (length <= limit)
         if stops_early:
             active &= ~(best_residual < solver.tol)
     tol = 0.0 if solver.tol is None else solver.tol
@@ -78,3 +85,15 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         trace=torch.stack(trace),
     )
     return best, stats, memory
+
+
+@contextmanager
+def _ieee_products(device: torch.device) -> Iterator[None]:
+    """Keep TF32 and bfloat16 shortcuts out of a solver's own matrix products; f keeps what the user has set."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    kept = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = kept

@@ -24,7 +24,7 @@ class Packing:
         parts = z0 if isinstance(z0, tuple) else (z0,)
         if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
             raise TypeError(
-                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {type(z0).__name__}: "
+                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {_form(z0)}: "
                 "pass z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...)"
             )
         if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
@@ -41,23 +41,20 @@ class Packing:
         self.flat_dtype = torch.promote_types(self.dtype, torch.float32)
         self.batch = parts[0].shape[0]
         # a channels_last part is flattened in its own memory order, so that packing and unpacking never transpose
-        self._channels_last = [
-            p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in parts
-        ]
+        self._channels_last = [_is_channels_last(part) for part in parts]
         self._shapes = [p.shape for p in parts]
-        self._sizes = [p[0].numel() if self.batch else 0 for p in parts]
+        self._sizes = [p.shape[1:].numel() for p in parts]
 
     def pack(self, z: State) -> Tensor:
         """Return `z` as one (B, D) tensor in solver precision."""
         parts = z if isinstance(z, tuple) else (z,)
-        shapes = [part.shape for part in parts]
-        if isinstance(z, tuple) != self.is_tuple or shapes != self._shapes:
-            raise ValueError(
-                f"f must return the form of z0, {[tuple(s) for s in self._shapes]}, got {[tuple(s) for s in shapes]}"
-            )
+        if isinstance(z, tuple) != self.is_tuple or [getattr(part, "shape", None) for part in parts] != self._shapes:
+            shapes = [str(tuple(shape)) for shape in self._shapes]
+            wanted = f"a tuple of tensors {', '.join(shapes)}" if self.is_tuple else f"a tensor {shapes[0]}"
+            raise ValueError(f"f must return the form of z0, {wanted}, got {_form(z)}")
         flat = [
-            (p.permute(0, 2, 3, 1) if last else p).reshape(self.batch, -1)
-            for p, last in zip(parts, self._channels_last, strict=True)
+            (p.permute(0, 2, 3, 1) if last else p).reshape(self.batch, size)
+            for p, last, size in zip(parts, self._channels_last, self._sizes, strict=True)
         ]
         return (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).to(self.flat_dtype)
 
@@ -85,3 +82,19 @@ class Packing:
                 return self.pack(f(self.unpack(z)))
 
         return flat_f if enabled else lambda z: self.pack(f(self.unpack(z)))
+
+
+def _is_channels_last(part: Tensor) -> bool:
+    # problem by problem: the parts of an unpacked tuple state are slices, dense within each problem only
+    return (
+        part.dim() == 4 and len(part) > 0 and not part[0].is_contiguous() and part[0].permute(1, 2, 0).is_contiguous()
+    )
+
+
+def _form(z: object) -> str:
+    """Return what `z` is, for a message."""
+    if isinstance(z, Tensor):
+        return f"a tensor {tuple(z.shape)} of {z.dtype}"
+    if isinstance(z, (tuple, list)):
+        return f"a {type(z).__name__} of ({', '.join(_form(part) for part in z)})"
+    return type(z).__name__

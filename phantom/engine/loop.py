@@ -236,9 +236,10 @@ class Trainer:
         if first_bad >= 0 or not math.isfinite(loss):
             step = first_bad if first_bad >= 0 else self.step - 1
             raise DivergenceError(
-                f"the loss or its gradient stopped being finite at step {step} (epoch {epoch}). The last good checkpoint, "
-                f"if one was saved, is {self.folder / 'last.pt'}. Try a smaller optimizer.lr, clipping=total, a smaller "
-                "lam or k, more solver.max_steps, precision=fp32, or look for a broken batch near that step"
+                f"the loss or its gradient stopped being finite at step {step} (epoch {epoch}). The last good "
+                f"checkpoint, if one was saved, is {self.folder / 'last.pt'}. Try a smaller optimizer.lr, "
+                "clipping=total, a smaller lam or k, more solver.max_steps, precision=fp32, or look for a broken batch "
+                "near that step"
             )
         row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
         row["gradient_norm"] = float(self._norm_sum) / (self.step - self._window_start)

@@ -17,9 +17,10 @@ def set_up(precision: str, *, deterministic: bool) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
-    tf32 = precision != "fp32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    # only torch's per-backend switches: the solvers set them too, and torch refuses a mix with the older global ones
+    kind = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = kind
+    torch.backends.cudnn.conv.fp32_precision = kind
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
 

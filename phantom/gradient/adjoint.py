@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution, Stats
@@ -36,7 +36,6 @@ class _Cotangent(torch.autograd.Function):
         return fz.view_as(fz)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None]:
         fz, z = ctx.saved_tensors
 
@@ -45,7 +44,23 @@ class _Cotangent(torch.autograd.Function):
             (product,) = torch.autograd.grad(fz, z, u, retain_graph=True)
             return product
 
-        return ctx.estimator.cotangent(vjp, g, ctx.stats), None, None, None
+        with torch.no_grad():
+            u = ctx.estimator.cotangent(vjp, g, ctx.stats)
+        # grad is enabled here only under create_graph=True. u depends on the parameters through J even where g is a
+        # constant, so the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
+        return (_OnceOnly.apply(u, fz) if torch.is_grad_enabled() else u), None, None, None
+
+
+class _OnceOnly(torch.autograd.Function):
+    """The identity on u, whose own backward raises."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, u: Tensor, fz: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> None:
+        raise RuntimeError("the implicit and NPG gradients cannot be differentiated twice: use UPG or BPTT, which can")
 
 
 class AdjointEstimator(GradientEstimator):
@@ -100,7 +115,8 @@ class Implicit(AdjointEstimator):
     """Exact implicit differentiation: solve u = J^T u + g with a solver of its own.
 
     Eq. (4), Geng et al. 2021. Exact up to the residual of the backward solve, which is reported in
-    `stats.adjoint` after backward, and to the residual of the forward solve. Cost: one vjp per step of `solver`.
+    `stats.adjoint` after backward, and to the residual of the forward solve. A problem whose solve finds nothing better
+    than u = 0 gets u = g, the one-step gradient. Cost: one vjp per step of `solver`.
 
     Args:
         solver: solves the adjoint equation, from u = 0.
@@ -116,4 +132,6 @@ class Implicit(AdjointEstimator):
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats) -> Tensor:
         # at u = 0 the map is g itself: no vjp needed to know that
         u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g)
-        return u
+        # where nothing beat u = 0, a zero gradient would pass for an answer, and hide a cotangent that is not finite
+        progress = stats.adjoint.residual < stats.adjoint.trace[0]
+        return torch.where(progress[:, None], u, g)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.solver.base import Solver, check_count, check_lam
+from phantom.solver.base import Solver, check_count, check_lam, is_number
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Anderson(Solver):
         super().__post_init__()
         check_count("memory", self.memory, least=1)
         check_lam(self.lam)
-        if not 0 <= self.ridge < 1:
+        if not is_number(self.ridge) or not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge!r} must be in [0, 1): it is relative to the squared residuals")
 
     def start(self, z: Tensor, g: Tensor) -> Window:

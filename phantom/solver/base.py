@@ -34,7 +34,7 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps, least=0)
         check_count("sync_every", self.sync_every, least=1)
-        if self.tol is not None and not (math.isfinite(self.tol) and self.tol >= 0):
+        if self.tol is not None and not (is_number(self.tol) and math.isfinite(self.tol) and self.tol >= 0):
             raise ValueError(f"tol={self.tol!r} must be a number >= 0, or null for a fixed budget of steps")
         check_choice("stop", self.stop, get_args(Stop))
         check_choice("norm", self.norm, get_args(Norm))
@@ -48,6 +48,11 @@ class Solver(ABC):
         """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place."""
 
 
+def is_number(value: object) -> bool:
+    """Return whether `value` is an int or a float; a bool, or a number in quotes, is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int, *, least: int) -> None:
     """Raise unless `value` is an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -56,7 +61,7 @@ def check_count(name: str, value: int, *, least: int) -> None:
 
 def check_lam(value: float) -> None:
     """Raise unless lam is in (0, 1], where Theorem 2 of Geng et al. 2021 holds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"lam={value!r} must be in (0, 1]: it weights the new iterate in z <- lam f(z) + (1 - lam) z")
 
 

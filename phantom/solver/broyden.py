@@ -11,7 +11,7 @@ Nonlinear Equations* (1995), section 7.3, derives the same form for the line-sea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,24 +37,20 @@ class Steps:
     gram: Tensor
     usable: Tensor
     count: int = 0
-    _order: list[int] = field(default_factory=list)
 
     @property
-    def order(self) -> list[int]:
-        """Ring positions of the stored steps, oldest first."""
-        return self._order
+    def oldest(self) -> int:
+        """Ring position of the oldest stored step."""
+        size = self.steps.shape[0]
+        return self.count % size if self.count > size else 0
 
     def append(self, step: Tensor, products: Tensor | None) -> None:
-        """Store `step` (B, D); `products` (B, n) are its inner products with the stored steps, oldest first."""
-        size = self.steps.shape[0]
-        position = self.count % size
-        if len(self._order) == size:
-            self._order.pop(0)
-            products = None if products is None else products[:, 1:]
+        """Store `step` (B, D); `products` (B, n) are its inner products with the stored steps, in ring order."""
+        position = self.count % self.steps.shape[0]
         if products is not None:
-            self.gram[:, position, self._order] = products
-            self.gram[:, self._order, position] = products
-        self._order.append(position)
+            n = products.shape[1]
+            self.gram[:, position, :n] = products
+            self.gram[:, :n, position] = products
         self.steps[position] = step
         self.gram[:, position, position] = torch.linalg.vecdot(step, step)
         self.usable[:, position] = True
@@ -92,26 +88,24 @@ class Broyden(Solver):
         if memory.count == 0:
             memory.append(g, None)
             return z + g
-        order, size = memory.order, memory.steps.shape[0]
-        if memory.count <= size:  # the ring has not wrapped: positions are in order, plain views do
-            n = len(order)
-            stored, gram, usable = memory.steps[:n], memory.gram[:, :n, :n], memory.usable[:, :n]
-        else:
-            stored = memory.steps
-            gram, usable = memory.gram[:, order][:, :, order], memory.usable[:, order]
-        a = _products(stored, g)
-        if memory.count > size:
-            a = a[:, order]
+        size, first = memory.steps.shape[0], memory.oldest
+        n, newest = min(memory.count, size), (memory.count - 1) % size
+        stored = memory.steps[:n]
+        # the small arrays are turned to oldest first; a roll, since indexing by a list copies it to the device
+        gram = _roll(memory.gram[:, :n, :n], -first, 1, 2)
+        usable = _roll(memory.usable[:, :n], -first, 1)
+        a = _roll(_products(stored, g), -first, 1)
         c = _coefficients(gram, usable, a)
         # w = H_n g without its last factor: g + sum over l of c_l s_{l+1}
         weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1]), dim=1)
-        w = g + _combine(stored, weights if memory.count <= size else _scatter(weights, order))
+        w = g + _combine(stored, _roll(weights, first, 1))
         scale = 1 - c[:, -1]
         sound = (scale.abs() < MOST) & (scale.abs() > LEAST) & usable[:, -1]
-        memory.usable[:, order[-1]] = sound
+        memory.usable[:, newest] = sound
         scale = torch.where(sound, scale, 1.0)[:, None]
         step = w / scale
-        memory.append(step, (a + torch.linalg.vecdot(gram, weights[:, None, :])) / scale)
+        products = (a + torch.linalg.vecdot(gram, weights[:, None, :])) / scale
+        memory.append(step, _roll(products, first, 1))
         return z + step
 
 
@@ -139,8 +133,5 @@ def _combine(stored: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights[:, None, :], stored.transpose(0, 1))[:, 0, :]
 
 
-def _scatter(weights: Tensor, order: list[int]) -> Tensor:
-    """Return chronological `weights` in ring positions."""
-    positions = torch.empty_like(weights)
-    positions[:, order] = weights
-    return positions
+def _roll(x: Tensor, shift: int, *dims: int) -> Tensor:
+    return x.roll((shift,) * len(dims), dims) if shift else x
