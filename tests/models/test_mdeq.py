@@ -24,7 +24,7 @@ OFFICIAL = {
         init="default",
     ),
 }
-# section 1.8 of the measured official models: parameters by part, and in total
+# the official code, measured: parameters by part, and in total
 COUNTS = {
     "tiny": ([5_928, 0, 104_640, 5_856, 1_296, 7_232, 18_624, 13_400, 2_010], 158_986),
     "large": ([10_208, 1_088, 7_843_200, 784_512, 88_480, 408_660, 1_187_760, 757_680, 16_810], 11_098_398),

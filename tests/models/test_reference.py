@@ -141,6 +141,9 @@ def test_torchdeq_normalises_the_fusion_convolutions_too():
             state[name] = tensor
     load_reference(target, state, "torchdeq")
     torch.testing.assert_close(logits(target), logits(source), rtol=1e-4, atol=1e-5)
+    del state["full_stage.fuse_layers.0.1.net.conv.weight_g"]
+    with pytest.raises(ValueError, match=r"unknown: full_stage\.fuse_layers\.0\.1\.net\.conv\.weight_v"):
+        load_reference(target, state, "torchdeq")
     load_reference(
         target, {n.replace("fullstage", "full_stage"): t for n, t in official_state(source).items()}, "torchdeq"
     )

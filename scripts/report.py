@@ -1,0 +1,86 @@
+"""Render the tables of the paper from committed records, and from nothing else.
+
+    python scripts/report.py            # every table of configs/report into results/<table>.md
+    python scripts/report.py table1
+
+Records lie in results/<experiment>/: one <seed or fold>.json per run at the paper's budget, and <name>@<scale>/ for
+smaller budgets, which a cell shows with its label. A cell is mean ± std (n); a row without a record prints --.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SCALES = ("paper", "gpu", "smoke")
+
+
+def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return (scale, records) of an experiment at the largest budget that has any."""
+    for scale in SCALES:
+        folder = ROOT / "results" / (experiment if scale == "paper" else f"{experiment}@{scale}")
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        if records:
+            return scale, records
+    return "paper", []
+
+
+def cell(values: list[float], std: str) -> str:
+    """Return `mean ± std (n)`; `std` is sample or population."""
+    if not values:
+        return "--"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.2f} (1)"
+    spread = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
+    return f"{mean:.2f} ± {spread:.2f} ({len(values)})"
+
+
+def render(table: dict[str, Any]) -> str:
+    """Return the table as Markdown: the paper's number, ours by the paper's protocol, and the honest one."""
+    metric, split, std = table["metric"], table["split"], table["std"]
+    lines = [
+        f"# {table['title']}",
+        "",
+        f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
+        f"mean ± {std} std (n runs). Smaller budgets are labelled; -- means not run.",
+        "",
+        "| row | paper | best | last | budget | parameters | step ms | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table["rows"]:
+        scale, records = records_of(row["experiment"])
+        best = [record["best"][split][metric] for record in records]
+        last = [record["final"][split][metric] for record in records]
+        steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
+        facts = [
+            f"{scale}, {records[0]['steps']} steps" if records else "--",
+            f"{records[0]['num_parameters']:,}" if records else "--",
+            f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
+            ", ".join(sorted({(record["commit"] or "none")[:8] for record in records})) or "--",
+        ]
+        cells = [row["name"], row["paper"], cell(best, std), cell(last, std), *facts]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> None:
+    """Render the named tables, or all."""
+    known = {path.stem: path for path in sorted((ROOT / "configs" / "report").glob("*.yaml"))}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"error: no table {', '.join(unknown)}; choose from {', '.join(known)}")
+    for name in names or known:
+        text = render(yaml.safe_load(known[name].read_text()))
+        (ROOT / "results" / f"{name}.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
