@@ -5,7 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = (
     "image_classification",
@@ -60,7 +64,7 @@ class Shard:
         begin, end = count * self.rank // self.world, count * (self.rank + 1) // self.world
         micro = min(self.micro, count // self.world)
         cuts = [begin + (end - begin) * i // micro for i in range(micro + 1)]
-        return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(cuts)]
 
 
 class Source(ABC):
@@ -70,8 +74,12 @@ class Source(ABC):
     (seed, epoch, index), so that a run resumed in the middle of an epoch sees exactly what an unbroken one sees.
     """
 
+    kind: ClassVar[str]  # known before any file is read, so that an impossible pair fails first
     spec: Spec
     splits: tuple[str, ...]
+
+    def to(self, device: torch.device) -> None:  # noqa: B027 - doing nothing is the right default
+        """Move what is kept in memory to `device`; sources that read as they go have nothing to move."""
 
     @abstractmethod
     def steps(self, epoch: int) -> int:

@@ -242,6 +242,7 @@ def build_trainer(
     device, rank, world = distributed.start(config["device"])
     shard = Shard(rank=rank, world=world, micro=config["accumulate"])
     source = build_source(config)
+    source.to(device)
     budget = build_budget(config, source.splits)
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     bare = build_model(config, source.spec, deq).to(device)

@@ -1,0 +1,26 @@
+"""Where data lies, and where what was read from it is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "PHANTOM_DATA"
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and decoded copies: `$XDG_CACHE_HOME/phantom`, by default ~/.cache/phantom."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phantom"
+
+
+def data_root(root: str | None, name: str) -> Path:
+    """Return the folder of the set `name`: `root` if given, else $PHANTOM_DATA/<name>, else one in the cache folder."""
+    if root is not None:
+        return Path(root).expanduser()
+    base = os.environ.get(VARIABLE)
+    return Path(base).expanduser() / name if base else cache_folder() / "data" / name
+
+
+def root_hint(name: str) -> str:
+    """Return the sentence that tells how to name the folder of the set `name`."""
+    return f"Name the folder with data.root=<folder>, or set {VARIABLE} to the parent of a folder called {name}"
