@@ -99,7 +99,7 @@ class ImageNet(Source):
             parts = shard.parts(len(batch))
             shares += [[(epoch, int(i)) for i in batch[part.start : part.stop]] for part in parts]
             lengths.append(len(parts))
-        batches = iter(self._loader(self._train, shares))
+        batches = self._batches(self._train, shares)
         for length in lengths:
             yield [next(batches) for _ in range(length)]
 
@@ -108,12 +108,16 @@ class ImageNet(Source):
         mine = self._indices[split][shard.rank :: shard.world].tolist()
         size = self.eval_batch_size
         shares = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
-        yield from self._loader(self._evaluated[split], shares)
+        yield from self._batches(self._evaluated[split], shares)
 
-    def _loader(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> DataLoader:
-        return DataLoader(
-            pictures, batch_sampler=shares, num_workers=self.workers, pin_memory=torch.cuda.is_available()
-        )
+    def _batches(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        try:
+            # a generator of its own: the loader would draw the seeds of its workers from the global one
+            yield from DataLoader(pictures, batch_sampler=shares, generator=torch.Generator(), **options)
+        except DataError as error:
+            # a worker's error arrives with its traceback in the message; the last line is the sentence
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.errors.DataError: ")) from None
 
 
 class Pictures(Dataset):
@@ -133,7 +137,7 @@ class Pictures(Dataset):
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             raise DataError(f"the picture {path} is damaged and cannot be decoded ({error})") from error
         with torch.random.fork_rng(devices=[]):
-            torch.manualseed_of(seed_of(f"augment/{self.seed}/{epoch}/{index}"))
+            torch.manual_seed(seed_of(f"augment/{self.seed}/{epoch}/{index}"))
             return self.transform(picture), label
 
 

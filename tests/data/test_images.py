@@ -1,0 +1,148 @@
+"""In-memory images: order, augmentation, shards and splits are exact functions of (seed, epoch, index)."""
+
+import pytest
+import torch
+
+from data.digits import Digits
+from data.images import PADDING, ImageSet, InMemoryImages, crop_flip
+from data.spec import Shard
+
+SETTINGS = dict(batch_size=8, eval_batch_size=7, augment="none", validation=0, subset=None, test_subset=None, seed=3)
+
+
+class Numbered(InMemoryImages):
+    """Images whose every pixel is their number, so that a batch tells where it came from."""
+
+    num_classes = 2
+    mean = (0.0,)
+    std = (1.0 / 255,)
+
+    def load(self):
+        def numbered(count):
+            images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 1, 6, 6).clone()
+            return ImageSet(images, torch.arange(count) % 2)
+
+        return numbered(45), numbered(20)
+
+
+def make(**changes):
+    return Numbered(**(SETTINGS | changes))
+
+
+def numbers(batch):
+    return batch[0][:, 0, 3, 3].round().long().tolist()
+
+
+def epoch_of(source, *, epoch=0, start=0, shard=Shard()):  # noqa: B008 - a frozen value
+    return list(source.train(epoch=epoch, start=start, shard=shard))
+
+
+def test_an_epoch_visits_every_image_once_and_keeps_the_short_last_batch():
+    steps = epoch_of(make())
+    assert [len(batch[0]) for [batch] in steps] == [8, 8, 8, 8, 8, 5]
+    assert sorted(n for [batch] in steps for n in numbers(batch)) == list(range(45))
+    assert all((torch.tensor(numbers(batch)) % 2 == batch[1]).all() for [batch] in steps)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = [numbers(batch) for [batch] in epoch_of(make())]
+    assert order == [numbers(batch) for [batch] in epoch_of(make())]
+    assert order != [numbers(batch) for [batch] in epoch_of(make(), epoch=1)]
+    assert order != [numbers(batch) for [batch] in epoch_of(make(seed=4))]
+
+
+def test_starting_later_skips_exactly_the_steps_before():
+    source = make(augment="crop_flip")
+    whole, rest = epoch_of(source, epoch=2), epoch_of(source, epoch=2, start=4)
+    assert len(rest) == 2
+    for [a], [b] in zip(whole[4:], rest, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 1), (1, 3), (2, 2)])
+def test_ranks_and_micro_batches_together_are_the_global_batch(world, micro):
+    source = make(augment="crop_flip")
+    ranks = [epoch_of(source, shard=Shard(rank=r, world=world, micro=micro)) for r in range(world)]
+    for step, [whole] in enumerate(epoch_of(source)):
+        parts = [part for rank in ranks for part in rank[step]]
+        assert len(parts) == world * micro
+        assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
+        assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
+
+
+def test_augmentation_of_an_image_does_not_depend_on_its_batch():
+    seen = {}
+    for size in (8, 13):
+        for [batch] in epoch_of(make(augment="crop_flip", batch_size=size)):
+            for image in batch[0]:
+                number = round(float(image.max()))
+                if number:  # image 0 is black like the padding
+                    assert torch.equal(seen.setdefault(number, image), image)
+    assert len(seen) == 44
+
+
+def test_crop_and_flip_against_plain_slicing():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (9, 3, 5, 6), generator=generator, dtype=torch.uint8)
+    shifts = torch.randint(0, 2 * PADDING + 1, (9, 2), generator=generator)
+    flips = torch.rand(9, generator=generator) < 0.5
+    for image, (row, column), flip, got in zip(images, shifts, flips, crop_flip(images, shifts, flips), strict=True):
+        black = torch.zeros(3, 5 + 2 * PADDING, 6 + 2 * PADDING, dtype=torch.uint8)
+        black[:, PADDING:-PADDING, PADDING:-PADDING] = image
+        expected = black[:, row : row + 5, column : column + 6]
+        assert torch.equal(got, expected.flip(2) if flip else expected)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation_sees_every_example_once_over_all_ranks(world):
+    source = make(augment="crop_flip")
+    seen = [n for r in range(world) for b in source.evaluate("test", shard=Shard(r, world)) for n in numbers(b)]
+    assert sorted(seen) == list(range(20))
+
+
+def test_held_out_images_are_disjoint_fixed_and_named():
+    source, other = make(validation=10), make(validation=10, seed=99)
+    held = [n for b in source.evaluate("valid", shard=Shard()) for n in numbers(b)]
+    train = [n for [b] in epoch_of(source) for n in numbers(b)]
+    assert len(held) == 10 and sorted(held + train) == list(range(45))
+    assert held == [n for b in other.evaluate("valid", shard=Shard()) for n in numbers(b)]
+    assert source.splits == ("train", "test", "valid") and source.spec.sizes == {"train": 35, "test": 20, "valid": 10}
+
+
+def test_subsets_are_fixed_and_at_most_what_there_is():
+    source = make(subset=12, test_subset=5)
+    assert source.spec.sizes == {"train": 12, "test": 5}
+    chosen = sorted(n for [b] in epoch_of(source) for n in numbers(b))
+    assert chosen == sorted(n for [b] in epoch_of(make(subset=12, seed=5), epoch=7) for n in numbers(b))
+    assert make(subset=1000).spec.sizes["train"] == 45
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"augment": "cutout"}, "augment='cutout' is not known; choose one of none, crop_flip"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"validation": 45}, "validation=45"),
+    ],
+)
+def test_impossible_settings_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        make(**change)
+    with pytest.raises(ValueError, match="choose one of train, test"):
+        list(make().evaluate("dev", shard=Shard()))
+
+
+def test_a_batch_too_small_for_all_ranks_is_empty_on_every_rank():
+    assert [Shard(r, 4).parts(3) for r in range(4)] == [[], [], [], []]
+    assert [len(Shard(r, 4, 5).parts(9)) for r in range(4)] == [2, 2, 2, 2]
+
+
+def test_digits_are_the_real_set_with_a_fixed_stratified_split():
+    digits = Digits(**(SETTINGS | {"batch_size": 1437, "eval_batch_size": 360}))
+    assert digits.spec.sizes == {"train": 1437, "test": 360}
+    assert digits.spec.inputs == {"in_channels": 1, "num_classes": 10}
+    [[(images, labels)]] = epoch_of(digits)
+    assert images.shape == (1437, 1, 8, 8)
+    assert abs(images.mean()) < 1e-3 and abs(images.std() - 1) < 1e-3
+    [(_, test_labels)] = digits.evaluate("test", shard=Shard())
+    assert (torch.bincount(test_labels) - torch.bincount(labels) / 1437 * 360).abs().max() < 1
