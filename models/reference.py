@@ -11,12 +11,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from models.reference_deq_transformer import DEQ_TRANSFORMER_SOURCES
+from models.reference_ignn import IGNN_SOURCES
 from models.reference_mdeq import MDEQ_SOURCES
 from models.reference_piece import Convert
 
 # model class -> code base -> how its state dict becomes ours
 REFERENCES: dict[str, dict[str, Convert]] = {
     "MDEQ": MDEQ_SOURCES,
+    "DEQTransformer": DEQ_TRANSFORMER_SOURCES,
+    **IGNN_SOURCES,
 }
 
 

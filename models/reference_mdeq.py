@@ -82,14 +82,12 @@ def torchdeq(state: dict[str, Tensor]) -> Iterator[Piece]:
     """
     for official, tensor in state.items():
         name = re.sub(r"^full_stage\.", "fullstage.", official)
-        if ".fuse_layers." in name and name.endswith(".weight_g"):
-            continue
-        if ".fuse_layers." in name and name.endswith(".weight_v"):
+        gain = state.get(official.removesuffix("v") + "g")
+        if ".fuse_layers." in name and name.endswith(".weight_v") and gain is not None:
             name = name.removesuffix("_v")
-            gain = state.get(official.removesuffix("v") + "g")
-            if gain is not None:
-                length = torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True)
-                tensor = tensor * (gain / length)
+            tensor = tensor * (gain / torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True))
+        elif ".fuse_layers." in name and name.endswith(".weight_g"):
+            continue
         yield Piece(official, rename_mdeq(name), tensor)
 
 

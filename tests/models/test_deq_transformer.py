@@ -1,0 +1,367 @@
+"""The DEQ Transformer: parameter counts, the cell against its formula written out, memory, masks, estimators."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.transformer_cell as transformer_cell
+from models.deq_transformer import DEQTransformer
+from models.relative_attention import causal_mask, relative_shift, sinusoids
+from models.transformer_cell import CellMasks, TransformerCell
+from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
+from phantom.diagnostics import cosine
+
+V = 40
+FULL_SIZE = {
+    "d_model": 700,
+    "num_heads": 10,
+    "d_inner": 48_000,
+    "cutoffs": [20_000, 40_000, 200_000],
+    "vocab_size": 267_735,
+}
+
+
+def make(*, dtype=torch.float64, scale: float = 1.0, solver=None, grad=None, **options) -> DEQTransformer:
+    torch.manual_seed(0)
+    arguments = {
+        "vocab_size": V,
+        "d_model": 12,
+        "num_heads": 3,
+        "d_inner": 20,
+        "cutoffs": [10, 25],
+        "div_val": 2,
+        "norm": "post",
+        "preln_residual": "normalised",
+        "mem_len": 6,
+        "eval_mem_len": 6,
+        "window": 1000,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.01,
+    } | options
+    deq = DEQ(solver=solver or Broyden(max_steps=60, tol=1e-12), grad=grad or UPG(k=5, lam=0.8))
+    model = DEQTransformer(**arguments, deq=deq).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("cell.") or name.endswith("bias"):
+                parameter.normal_(0, 0.3 * scale)
+            elif name.endswith("weight_g"):
+                parameter.mul_(0.5 * scale)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.randint(V, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    return both[:, :-1], both[:, 1:]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_parameter_counts_at_full_size(norm):
+    with torch.device("meta"):
+        model = make(dtype=torch.float32, div_val=4, norm=norm, **FULL_SIZE)
+    assert model.parameter_groups_count() == {
+        "embedding_tables": 25_057_350,
+        "input_projections": 649_600,
+        "injection": 1_472_100,
+        "cell_attention": 2_455_600,
+        "cell_ffn": 67_297_400,
+        "output": 490_000 + 267_735 + 2_100 + 3,
+    }
+    assert sum(p.numel() for p in model.parameters()) == 97_691_888
+    assert model.official_parameter_count == 97_851_488
+    assert len(model.state_dict()) == len(list(model.parameters()))  # tied weights are stored once
+
+
+def test_float32_agrees_with_float64_at_full_width():
+    torch.manual_seed(0)
+    cell = TransformerCell(
+        d_model=700,
+        num_heads=10,
+        d_inner=48_000,
+        norm="post",
+        preln_residual="normalised",
+        dropout=0.0,
+        attention_dropout=0.0,
+        window=1000,
+        init_std=0.01,
+    )
+    u, history, z = torch.randn(1, 5, 2100), torch.randn(1, 2, 700), torch.randn(1, 3, 700)
+    positions = sinusoids(5, 700, device="cpu", dtype=torch.float64)
+    with torch.no_grad():
+        single = cell.bind(u, history, positions.float())(z)
+        double = cell.double().bind(u.double(), history.double(), positions)(z.double())
+    assert (single - double).norm() / double.norm() < 1e-5
+
+
+def weight(layer) -> torch.Tensor:
+    return layer.weight_v * layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True)
+
+
+def written_out(cell: TransformerCell, z, u, history, window: int) -> torch.Tensor:
+    """Return F(z; u, history) position by position, with every key and value computed from scratch."""
+    (batch, q, width), m, heads = z.shape, history.shape[1], cell.num_heads
+    a, d = cell.attention, width // cell.num_heads
+    ln = (lambda x: F.layer_norm(x, (width,))) if cell.norm == "pre" else (lambda x: x)
+    qkv = ln(torch.cat([history, z], dim=1)) @ weight(a.qkv).T + u
+    rate = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    attended = torch.zeros(batch, q, width, dtype=z.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            columns = slice(h * d, (h + 1) * d)
+            query, key, value = (qkv[b, :, part * width : (part + 1) * width][:, columns] for part in range(3))
+            for i in range(q):
+                seen = [j for j in range(m + q) if 0 <= i + m - j < window]
+                scores = []
+                for j in seen:
+                    phase = (i + m - j) * rate
+                    r = (weight(a.position) @ torch.cat([phase.sin(), phase.cos()]))[columns]
+                    content = (query[m + i] + a.content_bias[h]) @ key[j]
+                    scores.append((content + (query[m + i] + a.position_bias[h]) @ r) / math.sqrt(d))
+                attended[b, i, columns] = torch.softmax(torch.stack(scores), dim=0) @ value[seen]
+    s = z + attended @ weight(a.out).T + a.out_bias
+
+    def ffn(x):
+        hidden = torch.relu(x @ weight(cell.ffn.inner).T + cell.ffn.inner_bias)
+        return hidden @ weight(cell.ffn.outer).T + cell.ffn.outer_bias
+
+    if cell.norm == "post":
+        s = F.layer_norm(s, (width,))
+        return F.layer_norm(s + ffn(s), (width,))
+    n = F.layer_norm(s, (width,))
+    return (n if cell.preln_residual == "normalised" else s) + ffn(n)
+
+
+@pytest.mark.parametrize("double_backward", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "residual", "m", "window"),
+    [
+        ("post", "normalised", 4, 1000),
+        ("pre", "normalised", 4, 1000),
+        ("pre", "plain", 4, 3),
+        ("post", "normalised", 0, 2),
+    ],
+)
+@torch.no_grad()
+def test_cell_is_its_formula(norm, residual, m, window, double_backward):
+    cell = make(norm=norm, preln_residual=residual, window=window).cell
+    q = 5
+    u = torch.randn(2, m + q, 36, dtype=torch.float64)
+    history, z = torch.randn(2, m, 12, dtype=torch.float64), torch.randn(2, q, 12, dtype=torch.float64)
+    positions = sinusoids(m + q, 12, device="cpu", dtype=torch.float64)
+    f = cell.bind(u, history, positions, double_backward=double_backward)
+    torch.testing.assert_close(f(z), written_out(cell, z, u, history, window), rtol=1e-10, atol=1e-12)
+
+
+def test_fused_and_explicit_attention_agree_with_their_gradients():
+    cell = make().cell
+    u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
+    positions = sinusoids(9, 12, device="cpu", dtype=torch.float64)
+    v = torch.randn(2, 5, 12, dtype=torch.float64)
+    found = []
+    ones = CellMasks(attention=torch.ones(2, 3, 5, 9, dtype=torch.float64))
+    for options in ({}, {"double_backward": True}, {"masks": ones}):
+        z = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        cell.zero_grad()
+        out = cell.bind(u, history, positions, **options)(z)
+        out.backward(v)
+        found.append([out, z.grad, *(p.grad.clone() for p in cell.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_double_backward_and_attention_dropout_leave_the_fused_kernel(monkeypatch):
+    calls = []
+    fused = transformer_cell.fused_attention
+    monkeypatch.setattr(transformer_cell, "fused_attention", lambda *args: calls.append(1) or fused(*args))
+    model = make(attention_dropout=0.1)
+    model(*tokens(2, 5), None)
+    model.eval()
+    assert not calls
+    model(*tokens(2, 5), None)
+    assert calls
+    calls.clear()
+    model.deq.regularizer = JacobianRegularizer()
+    _, (solution,), _ = model(*tokens(2, 5), None)
+    solution.penalty.backward()
+    assert not calls and solution.penalty > 0
+    assert model.cell.ffn.inner.weight_v.grad.abs().sum() > 0
+
+
+def test_jacobian_penalty_gradient_against_finite_differences():
+    model = make(norm="pre", attention_dropout=0.2, dropout=0.1)
+    u, history = torch.randn(1, 5, 36, dtype=torch.float64), torch.randn(1, 2, 12, dtype=torch.float64)
+    positions = sinusoids(5, 12, device="cpu", dtype=torch.float64)
+    z = torch.randn(1, 3, 12, dtype=torch.float64)
+    masks = model.cell._draw(u, 3)
+    parameters = [model.cell.attention.qkv.weight_v, model.cell.ffn.inner.weight_g, model.cell.attention.position_bias]
+
+    def penalty(*_):
+        torch.manual_seed(3)
+        return JacobianRegularizer()(model.cell.bind(u, history, positions, masks=masks, double_backward=True), z)
+
+    assert torch.autograd.gradcheck(penalty, parameters, fast_mode=True)
+
+
+@torch.no_grad()
+def test_chained_segments_equal_one_long_segment():
+    model = make(eval_mem_len=12).eval()
+    words, targets = tokens(3, 12)
+    whole, _, _ = model(words, targets, None)
+    memory, pieces = None, []
+    for begin, end in ((0, 5), (5, 6), (6, 12)):
+        nll, _, memory = model(words[:, begin:end], targets[:, begin:end], memory)
+        pieces.append(nll)
+    # what was read before does not change with what comes after, so freezing it loses nothing
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_no_word_sees_the_future():
+    model = make().eval()
+    words, targets = tokens(2, 8)
+    nll, _, _ = model(words, targets, None)
+    changed = words.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % V
+    other, _, _ = model(changed, targets, None)
+    torch.testing.assert_close(other[:, :5], nll[:, :5], rtol=1e-9, atol=1e-9)
+    assert (other[:, 5:] - nll[:, 5:]).abs().max() > 1e-3
+
+
+def test_memory_grows_to_its_length_without_graph_and_without_hidden_storage():
+    model = make(mem_len=6, eval_mem_len=9)
+    words, targets = tokens(2, 4)
+    memory, lengths = None, []
+    for _ in range(3):
+        _, (solution,), memory = model(words, targets, memory)
+        lengths.append(memory[0].shape[1])
+        assert [part.shape for part in memory] == [(2, lengths[-1], 12), (2, lengths[-1], 36)]
+        assert torch.equal(memory[0][:, -4:], solution.value)
+        assert not any(part.requires_grad for part in memory)
+        assert all(part.untyped_storage().nbytes() == 8 * part.numel() for part in memory)
+    assert lengths == [4, 6, 6]
+    model.eval()
+    assert model(words, targets, memory)[2][0].shape[1] == 9
+    model.eval_mem_len = 0
+    assert model(words, targets, memory)[2][0].shape[1] == 0
+
+
+def test_masks_of_a_solve():
+    model = make(dropout=0.5, attention_dropout=0.5)
+    masks = model._draw(tokens(2, 5)[0])
+    assert [tuple(part.shape) for part in (masks.embedding, masks.positions, masks.output)] == [
+        (2, 1, 12),
+        (1, 12),
+        (2, 5, 1),
+    ]
+    u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
+    cell = model.cell._draw(u, 5)
+    assert [tuple(part.shape) for part in cell] == [(2, 3, 5, 9), (2, 1, 12), (2, 1, 20), (2, 1, 12)]
+    positions = sinusoids(9, 12, device="cpu", dtype=torch.float64)
+    f, g = (model.cell.bind(u, history, positions) for _ in range(2))
+    z = torch.randn(2, 5, 12, dtype=torch.float64)
+    assert torch.equal(f(z), f(z)) and not torch.allclose(f(z), g(z))
+    assert torch.equal(f(z), model.cell.bind(u, history, positions, masks=masks_of(f))(z))
+    model.eval()
+    assert model._draw(tokens(2, 5)[0])[:2] == (None, None)
+    assert set(model.cell._draw(u, 5)) == {None}
+
+
+def masks_of(f) -> CellMasks:
+    attention, ffn = f.keywords["attention"], f.keywords["ffn"]
+    return CellMasks(attention.attend.keywords["mask"], attention.mask, ffn.inner_mask, ffn.mask)
+
+
+def test_a_dropped_position_predicts_from_zeros():
+    model = make(dropout=0.5)
+    words, targets = tokens(2, 6)
+    masks = model._draw(words)
+    nll, _, _ = model(words, targets, None, masks=masks)
+    blind = model.softmax(torch.zeros(2, 6, 12, dtype=torch.float64), targets, model.embedding)
+    dropped = masks.output[:, :, 0] == 0
+    assert dropped.any() and not dropped.all()
+    torch.testing.assert_close(nll[dropped], blind[dropped])
+    assert (nll[~dropped] - blind[~dropped]).abs().min() > 1e-6
+
+
+def gradients(model: DEQTransformer, grad) -> list[torch.Tensor]:
+    model.deq.grad = grad
+    model.zero_grad()
+    memory = model(*tokens(2, 5, seed=1), None)[2]
+    nll, _, _ = model(*tokens(2, 5), tuple(part.clone() for part in memory))
+    nll.mean().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == []
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_estimators_against_backpropagation_through_many_steps(norm):
+    model = make(norm=norm, scale=0.5)
+    exact = gradients(model, BPTT(num_steps=150))
+    implicit = gradients(model, Implicit(solver=Broyden(max_steps=120, tol=1e-12)))
+    for a, b in zip(implicit, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    upg, npg = gradients(model, UPG(k=4, lam=0.8)), gradients(model, NPG(k=4, lam=0.8))
+    for a, b in zip(upg, npg, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert 0.5 < float(cosine(upg, exact)) < 1 - 1e-8
+
+
+def test_training_under_bfloat16_autocast():
+    model = make(dtype=torch.float32, attention_dropout=0.1, solver=Anderson(max_steps=10, tol=None))
+    memory = None
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nll, (solution,), memory = model(*tokens(2, 5), memory)
+        assert nll.dtype == solution.value.dtype == memory[0].dtype == torch.float32
+    nll.mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        model.eval()
+        full, _, _ = model(*tokens(2, 5), None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half, _, _ = model(*tokens(2, 5), None)
+    assert (half - full).abs().max() < 0.2 * full.abs().max()
+
+
+def test_relative_shift_and_mask():
+    scores = torch.arange(12.0).view(3, 4)
+    shifted, hidden = relative_shift(scores), causal_mask(3, 4, window=2, device="cpu", dtype=torch.float32)
+    for i in range(3):
+        for j in range(4):
+            if i + 1 - j >= 0:
+                assert shifted[i, j] == scores[i, j + 2 - i]
+            assert hidden[i, j] == (0.0 if 0 <= i + 1 - j < 2 else -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 10}, "multiple of num_heads=3"),
+        ({"d_model": 9}, "even"),
+        ({"norm": "both"}, "post, pre"),
+        ({"preln_residual": "none"}, "normalised, plain"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"attention_dropout": -0.1}, r"dropout=-0\.1"),
+        ({"mem_len": -1}, "mem_len=-1"),
+        ({"window": 0}, "window=0"),
+        ({"init_std": 0.0}, r"init_std=0\.0"),
+        ({"cutoffs": [10, 50]}, "vocabulary of 40 words"),
+    ],
+)
+def test_impossible_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_shapes_that_do_not_fit():
+    model = make(solver=FixedPoint(max_steps=1, tol=None))
+    words, targets = tokens(2, 5)
+    with pytest.raises(ValueError, match="both be"):
+        model(words, targets[:, :4], None)
+    memory = model(words, targets, None)[2]
+    with pytest.raises(ValueError, match="memory is of 2 streams, tokens are of 1"):
+        model(words[:1], targets[:1], memory)
