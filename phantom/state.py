@@ -61,7 +61,9 @@ class Packing:
     def unpack(self, flat: Tensor) -> State:
         """Return the (B, D) tensor in the form and dtype of `z0` (views where the dtype is the same)."""
         parts = []
-        for piece, shape, last in zip(flat.split(self._sizes, dim=1), self._shapes, self._channels_last, strict=True):
+        # the backward of a split copies, even of one into one
+        pieces = (flat,) if len(self._sizes) == 1 else flat.split(self._sizes, dim=1)
+        for piece, shape, last in zip(pieces, self._shapes, self._channels_last, strict=True):
             if last:
                 piece = piece.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
             else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -56,6 +57,27 @@ def check(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     for name in ("schedule", "clipping", "monitor"):
         build.instantiate(config[name], name)
     return config
+
+
+def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a saved config with key=value items applied; every key must exist in it.
+
+    Raises:
+        ConfigError: an unknown key, or a value that cannot be parsed.
+    """
+    if config["eval_solver"] is None and any(item.startswith("eval_solver.") for item in overrides):
+        config["eval_solver"] = dict(config["solver"])
+    tree = OmegaConf.create(config)
+    OmegaConf.set_struct(tree, True)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
+            valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
+            raise build.ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
+    return OmegaConf.to_container(tree)
 
 
 def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -> None:

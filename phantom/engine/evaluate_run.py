@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from phantom.engine import build, checkpoint, cli, distributed, precision
@@ -36,7 +34,7 @@ def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequ
         raise checkpoint.CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
-    config = change(yaml.safe_load(state["config"]), overrides)
+    config = cli.change(yaml.safe_load(state["config"]), overrides)
     weights = state["model"]
     if state["ema"] is not None:
         averaged = "module."
@@ -73,27 +71,6 @@ def evaluate_official(path: Path, *, source: str, split: str | None, overrides: 
             raise build.ConfigError(f"{path}: {error}") from error
 
     return _evaluate(config, split, load, {"source": source})
-
-
-def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a saved config with key=value items applied; every key must exist in it.
-
-    Raises:
-        ConfigError: an unknown key, or a value that cannot be parsed.
-    """
-    if config["eval_solver"] is None and any(item.startswith("eval_solver.") for item in overrides):
-        config["eval_solver"] = dict(config["solver"])
-    tree = OmegaConf.create(config)
-    OmegaConf.set_struct(tree, True)
-    for item in overrides:
-        key, _, value = item.partition("=")
-        try:
-            OmegaConf.update(tree, key, yaml.safe_load(value))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
-            valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
-            raise build.ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
-    return OmegaConf.to_container(tree)
 
 
 def _evaluate(config: dict[str, Any], split: str | None, load: Any, facts: dict[str, Any]) -> dict[str, Any]:

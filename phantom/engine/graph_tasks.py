@@ -46,7 +46,7 @@ class NodeClassification(Task):
 
 
 class NodeLabelling(Task):
-    """Score (graph, labels (N, L) of zeros and ones) by the binary cross entropy of every label; counts node-label pairs.
+    """Score (graph, labels (N, L) of zeros and ones) by the binary cross entropy of every label; counts pairs of them.
 
     The metric is micro-F1 in percent, 2 tp / (2 tp + fp + fn) with a label predicted where its logit is positive: true
     and false positives add over batches, so it is exact however a split is batched. Where nothing is predicted and

@@ -53,7 +53,7 @@ class Steps:
             self.gram[:, :n, position] = products
         self.steps[position] = step
         self.gram[:, position, position] = torch.linalg.vecdot(step, step)
-        self.usable[:, position] = True
+        self.usable[:, position].fill_(True)  # an assignment would upload the value from the host
         self.count += 1
 
 

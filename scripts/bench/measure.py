@@ -1,0 +1,164 @@
+"""Run variants side by side: trace each once, then time them interleaved, with their floors and peers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phantom.engine.rules import deqs_of
+from scripts.bench import variants as v
+from scripts.bench.instruments import Clock, Tracer
+from scripts.bench.peer_torchdeq import TorchDEQ, has_counterpart
+from scripts.bench.standins import Floor, Traced, Work, replace_deq
+
+PHASES = ("solve", "attach", "backward", "optimizer", "rest")
+
+
+@dataclass
+class Row:
+    """One variant under measurement, and the rows it is compared with.
+
+    Args:
+        role: `ours`, `floor` or `torchdeq`.
+        times: seconds by phase, one entry per timed round.
+    """
+
+    setting: v.Setting
+    variant: v.Variant
+    role: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    times: list[dict[str, float]] = field(default_factory=list)
+    floor: Row | None = None
+    peer: Row | None = None
+
+    def total(self, i: int) -> float:
+        return sum(self.times[i].values())
+
+
+def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock, *, peer: bool) -> list[Row]:
+    """Return a row per setting, each followed by its floor and, where torchdeq has a counterpart, by its peer."""
+    rows: list[Row] = []
+    peers: dict[str, Row] = {}
+    for setting in settings:
+        row = Row(setting, v.make(setting, device), "ours")
+        rows.append(row)
+        score = row.variant.step(_no_phase)  # compiles, too
+        work = v.work_of(row.variant, score)
+        row.facts = facts_of(row.variant, score, work)
+        if not setting.compile:
+            row.facts |= trace(row.variant)
+        for deq in deqs_of(row.variant.model):
+            deq.clock = clock.phase
+        floor = v.make(setting, device)
+        replace_deq(floor.model, lambda deq, work=work: Floor(work, clock.phase))
+        floor.label = f"floor of {setting.label}"
+        row.floor = Row(setting, floor, "floor")
+        rows.append(row.floor)
+        if peer and has_counterpart(row.variant.grad):
+            other = v.for_peer(setting)
+            key = repr((other.config, other.batch, other.size, other.classes))
+            if key not in peers:
+                peers[key] = _peer_row(other, device, clock)
+                rows.append(peers[key])
+            row.peer = peers[key]
+    return rows
+
+
+def _peer_row(setting: v.Setting, device: torch.device, clock: Clock) -> Row:
+    variant = v.make(setting, device)
+    hidden = ("precision=", "compile=", "model.channels")
+    names = [word for word in setting.label.split() if not word.startswith(hidden)]
+    variant.label = " ".join(["torchdeq", *names])
+    replace_deq(variant.model, TorchDEQ)
+    row = Row(setting, variant, "torchdeq", facts=trace(variant))
+    for module in variant.model.modules():
+        if isinstance(module, TorchDEQ):
+            module.clock = clock.phase
+    return row
+
+
+def facts_of(variant: v.Variant, score: Any, work: Sequence[Work]) -> dict[str, Any]:
+    """Return the counts of a finished step and the sizes of what stays allocated between steps."""
+    state = [t for s in variant.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+    parameters = list(variant.model.parameters())
+    return {
+        "evals": sum(w.evals for w in work),
+        "graph_evals": sum(w.graph_evals for w in work),
+        "vjps": sum(w.vjps for w in work),
+        "items": score.tally.count,
+        "residual": statistics.median(torch.cat([s.stats.residual for s in score.solutions]).tolist()),
+        "bytes": {
+            "parameters": _bytes(parameters),
+            "gradients": _bytes(parameters),
+            "optimizer": _bytes(state),
+        },
+    }
+
+
+def trace(variant: v.Variant) -> dict[str, Any]:
+    """Return operators, host synchronisations and evaluations of f by phase, and the peak memory of one step by part.
+
+    Solver history is what the solve phase holds outside of f at its peak, temporaries included; activations are what
+    the attach phase holds.
+    """
+    tracer = Tracer()
+    holders = [m for m in variant.model.modules() for child in m.children() if hasattr(child, "clock")]
+    names = [(m, n) for m in set(holders) for n, child in m.named_children() if hasattr(child, "clock")]
+    kept = []
+    for module, name in names:
+        inner = getattr(module, name)
+        kept.append((module, name, inner, inner.clock))
+        inner.clock = tracer.phase
+        setattr(module, name, Traced(inner, tracer))
+    try:
+        with tracer:
+            variant.step(tracer.phase)
+    finally:
+        for module, name, inner, clock in kept:
+            inner.clock = clock
+            setattr(module, name, inner)
+    inside = {"solve": ("solve", "solve_f")}
+    return {
+        "ops": {phase: sum(tracer.ops[p] for p in inside.get(phase, (phase,))) for phase in PHASES},
+        # those inside f are the cell's own
+        "syncs": {phase: sum(tracer.syncs[p] for p in inside.get(phase, (phase,))) for phase in PHASES},
+        "traced_evals": sum(tracer.evals.values()),
+        "peak_bytes": {
+            "solver": tracer.peak["solve"],
+            "solve_f": tracer.peak["solve_f"],
+            "activations": tracer.peak["attach"],
+            "backward": tracer.peak["backward"],
+            "total": tracer.peak_total,
+        },
+    }
+
+
+def run(rows: Sequence[Row], clock: Clock, *, repeats: int, warmup: int, say: Callable[[str], None]) -> None:
+    """Time all rows in turn, `repeats` rounds after `warmup`; row times of one round belong together."""
+    cuda = rows[0].variant.device.type == "cuda"
+    for i in range(-warmup, repeats):
+        for row in rows:
+            clock.take()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            row.variant.step(clock.phase)
+            seconds = clock.take()
+            if i >= 0:
+                row.times.append(seconds)
+            if cuda:
+                row.facts["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+        say(f"round {i + 1} of {repeats}" if i >= 0 else "warm-up")
+
+
+def _no_phase(name: str) -> Any:
+    return nullcontext()
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,81 @@
+"""The same model through torchdeq, used as its documentation shows: `deq = get_deq(...)`, `z, info = deq(f, z0)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from phantom import DEQ, UPG, Anderson, Broyden, FixedPoint, GradientEstimator, Implicit, Solution, Solver, State, Stats
+from phantom.deq import _no_clock
+from phantom.state import Map, Packing
+
+_SOLVERS = {Broyden: "broyden", Anderson: "anderson", FixedPoint: "fixed_point_iter"}
+# far below any residual: the number of iterations decides, as in a fixed budget
+_NEVER = 1e-30
+
+
+class PeerError(ValueError):
+    """torchdeq is not installed, or has nothing that corresponds to the variant."""
+
+
+class TorchDEQ(nn.Module):
+    """Take the place of a model's `DEQ`: the same f, z0, number of iterations, k and lam, solved by torchdeq.
+
+    torchdeq evaluates f at z0 and once per iteration, as we do: `max_steps` steps are `max_steps` iterations, forward
+    and backward. Its UPG is `grad=k, tau=lam`, its implicit differentiation `ift=True`; it has no Neumann gradient.
+
+    Raises:
+        PeerError: see the class.
+    """
+
+    def __init__(self, deq: DEQ) -> None:
+        super().__init__()
+        try:
+            from torchdeq import get_deq
+        except ImportError as error:
+            raise PeerError(
+                "--peer torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
+                "`pip install --no-deps --target peers torchdeq`, with PYTHONPATH=peers"
+            ) from error
+        self.clock = _no_clock
+        self._deq = get_deq(
+            f_solver=_name(deq.solver),
+            f_max_iter=deq.solver.max_steps,
+            f_tol=_NEVER,
+            b_tol=_NEVER,
+            **_gradient(deq.grad),
+        )
+        self._solve = self._deq.f_solver
+        self._deq.f_solver = self._timed_solve
+
+    def forward(self, f: Map, z0: State) -> Solution:
+        many = isinstance(z0, tuple)
+        with self.clock("attach"):
+            out, _ = self._deq((lambda *z: list(f(z))) if many else f, list(z0) if many else z0)
+        value = tuple(out[-1]) if many else out[-1]
+        return Solution(value=value, z0=z0, z_star=value, stats=Stats.of_no_solve(Packing(z0).pack(z0)))
+
+    def _timed_solve(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock("solve"), torch.no_grad():
+            return self._solve(*args, **kwargs)
+
+
+def has_counterpart(grad: GradientEstimator) -> bool:
+    """Return whether torchdeq offers this gradient."""
+    return isinstance(grad, (UPG, Implicit))
+
+
+def _gradient(grad: GradientEstimator) -> dict[str, Any]:
+    if isinstance(grad, UPG):
+        return {"grad": grad.k, "tau": grad.lam}
+    if isinstance(grad, Implicit):
+        return {"ift": True, "b_solver": _name(grad.solver), "b_max_iter": grad.solver.max_steps}
+    raise PeerError(f"torchdeq has no counterpart of {grad}; it has UPG and implicit differentiation")
+
+
+def _name(solver: Solver) -> str:
+    if type(solver) not in _SOLVERS:
+        raise PeerError(f"torchdeq has no counterpart of {solver}")
+    return _SOLVERS[type(solver)]

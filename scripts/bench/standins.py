@@ -1,0 +1,102 @@
+"""Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from phantom import DEQ, Solution, State, Stats
+from phantom.deq import Clock
+from phantom.state import Map, Packing
+from scripts.bench.instruments import Tracer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one solve and its gradient need of f.
+
+    Args:
+        evals: evaluations without a graph.
+        graph_evals: evaluations with a graph, each followed by its ordinary backward.
+        vjps: vector-Jacobian products of the estimator.
+    """
+
+    evals: int
+    graph_evals: int
+    vjps: int
+
+
+class Floor(nn.Module):
+    """Do the work of a DEQ and nothing else: no solver arithmetic, no packing, no statistics.
+
+    A step of a model with this in place of its DEQ costs n_evals x F without a graph + graph evaluations x (F forward
+    and backward) + vjps + stem and head: what the method costs at least with this cell.
+
+    Args:
+        work: per solve of one forward pass, in order.
+    """
+
+    def __init__(self, work: Iterable[Work], clock: Clock) -> None:
+        super().__init__()
+        self.work = tuple(work)
+        self.clock = clock
+        self._call = 0
+
+    def forward(self, f: Map, z0: State) -> Solution:
+        work = self.work[self._call % len(self.work)]
+        self._call += 1
+        z = z0
+        with self.clock("solve"), torch.no_grad():
+            for _ in range(work.evals):
+                z = f(z)
+        with self.clock("attach"):
+            parts = z if isinstance(z, tuple) else (z,)
+            # the adjoint family differentiates f to its input even where nothing below it asks for that
+            start = tuple(part.detach().requires_grad_(work.vjps > 0) for part in parts)
+            value = start if isinstance(z, tuple) else start[0]
+            for _ in range(work.graph_evals):
+                value = f(value)
+        with self.clock("backward"):
+            outputs = value if isinstance(value, tuple) else (value,)
+            u = tuple(part.detach() for part in outputs)
+            for _ in range(work.vjps):
+                u = torch.autograd.grad(outputs, start, u, retain_graph=True)
+        return Solution(value=value, z0=z0, z_star=z, stats=Stats.of_no_solve(Packing(z0).pack(z0)))
+
+
+class Traced(nn.Module):
+    """Hand f to the DEQ with every evaluation marked for a tracer."""
+
+    def __init__(self, inner: nn.Module, tracer: Tracer) -> None:
+        super().__init__()
+        self.inner = inner
+        self._tracer = tracer
+
+    def forward(self, f: Map, z0: State) -> Solution:
+        def marked(z: State) -> State:
+            with self._tracer.evaluation():
+                return f(z)
+
+        return self.inner(marked, z0)
+
+
+def replace_deq(model: nn.Module, make: Callable[[DEQ], nn.Module]) -> None:
+    """Put `make(deq)` in the place of every DEQ of the model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    children = [(parent, *item) for parent in model.modules() for item in parent.named_children()]
+    found = [(parent, name) for parent, name, child in children if isinstance(child, DEQ)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no DEQ to replace")
+    for parent, name in found:
+        setattr(parent, name, make(getattr(parent, name)))
+
+
+def flat_size(solution: Solution) -> Tensor:
+    """Return the state of a solve as the (B, D) tensor that solvers see."""
+    return Packing(solution.z0).pack(solution.z0)

@@ -1,0 +1,174 @@
+"""From a command line to training steps: composing configs, synthetic batches, and one `Variant` per combination."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import hydra
+import torch
+from torch import Tensor, nn
+
+from data.spec import Spec
+from phantom import BPTT, UPG, GradientEstimator
+from phantom.engine import build, cli
+from phantom.engine.precision import autocast
+from phantom.engine.task import Score
+from scripts.bench.standins import Work
+
+# keys of the benchmark itself; all others are those of train.py
+OWN = {"batch": "32", "size": "32", "classes": "10", "compile": "false"}
+# a fixed budget, unless the command line says otherwise: equal work is what can be compared
+FIXED = ("solver.tol", "adjoint_solver.tol")
+# training moves the weights, and a benchmark wants every step alike
+RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination of a sweep: config, and the keys of the benchmark.
+
+    Args:
+        label: what tells it from the others.
+    """
+
+    label: str
+    config: dict[str, Any]
+    batch: int
+    size: int
+    classes: int
+    compile: bool
+
+
+@dataclass
+class Variant:
+    """A model with its optimiser and its batch, ready to step."""
+
+    label: str
+    model: nn.Module
+    grad: GradientEstimator
+    precision: str
+    device: torch.device
+    batch: Any
+    score: Callable[[nn.Module, Any, Any], Score]
+    optimizer: torch.optim.Optimizer
+
+    def step(self, phase: Callable[[str], Any]) -> Score:
+        """Take one training step, its phases marked by `phase`."""
+        with phase("rest"):
+            with autocast(self.precision, self.device):
+                score = self.score(self.model, self.batch, None)
+            loss = score.tally.loss_sum / score.tally.count
+            with phase("backward"):
+                loss.backward()
+            with phase("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return score
+
+    def graph_evals(self) -> int:
+        """Return how often f is evaluated with a graph, per solve."""
+        return self.grad.k if isinstance(self.grad, UPG) else self.grad.num_steps if isinstance(self.grad, BPTT) else 1
+
+
+def settings(arguments: Sequence[str]) -> list[Setting]:
+    """Return one setting per combination of the sweep; `k` and `lam` vary only where the estimator has them.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+    jobs = [dict(item.split("=", 1) for item in job) for job in cli.expand(arguments)]
+    varying = [key for key in jobs[0] if len({job[key] for job in jobs}) > 1]
+    found: dict[str, Setting] = {}
+    for job in jobs:
+        own = {key: job.get(key, default) for key, default in OWN.items()}
+        overrides = {key.lstrip("+"): value for key, value in job.items() if key not in OWN}
+        uses = compose({key: value for key, value in overrides.items() if key not in build.ESTIMATOR_KEYS})
+        overrides = {key: value for key, value in overrides.items() if key not in build.ESTIMATOR_KEYS or key in uses}
+        config = compose(overrides)
+        names = [config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
+        names += [f"{key}={config[key]}" for key in ("k",) if key in config]
+        kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
+        label = " ".join(names + [f"{key}={job[key]}" for key in kept])
+        numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
+        compiled = _flag("compile", own["compile"])
+        found.setdefault(label, Setting(label=label, config=config, compile=compiled, **numbers))
+    return list(found.values())
+
+
+def compose(overrides: dict[str, str]) -> dict[str, Any]:
+    """Return the resolved config of train.py without data, with a fixed budget unless `overrides` say otherwise."""
+    fixed = [f"{key}=null" for key in FIXED if key not in overrides]
+    items = [*(f"{key}={value}" for key, value in overrides.items()), *fixed, "~data"]
+    with hydra.initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        try:
+            cfg = hydra.compose("train", overrides=items)
+        except Exception as error:
+            raise build.ConfigError(" ".join(str(error).split())) from error
+    return build.resolve(cfg)
+
+
+def make(setting: Setting, device: torch.device) -> Variant:
+    """Build the variant: the same initial weights and the same batch for every setting of the same shape."""
+    config = setting.config
+    kind = config["model"].get("_target_") and build._locate(config["model"]["_target_"]).kinds[0]
+    inputs, batch = make_batch(kind, setting)
+    spec = Spec(kind=kind, inputs=inputs, sizes={})
+    deq = build.build_deq(config)
+    torch.manual_seed(config["seed"])
+    model = build.build_model(config, spec, deq).to(device)
+    if setting.compile:
+        model.cell.compile(fullgraph=True, dynamic=False)
+    optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    return Variant(
+        label=setting.label,
+        model=model,
+        grad=deq.grad,
+        precision=config["precision"],
+        device=device,
+        batch=tuple(part.to(device) for part in batch),
+        score=build.build_task(kind).score,
+        optimizer=optimizer,
+    )
+
+
+def make_batch(kind: str, setting: Setting) -> tuple[dict[str, int], tuple[Tensor, ...]]:
+    """Return (the model's numbers of the data, a random batch) for a kind of task."""
+    generator = torch.Generator().manual_seed(0)
+    batch, size, classes = setting.batch, setting.size, setting.classes
+    if kind == "image_classification":
+        images = torch.randn(batch, 3, size, size, generator=generator)
+        labels = torch.randint(classes, (batch,), generator=generator)
+        return {"in_channels": 3, "num_classes": classes}, (images, labels)
+    raise build.ConfigError(f"the benchmark has no synthetic batch for {kind}; it has image_classification")
+
+
+def for_peer(setting: Setting) -> Setting:
+    """Return the setting as a user of another library would run it: eager float32 in PyTorch's own memory format."""
+    config = copy.deepcopy(setting.config)
+    if "channels_last" in config["model"]:
+        config["model"]["channels_last"] = False
+    config["precision"] = "fp32"
+    return replace(setting, config=config, compile=False)
+
+
+def work_of(variant: Variant, score: Score) -> list[Work]:
+    """Return what each solve of a finished step (backward included) needed of f."""
+    graph = variant.graph_evals()
+    return [Work(s.stats.num_evals - graph, graph, s.stats.num_vjps) for s in score.solutions]
+
+
+def _count(key: str, value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise build.ConfigError(f"{key}={value} must be an integer >= 1")
+    return int(value)
+
+
+def _flag(key: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise build.ConfigError(f"{key}={value} must be true or false")
+    return value.lower() == "true"

@@ -1,0 +1,143 @@
+"""Diagnostics against dense linear algebra and numpy."""
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from phantom.diagnostics import cosine, dense_jacobian, exact_adjoint, norm_ratio, spectral_radius
+from tests.phantom.problems import DTYPE, randn, rotation, with_radius
+
+DENSE = 1e-10  # against dense linear algebra
+KRYLOV = 1e-3  # of an Arnoldi estimate with far fewer steps than unknowns
+
+
+def linear(jacobian: Tensor):
+    """Return the map of (B, D) states with the given (B, D, D) or (D, D) Jacobians."""
+    return lambda z: torch.einsum("...ij,...j->...i", jacobian, z)
+
+
+# ---- spectral radius
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, torch.pi / 2, 3.0])
+def test_radius_of_a_rotation(angle):
+    """A Rayleigh quotient gives 0.9 cos(angle); a quarter turn would look like zero."""
+    radius = spectral_radius(linear(rotation(angle, 0.9)), torch.zeros(1, 2, dtype=DTYPE))
+    torch.testing.assert_close(radius, torch.full((1,), 0.9, dtype=DTYPE), rtol=DENSE, atol=0)
+
+
+@pytest.mark.parametrize("lam", [0.3, 0.7, 1.0])
+def test_radius_of_the_damped_map(lam):
+    jacobian = torch.stack([with_radius(radius, 9, seed=seed) for seed, radius in ((1, 0.4), (2, 0.9), (3, 1.7))])
+    expected = torch.linalg.eigvals(lam * jacobian + (1 - lam) * torch.eye(9, dtype=DTYPE)).abs().amax(dim=1)
+    measured = spectral_radius(linear(jacobian), torch.zeros(3, 9, dtype=DTYPE), lam=lam)
+    torch.testing.assert_close(measured, expected, rtol=DENSE, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_radius_of_a_large_nonsymmetric_map(seed):
+    """200 unknowns, 120 vjps; the eigenvalues of a random matrix fill a disc, the hardest case for Arnoldi."""
+    jacobian = with_radius(0.95, 200, seed=seed)
+    measured = spectral_radius(linear(jacobian), torch.zeros(1, 200, dtype=DTYPE), num_steps=120)
+    assert measured.item() == pytest.approx(0.95, rel=KRYLOV)
+    v = randn(200, seed=seed + 50)
+    assert abs(v @ jacobian @ v / v.dot(v)) < 0.5, "a Rayleigh quotient must be wrong here, or this shows nothing"
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_radius_when_the_krylov_space_closes_early(lam):
+    """J = -0.5 I closes after one step: what is left of the small matrix must not count as an eigenvalue."""
+    measured = spectral_radius(lambda z: -0.5 * z, torch.zeros(2, 7, dtype=DTYPE), lam=lam)
+    torch.testing.assert_close(measured, torch.full((2,), abs(1 - 1.5 * lam), dtype=DTYPE), rtol=DENSE, atol=0)
+    low_rank = randn(8, 2, seed=1) @ randn(2, 8, seed=2) / 10
+    expected = torch.linalg.eigvals(lam * low_rank + (1 - lam) * torch.eye(8, dtype=DTYPE)).abs().amax()
+    measured = spectral_radius(linear(low_rank), torch.zeros(1, 8, dtype=DTYPE), lam=lam)
+    torch.testing.assert_close(measured[0], expected, rtol=1e-8, atol=0)
+
+
+def test_radius_is_measured_at_z_and_under_no_grad():
+    weight = with_radius(0.9, 6, seed=4)
+    z = randn(3, 6, seed=5)
+    jacobian = (1 - torch.tanh(z @ weight.T) ** 2)[:, :, None] * weight
+    with torch.no_grad():
+        measured = spectral_radius(lambda z: torch.tanh(z @ weight.T), z)
+    torch.testing.assert_close(measured, torch.linalg.eigvals(jacobian).abs().amax(dim=1), rtol=DENSE, atol=0)
+    assert not measured.requires_grad
+
+
+def test_radius_of_a_tuple_state_in_float32():
+    jacobian = with_radius(0.8, 6, seed=6).float()
+
+    def f(z: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return tuple((torch.cat(z, dim=1) @ jacobian.T).split([2, 4], dim=1))
+
+    measured = spectral_radius(f, (torch.zeros(2, 2), torch.zeros(2, 4)))
+    torch.testing.assert_close(measured, torch.full((2,), 0.8), rtol=1e-4, atol=0)
+
+
+def test_radius_leaves_the_random_state_alone():
+    state = torch.get_rng_state()
+    spectral_radius(lambda z: 0.5 * z, torch.zeros(2, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- Jacobians and adjoints
+
+
+def test_dense_jacobian_has_outputs_as_rows():
+    weight, z = randn(5, 5, seed=7), randn(3, 5, seed=8)
+    jacobian = dense_jacobian(lambda z: torch.tanh(z @ weight.T), z)
+    for i in range(3):
+        expected = torch.autograd.functional.jacobian(lambda z: torch.tanh(weight @ z), z[i])
+        torch.testing.assert_close(jacobian[i], expected, rtol=DENSE, atol=1e-14)
+    step = 1e-6 * randn(3, 5, seed=9)
+    change = torch.tanh((z + step) @ weight.T) - torch.tanh((z - step) @ weight.T)
+    torch.testing.assert_close(torch.einsum("bij,bj->bi", jacobian, 2 * step), change, rtol=1e-6, atol=1e-14)
+
+
+def test_dense_jacobian_couples_the_parts_of_a_tuple():
+    weight = randn(6, 6, seed=10)
+
+    def f(z: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out = torch.cat((z[0].flatten(1), z[1]), dim=1) @ weight.T
+        return out[:, :4].reshape(-1, 1, 2, 2), out[:, 4:]
+
+    jacobian = dense_jacobian(f, (torch.zeros(2, 1, 2, 2, dtype=DTYPE), torch.zeros(2, 2, dtype=DTYPE)))
+    torch.testing.assert_close(jacobian, weight.expand(2, 6, 6), rtol=DENSE, atol=0)
+
+
+def test_exact_adjoint_solves_its_equation():
+    jacobian, g = torch.stack([with_radius(0.9, 6, seed=seed) for seed in (11, 12)]), randn(2, 6, seed=13)
+    u = exact_adjoint(jacobian, g)
+    for i in range(2):
+        torch.testing.assert_close(jacobian[i].T @ u[i] + g[i], u[i], rtol=DENSE, atol=DENSE)
+        series, term = torch.zeros(6, dtype=DTYPE), g[i]
+        for _ in range(600):
+            series, term = series + term, jacobian[i].T @ term
+        torch.testing.assert_close(u[i], series, rtol=1e-8, atol=1e-8)
+
+
+# ---- gradients as one vector
+
+
+def test_cosine_and_norm_ratio_are_those_of_numpy():
+    estimate = [randn(3, 4, seed=14), randn(5, seed=15)]
+    exact = [a + 0.5 * randn(*a.shape, seed=16 + i) for i, a in enumerate(estimate)]
+    a, b = (numpy.concatenate([t.numpy().ravel() for t in tensors]) for tensors in (estimate, exact))
+    expected = a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b)
+    assert cosine(estimate, exact).item() == pytest.approx(expected, rel=1e-12)
+    ratio = norm_ratio(estimate, exact).item()
+    assert ratio == pytest.approx(numpy.linalg.norm(a) / numpy.linalg.norm(b), rel=1e-12)
+    assert cosine([-2 * t for t in exact], exact).item() == pytest.approx(-1)
+    assert norm_ratio([-2 * t for t in exact], exact).item() == pytest.approx(2)
+
+
+def test_small_float32_gradients_do_not_underflow():
+    tiny = [torch.full((4,), 1e-25)]
+    assert cosine(tiny, tiny).item() == pytest.approx(1) and norm_ratio(tiny, tiny).item() == pytest.approx(1)
+
+
+def test_gradients_must_match():
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        cosine([torch.ones(2), torch.ones(2)], [torch.ones(2)])

@@ -1,0 +1,110 @@
+"""The Jacobian regulariser against dense Jacobians and finite differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phantom import DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, fixed_point
+from phantom.diagnostics import dense_jacobian
+from tests.phantom.problems import DTYPE, randn, with_radius
+
+PROBES = 4000
+SPREAD = 0.05  # about three standard deviations of a mean over that many probes
+DIFFERENCES = 1e-7  # of central differences in float64
+
+
+@pytest.fixture
+def leaves() -> list[Tensor]:
+    return [with_radius(0.8, 4, seed=1).requires_grad_(), randn(3, 4, seed=2).requires_grad_()]
+
+
+def bind(weight: Tensor, x: Tensor):
+    return lambda z: torch.tanh(z @ weight.mT + x)
+
+
+def test_the_mean_is_the_frobenius_norm(leaves):
+    z = randn(3, 4, seed=3)
+    expected = dense_jacobian(bind(*leaves), z).square().sum() / z.numel()
+    torch.manual_seed(0)
+    penalty = JacobianRegularizer(num_probes=PROBES)(bind(*leaves), z)
+    assert penalty.shape == ()
+    assert penalty.item() == pytest.approx(expected.item(), rel=SPREAD)
+
+
+def test_the_value_is_that_of_its_probes(leaves):
+    z = randn(3, 4, seed=3)
+    jacobian = dense_jacobian(bind(*leaves), z)
+    torch.manual_seed(5)
+    penalty = JacobianRegularizer(num_probes=2)(bind(*leaves), z)
+    torch.manual_seed(5)
+    probes = [torch.randn_like(z) for _ in range(2)]
+    expected = sum(torch.einsum("bij,bi->bj", jacobian, v).square().sum() for v in probes) / (2 * z.numel())
+    torch.testing.assert_close(penalty, expected, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_is_that_of_finite_differences(leaves):
+    z = randn(3, 4, seed=3).requires_grad_()
+
+    def penalty() -> Tensor:
+        torch.manual_seed(5)
+        return JacobianRegularizer(num_probes=3)(bind(*leaves), z)
+
+    gradients = torch.autograd.grad(penalty(), [*leaves, z], allow_unused=True)
+    assert gradients[2] is None, "the state is a constant of the penalty"
+    for leaf, gradient in zip(leaves, gradients, strict=False):
+        assert (gradient != 0).all()
+        direction = randn(*leaf.shape, seed=6)
+        ends = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                leaf.add_(direction, alpha=step)
+            ends.append(penalty().detach())
+            with torch.no_grad():
+                leaf.sub_(direction, alpha=step)
+        difference = (ends[0] - ends[1]) / 2e-5
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=DIFFERENCES, atol=DIFFERENCES)
+
+
+@pytest.mark.parametrize(
+    "grad", [UPG(k=3, lam=0.5), NPG(k=3, lam=0.5), Implicit(solver=FixedPoint(max_steps=9, tol=None))]
+)
+def test_the_penalty_leaves_by_the_solution(leaves, grad):
+    """It is taken at z_star, joins any loss, and is absent without grad or without a regulariser."""
+    solver, z0 = Broyden(max_steps=30, tol=1e-12), torch.zeros(3, 4, dtype=DTYPE)
+    deq = DEQ(solver=solver, grad=grad, regularizer=JacobianRegularizer())
+    torch.manual_seed(7)
+    solution = deq(bind(*leaves), z0)
+    torch.manual_seed(7)
+    expected = JacobianRegularizer()(bind(*leaves), solution.z_star)
+    torch.testing.assert_close(solution.penalty, expected, rtol=1e-12, atol=0)
+    alone = torch.autograd.grad(solution.value.sum(), leaves, retain_graph=True)
+    extra = torch.autograd.grad(expected, leaves)
+    both = torch.autograd.grad(solution.value.sum() + 0.1 * solution.penalty, leaves)
+    for total, a, b in zip(both, alone, extra, strict=True):
+        torch.testing.assert_close(total, a + 0.1 * b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert deq(bind(*leaves), z0).penalty is None
+    assert fixed_point(bind(*leaves), z0, solver=solver, grad=grad).penalty is None
+
+
+def test_a_tuple_state_and_autocast():
+    weight = (0.3 * randn(6, 6, seed=8)).float().requires_grad_()
+
+    def f(z: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out = torch.tanh(F.linear(torch.cat((z[0].flatten(1), z[1]), dim=1), weight))
+        return out[:, :4].reshape(-1, 1, 2, 2), out[:, 4:]
+
+    z = (torch.zeros(2, 1, 2, 2), torch.zeros(2, 2))
+    expected = weight.detach().square().sum() / 6  # the slope of tanh at zero is one
+    for enabled in (False, True):
+        torch.manual_seed(9)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            penalty = JacobianRegularizer(num_probes=600)(f, z)
+        assert penalty.dtype == torch.float32 and penalty.item() == pytest.approx(expected.item(), rel=0.1)
+        assert torch.autograd.grad(penalty, weight)[0].abs().sum() > 0
+
+
+def test_impossible_settings():
+    with pytest.raises(ValueError, match="num_probes=0"):
+        JacobianRegularizer(num_probes=0)

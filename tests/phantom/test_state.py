@@ -1,0 +1,107 @@
+"""The two forms of a state: packing is exact, keeps the layout, and names what does not fit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from phantom import UPG, FixedPoint, fixed_point
+from phantom.state import Packing
+
+PARTS = (torch.arange(24.0).reshape(2, 3, 2, 2), torch.arange(10.0).reshape(2, 5), torch.tensor([7.0, 8.0]))
+
+
+@pytest.mark.parametrize("z", [PARTS[0], PARTS[1], PARTS[2], PARTS, PARTS[:1]], ids=["4d", "2d", "1d", "tuple", "one"])
+def test_packing_is_reversible(z):
+    packing = Packing(z)
+    flat = packing.pack(z)
+    assert flat.shape == (2, sum(part[0].numel() for part in (z if isinstance(z, tuple) else (z,))))
+    back = packing.unpack(flat)
+    assert type(back) is type(z)
+    for a, b in zip(back, z, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_are_problems():
+    flat = Packing(PARTS).pack(PARTS)
+    for i in range(2):
+        assert torch.equal(flat[i], torch.cat([part[i].flatten() for part in PARTS]))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_channels_last_is_kept_without_a_copy(alone):
+    part = torch.randn(3, 4, 5, 2).contiguous(memory_format=torch.channels_last)
+    z = part if alone else (part, torch.randn(3, 6))
+    packing = Packing(z)
+    flat = packing.pack(z)
+    back = packing.unpack(flat)
+    first = back if alone else back[0]
+    assert torch.equal(first, part)
+    assert first[0].stride() == part[0].stride()
+    assert first.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr(), "unpacking is a view"
+    if alone:
+        assert flat.data_ptr() == part.data_ptr(), "packing is a view"
+    # what was unpacked packs in the same layout again: a solution may be the next guess
+    assert torch.equal(Packing(back).pack(back), flat)
+    # f may answer in another layout than it was asked in
+    other = part.contiguous() if alone else (part.contiguous(), z[1])
+    assert torch.equal(packing.pack(other), flat)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "solver_dtype"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_solver_precision(dtype, solver_dtype):
+    z = torch.ones(2, 3, dtype=dtype)
+    packing = Packing(z)
+    assert packing.pack(z).dtype == solver_dtype and packing.unpack(packing.pack(z)).dtype == dtype
+
+
+def test_packing_carries_the_graph():
+    z = tuple(part.clone().requires_grad_() for part in PARTS)
+    packing = Packing(z)
+    weights = torch.arange(36.0).reshape(2, 18)
+    gradients = torch.autograd.grad(packing.pack(packing.unpack(packing.pack(z))), z, weights)
+    for gradient, expected in zip(gradients, packing.unpack(weights), strict=True):
+        assert torch.equal(gradient, expected)
+
+
+def test_an_empty_batch_is_solved():
+    solution = fixed_point(
+        lambda z: 0.5 * z, torch.zeros(0, 4), solver=FixedPoint(max_steps=3, tol=None), grad=UPG(k=1, lam=0.5)
+    )
+    assert solution.value.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("z0", "error", "message"),
+    [
+        ([torch.zeros(2, 3)], TypeError, "got a list of (a tensor (2, 3) of torch.float32)"),
+        (torch.zeros(2, 3, dtype=torch.long), TypeError, "got a tensor (2, 3) of torch.int64"),
+        (None, TypeError, "got NoneType"),
+        ((), TypeError, "non-empty tuple"),
+        (torch.zeros(()), ValueError, "leading axis B, got shapes [()]"),
+        ((torch.zeros(2, 3), torch.zeros(3, 3)), ValueError, "got shapes [(2, 3), (3, 3)]"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3).double()), ValueError, "share dtype and device"),
+    ],
+)
+def test_a_guess_that_is_no_state(z0, error, message):
+    with pytest.raises(error) as caught:
+        Packing(z0)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("f", "z0", "message"),
+    [
+        (lambda z: z[:, :2], torch.zeros(2, 3), "a tensor (2, 3), got a tensor (2, 2)"),
+        (lambda z: (z,), torch.zeros(2, 3), "a tensor (2, 3), got a tuple of (a tensor (2, 3)"),
+        (lambda z: list(z), (torch.zeros(2, 3),), "a tuple of tensors (2, 3), got a list of"),
+        (lambda z: None, torch.zeros(2, 3), "got NoneType"),
+        (lambda z: z[::-1], (torch.zeros(2, 3), torch.zeros(2, 4)), "(2, 3), (2, 4), got a tuple of (a tensor (2, 4)"),
+    ],
+)
+def test_a_map_that_returns_another_form(f, z0: Tensor, message):
+    with pytest.raises(ValueError) as caught:
+        fixed_point(f, z0, solver=FixedPoint(max_steps=1, tol=None), grad=UPG(k=1, lam=0.5))
+    assert "f must return the form of z0" in str(caught.value) and message in str(caught.value)
