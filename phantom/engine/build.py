@@ -81,7 +81,8 @@ def instantiate(config: Any, field: str, **extra: Any) -> Any:
         raise ConfigError(f"{field}: {str(error).splitlines()[0]}") from error
 
 
-def _locate(target: str) -> Any:
+def locate(target: str) -> Any:
+    """Return the class of a `_target_`."""
     try:
         return hydra.utils.get_class(target)
     except (ImportError, ValueError) as error:
@@ -105,7 +106,7 @@ def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """
     model = config["model"]
     if "_target_" in model:
-        kinds = _locate(model["_target_"]).kinds
+        kinds = locate(model["_target_"]).kinds
         if kind in kinds:
             return model
     else:
@@ -127,11 +128,11 @@ def check_pair(config: dict[str, Any]) -> str:
 
 
 def _kind_of_data(leaf: dict[str, Any]) -> str:
-    return _locate(leaf["_target_"]).kind
+    return locate(leaf["_target_"]).kind
 
 
 def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
-    return _locate(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
+    return locate(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
 
 
 def _fitting(group: str, fits: Any) -> str:
@@ -182,7 +183,7 @@ def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:
 
 def build_task(kind: str) -> Task:
     """Return the task that scores data of this kind."""
-    return _locate(TASKS[kind])()
+    return locate(TASKS[kind])()
 
 
 def build_source(config: dict[str, Any]) -> Source:

@@ -36,7 +36,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             cfg = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise build.ConfigError(_explain(error, overrides)) from error
-    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    choices = _choices(cfg.hydra.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     del cfg.hydra
     return check(cfg, overrides), choices
@@ -88,7 +88,7 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
     def main(cfg: DictConfig) -> None:
         overrides = list(HydraConfig.get().overrides.task)
-        choices = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+        choices = _choices(HydraConfig.get().runtime.choices)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
         cfg.pop("hydra", None)
         try:
@@ -132,6 +132,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         for item in parsed
     ]
     return [list(job) for job in itertools.product(*options)]
+
+
+def _choices(choices: DictConfig) -> dict[str, Any]:
+    """Return the chosen leaf of every group of ours; Hydra's own groups say nothing about a run."""
+    return {group: leaf for group, leaf in sorted(choices.items()) if not group.startswith("hydra/")}
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def compose(overrides: dict[str, str]) -> dict[str, Any]:
 def make(setting: Setting, device: torch.device) -> Variant:
     """Build the variant: the same initial weights and the same batch for every setting of the same shape."""
     config = setting.config
-    kind = config["model"].get("_target_") and build._locate(config["model"]["_target_"]).kinds[0]
+    kind = config["model"].get("_target_") and build.locate(config["model"]["_target_"]).kinds[0]
     inputs, batch = make_batch(kind, setting)
     spec = Spec(kind=kind, inputs=inputs, sizes={})
     deq = build.build_deq(config)
