@@ -47,9 +47,10 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z, torch.where(residual.isfinite(), residual, torch.inf)
-    # a start at the fixed point itself gives no scale to grow from
-    limit = torch.where(length > 0, length * DIVERGENCE, torch.inf)
-    active = length.isfinite()
+    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
+    largest = torch.finfo(length.dtype).max
+    limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
+    active = length <= limit
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
         active &= ~(best_residual < solver.tol)
@@ -71,7 +72,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         better = residual < best_residual if not stops_early else (residual < best_residual) & active
         best = _pick(better, z, best)
         best_residual = torch.where(better, residual, best_residual)
-        active &= length.isfinite() & (length <= limit)
+        active &= length <= limit
         if stops_early:
             active &= ~(best_residual < solver.tol)
     tol = 0.0 if solver.tol is None else solver.tol

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from data.spec import Spec
 from phantom import BPTT, UPG, GradientEstimator
-from phantom.engine import build, cli
-from phantom.engine.precision import autocast
+from phantom.deq import _no_clock
+from phantom.engine import build, cli, precision
+from phantom.engine.cuda_graph import EAGER, StepGraphs
+from phantom.engine.rules import deqs_of
 from phantom.engine.task import Score
 from scripts.bench.standins import Work
 
 # keys of the benchmark itself; all others are those of train.py
-OWN = {"batch": "32", "size": "32", "classes": "10", "compile": "false"}
+OWN = {"batch": "32", "size": "32", "classes": "10"}
 # a fixed budget, unless the command line says otherwise: equal work is what can be compared
 FIXED = ("solver.tol", "adjoint_solver.tol")
 # training moves the weights, and a benchmark wants every step alike
@@ -39,7 +41,6 @@ class Setting:
     batch: int
     size: int
     classes: int
-    compile: bool
 
 
 @dataclass
@@ -54,19 +55,38 @@ class Variant:
     batch: Any
     score: Callable[[nn.Module, Any, Any], Score]
     optimizer: torch.optim.Optimizer
+    graphs: StepGraphs | None = None
+    phase: Callable[[str], Any] = _no_clock
 
     def step(self, phase: Callable[[str], Any]) -> Score:
         """Take one training step, its phases marked by `phase`."""
+        self.phase = phase
+        precision.set_up(self.precision, deterministic=False)
         with phase("rest"):
-            with autocast(self.precision, self.device):
-                score = self.score(self.model, self.batch, None)
-            loss = score.tally.loss_sum / score.tally.count
-            with phase("backward"):
-                loss.backward()
+            score = (self.graphs or self._forward_backward)(self.batch)
             with phase("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return score
+
+    def replay(self, clock: Any) -> None:
+        """Capture forward and backward as a CUDA graph, and replay it from now on."""
+        self.graphs = StepGraphs(
+            self._forward_backward,
+            deqs=deqs_of(self.model),
+            parameters=list(self.model.parameters()),
+            timer=clock,
+        )
+        for _ in range(EAGER + 1):
+            self.step(clock.phase)
+
+    def _forward_backward(self, batch: Any) -> Score:
+        with precision.autocast(self.precision, self.device):
+            score = self.score(self.model, batch, None)
+        loss = score.tally.loss_sum / score.tally.count
+        with self.phase("backward"):
+            loss.backward()
+        return score._replace(tally=score.tally.detach())
 
     def graph_evals(self) -> int:
         """Return how often f is evaluated with a graph, per solve."""
@@ -93,8 +113,7 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
-        compiled = _flag("compile", own["compile"])
-        found.setdefault(label, Setting(label=label, config=config, compile=compiled, **numbers))
+        found.setdefault(label, Setting(label=label, config=config, **numbers))
     return list(found.values())
 
 
@@ -119,8 +138,8 @@ def make(setting: Setting, device: torch.device) -> Variant:
     deq = build.build_deq(config)
     torch.manual_seed(config["seed"])
     model = build.build_model(config, spec, deq).to(device)
-    if setting.compile:
-        model.cell.compile(fullgraph=True, dynamic=False)
+    if config["compile"]:
+        build.compile_cell(model)
     optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
     for group in optimizer.param_groups:
         group["lr"] = RATE
@@ -148,12 +167,16 @@ def make_batch(kind: str, setting: Setting) -> tuple[dict[str, int], tuple[Tenso
 
 
 def for_peer(setting: Setting) -> Setting:
-    """Return the setting as a user of another library would run it: eager float32 in PyTorch's own memory format."""
+    """Return the setting as a user of another library would run it: eager, in PyTorch's own memory format.
+
+    Its number format is float32, or TF32 where ours is anything else (the same on a CPU).
+    """
     config = copy.deepcopy(setting.config)
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
-    config["precision"] = "fp32"
-    return replace(setting, config=config, compile=False)
+    config |= {"compile": False, "cuda_graph": False, "gradient_precision": None}
+    config["precision"] = "fp32" if config["precision"] == "fp32" else "tf32"
+    return replace(setting, config=config)
 
 
 def work_of(variant: Variant, score: Score) -> list[Work]:
@@ -166,9 +189,3 @@ def _count(key: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise build.ConfigError(f"{key}={value} must be an integer >= 1")
     return int(value)
-
-
-def _flag(key: str, value: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise build.ConfigError(f"{key}={value} must be true or false")
-    return value.lower() == "true"
