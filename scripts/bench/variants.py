@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,7 @@ class Variant:
     precision: str
     device: torch.device
     batch: Any
+    carry: Any
     score: Callable[[nn.Module, Any, Any], Score]
     optimizer: torch.optim.Optimizer
 
@@ -59,7 +61,7 @@ class Variant:
         """Take one training step, its phases marked by `phase`."""
         with phase("rest"):
             with autocast(self.precision, self.device):
-                score = self.score(self.model, self.batch, None)
+                score = self.score(self.model, self.batch, self.carry)
             loss = score.tally.loss_sum / score.tally.count
             with phase("backward"):
                 loss.backward()
@@ -119,6 +121,8 @@ def make(setting: Setting, device: torch.device) -> Variant:
     deq = build.build_deq(config)
     torch.manual_seed(config["seed"])
     model = build.build_model(config, spec, deq).to(device)
+    batch = tuple(part.to(device) for part in batch)
+    carry = full_memory(model, batch) if kind == "language_modelling" else None
     if setting.compile:
         model.cell.compile(fullgraph=True, dynamic=False)
     optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
@@ -130,7 +134,8 @@ def make(setting: Setting, device: torch.device) -> Variant:
         grad=deq.grad,
         precision=config["precision"],
         device=device,
-        batch=tuple(part.to(device) for part in batch),
+        batch=batch,
+        carry=carry,
         score=build.build_task(kind).score,
         optimizer=optimizer,
     )
@@ -144,7 +149,21 @@ def make_batch(kind: str, setting: Setting) -> tuple[dict[str, int], tuple[Tenso
         images = torch.randn(batch, 3, size, size, generator=generator)
         labels = torch.randint(classes, (batch,), generator=generator)
         return {"in_channels": 3, "num_classes": classes}, (images, labels)
-    raise build.ConfigError(f"the benchmark has no synthetic batch for {kind}; it has image_classification")
+    if kind == "language_modelling":
+        words = torch.randint(classes, (batch, size + 1), generator=generator)
+        return {"vocab_size": classes}, (words[:, :-1].contiguous(), words[:, 1:].contiguous())
+    raise build.ConfigError(
+        f"the benchmark has no synthetic batch for {kind}; it has image_classification, language_modelling"
+    )
+
+
+@torch.no_grad()
+def full_memory(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
+    """Return the memory of streams that have been read for long: every step is to see all of `mem_len`."""
+    memory = None
+    for _ in range(math.ceil(model.mem_len / batch[0].shape[1])):
+        *_, memory = model(*batch, memory)
+    return memory
 
 
 def for_peer(setting: Setting) -> Setting:
