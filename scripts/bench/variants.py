@@ -18,9 +18,10 @@ from phantom.engine import build, cli
 from phantom.engine.precision import autocast
 from phantom.engine.task import Score
 from scripts.bench.standins import Work
+from scripts.bench.unhoisted import UnhoistedCell
 
 # keys of the benchmark itself; all others are those of train.py
-OWN = {"batch": "32", "size": "32", "classes": "10", "compile": "false"}
+OWN = {"batch": "32", "size": "32", "classes": "10", "compile": "false", "hoist": "true"}
 # a fixed budget, unless the command line says otherwise: equal work is what can be compared
 FIXED = ("solver.tol", "adjoint_solver.tol")
 # training moves the weights, and a benchmark wants every step alike
@@ -41,6 +42,7 @@ class Setting:
     size: int
     classes: int
     compile: bool
+    hoist: bool
 
 
 @dataclass
@@ -95,8 +97,8 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
-        compiled = _flag("compile", own["compile"])
-        found.setdefault(label, Setting(label=label, config=config, compile=compiled, **numbers))
+        flags = {key: _flag(key, own[key]) for key in ("compile", "hoist")}
+        found.setdefault(label, Setting(label=label, config=config, **flags, **numbers))
     return list(found.values())
 
 
@@ -123,6 +125,10 @@ def make(setting: Setting, device: torch.device) -> Variant:
     model = build.build_model(config, spec, deq).to(device)
     batch = tuple(part.to(device) for part in batch)
     carry = full_memory(model, batch) if kind == "language_modelling" else None
+    if not setting.hoist:
+        if kind != "language_modelling" or setting.compile:
+            raise build.ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
+        model.cell = UnhoistedCell(model.cell)
     if setting.compile:
         model.cell.compile(fullgraph=True, dynamic=False)
     optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))

@@ -1,8 +1,11 @@
 """The benchmark's language variants: random segments, a full memory, and the work that is counted."""
 
+import pytest
 import torch
 
+from phantom.engine import build
 from scripts.bench import measure, variants
+from scripts.bench.unhoisted import UnhoistedCell
 
 SMALL = [
     "model=deq_transformer_small",
@@ -32,6 +35,34 @@ def test_segments_and_a_full_memory():
     assert [tuple(part.shape) for part in variant.carry] == [(3, 13, 16), (3, 13, 48)]
     assert not any(part.requires_grad for part in variant.carry)
     assert make("model.mem_len=0").carry is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.norm=post"],
+        ["model.norm=pre", "model.attention_dropout=0.1"],
+        ["model.norm=pre", "model.preln_residual=plain", "model.window=7"],
+    ],
+)
+def test_the_cell_without_hoisting_gives_the_same_loss_and_gradients(overrides):
+    hoisted, plain = make(*overrides), make(*overrides, "hoist=false")
+    assert isinstance(plain.model.cell, UnhoistedCell) and not isinstance(hoisted.model.cell, UnhoistedCell)
+    found = []
+    for variant in (hoisted, plain):
+        variant.model.double()
+        torch.manual_seed(1)  # the same dropout masks
+        carry = tuple(part.double() for part in hoisted.carry)
+        nll, _, _ = variant.model(*variant.batch, carry)
+        nll.sum().backward()
+        found.append([nll, *(p.grad for p in variant.model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_hoisting_is_a_matter_of_the_transformer():
+    with pytest.raises(build.ConfigError, match="hoist=false"):
+        make("hoist=false", "compile=true")
 
 
 def test_a_step_counts_tokens_and_evaluations():
