@@ -67,8 +67,9 @@ def _comparable(a: Row, b: Row) -> bool:
 
 def _unhoisted(a: Row, b: Row) -> bool:
     """Return whether a, ours or a peer's, does without what b computes once per solve, and nothing else differs."""
-    words = [row.variant.label.removeprefix("torchdeq ").split() for row in (a, b)]
-    return ["hoist=true" if w == "hoist=false" else w for w in words[0]] == words[1] != words[0]
+    hidden = ("torchdeq", "hoist=")
+    words = [[w for w in row.variant.label.split() if not w.startswith(hidden)] for row in (a, b)]
+    return b.setting.hoist and not a.setting.hoist and words[0] == words[1]
 
 
 def render(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phantom.engine import build
-from scripts.bench import measure, variants
+from scripts.bench import measure, report, variants
 from scripts.bench.unhoisted import UnhoistedCell
 
 SMALL = [
@@ -71,3 +71,13 @@ def test_a_step_counts_tokens_and_evaluations():
     facts = measure.facts_of(variant, score, variants.work_of(variant, score))
     assert (facts["items"], facts["evals"], facts["graph_evals"], facts["vjps"]) == (15, 5, 3, 0)
     assert measure.trace(variant)["traced_evals"] == 8
+
+
+def test_the_ratio_of_hoisting_pairs_rows_that_differ_in_nothing_else():
+    rows = []
+    for setting in variants.settings([*SMALL, "grad=upg,implicit", "hoist=true,false"]):
+        row = measure.Row(setting, variants.make(setting, torch.device("cpu")), "ours", times=[{"rest": 1.0}])
+        row.floor = row
+        rows.append(row)
+    pairs = [(item["a"], item["b"]) for item in report.ratios(rows)["hoisting"]]
+    assert pairs == [(f"{name} hoist=False", f"{name} hoist=True") for name in ("upg k=5", "implicit")]
