@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,11 +28,13 @@ class Spec:
         kind: the kind of task, one of `KINDS`; a model class lists the kinds it serves.
         inputs: constructor keywords the model takes from the data, such as `{"in_channels": 3, "num_classes": 10}`.
         sizes: number of examples (images, graphs, tokens) per split.
+        baseline: the headline metric, per split, of a model that ignores its input; for records and reports.
     """
 
     kind: str
     inputs: dict[str, int]
     sizes: dict[str, int]
+    baseline: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -60,22 +60,24 @@ class TokenStreams(Source):
         self.streams, self.eval_streams, self.segment = streams, eval_streams, segment
         self._tokens, counts = self.load()
         self.splits = tuple(self._tokens)
+        self._train = self._cut("train", streams, "streams")
+        self._eval = {split: self._cut(split, eval_streams, "eval_streams") for split in self.splits}
         self.spec = Spec(
             kind=self.kind,
             inputs={"vocab_size": len(counts)},
             sizes={split: len(tokens) for split, tokens in self._tokens.items()},
+            baseline={
+                split: unigram_perplexity(counts, tokens[:, 1:])
+                for split, tokens in self._eval.items()
+                if split != "train"  # its counts make the model
+            },
         )
-        self._train = self._cut("train", streams, "streams")
-        self._eval = {split: self._cut(split, eval_streams, "eval_streams") for split in self.splits}
-        self.unigram_perplexity = {
-            split: unigram_perplexity(counts, self._eval[split][:, 1:]) for split in self.splits if split != "train"
-        }
         log.info(
             "%s: %d words; tokens: %s; perplexity of the add-one unigram model: %s",
             type(self).__name__,
             len(counts),
             ", ".join(f"{split} {size}" for split, size in self.spec.sizes.items()),
-            ", ".join(f"{split} {value:.2f}" for split, value in self.unigram_perplexity.items()),
+            ", ".join(f"{split} {value:.2f}" for split, value in self.spec.baseline.items()),
         )
 
     @abstractmethod

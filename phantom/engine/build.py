@@ -330,8 +330,11 @@ def build_trainer(
         "config_hash": records.config_hash(config),
         "kind": kind,
         "metric": trainer.task.metric,
+        "baseline": source.spec.baseline,
         "num_parameters": sum(p.numel() for p in bare.parameters()),
         "parameter_groups": groups,
+        # where the original counts otherwise, such as a shared weight twice
+        "official_parameter_count": getattr(bare, "official_parameter_count", None),
         "world_size": world,
         **{key: config[key] for key in ("precision", "gradient_precision", "compile", "cuda_graph")},
         "folder": str(folder.relative_to(Path(config["runs"]).absolute())),

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -69,11 +69,11 @@ def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         config["eval_solver"] = dict(config["solver"])
     tree = OmegaConf.create(config)
     OmegaConf.set_struct(tree, True)
-    for item in overrides:
-        key, _, value = item.partition("=")
+    for item, override in zip(overrides, _parse(overrides), strict=True):
+        key = override.key_or_group
         try:
-            OmegaConf.update(tree, key, yaml.safe_load(value))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            OmegaConf.update(tree, key, override.value())
+        except OmegaConfBaseException as error:
             parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
             valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
             raise build.ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
@@ -121,17 +121,20 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: an item is not of the form key=value.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
-    except HydraException as error:
-        raise build.ConfigError(f"{str(error).splitlines()[0]}; write overrides as key=value") from error
     options = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
         else [item.input_line]
-        for item in parsed
+        for item in _parse(overrides)
     ]
     return [list(job) for job in itertools.product(*options)]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise build.ConfigError(f"{str(error).splitlines()[0]}; write overrides as key=value") from error
 
 
 def _choices(choices: DictConfig) -> dict[str, Any]:

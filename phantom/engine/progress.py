@@ -70,6 +70,8 @@ def summary_table(record: Mapping[str, Any]) -> str:
         best = record["best"].get(split)
         name = record["metric"]
         shown = f"{values[name]:.2f} (last)" + (f", {best[name]:.2f} (best, epoch {best['epoch']})" if best else "")
+        if split in record.get("baseline", {}):
+            shown += f", {record['baseline'][split]:.2f} (without input)"
         rows.append((f"{split} {name}", shown))
     if "num_evals" in record["train"]:
         rows.append(("evaluations of f per step", f"{record['train']['num_evals']:.1f}"))

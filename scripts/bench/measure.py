@@ -65,7 +65,7 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
         rows.append(row.floor)
         if peer and has_counterpart(row.variant.grad):
             other = v.for_peer(setting)
-            key = repr((other.config, other.batch, other.size, other.classes))
+            key = repr((other.config, other.batch, other.size, other.classes, other.hoist))
             if key not in peers:
                 peers[key] = _peer_row(other, device, clock)
                 rows.append(peers[key])

@@ -30,6 +30,8 @@ class TorchDEQ(nn.Module):
         PeerError: see the class.
     """
 
+    regularizer = None
+
     def __init__(self, deq: DEQ) -> None:
         super().__init__()
         try:

@@ -47,13 +47,14 @@ def ratio(a: Row, b: Row) -> dict[str, Any]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Return overheads over the floor, speed-ups against the peer, and implicit against the other estimators."""
+    """Return overheads over the floor, speed-ups against the peer, and what differs in the method or its cell."""
     ours = [row for row in rows if row.role == "ours"]
     peers = {id(row.peer): row.peer for row in ours if row.peer}.values()
     return {
         "overhead": [ratio(row, row.floor) for row in ours],
         "speedup": [ratio(row.peer, row) for row in ours if row.peer],
         "implicit": [ratio(a, b) for group in (ours, list(peers)) for a in group for b in group if _comparable(a, b)],
+        "hoisting": [ratio(a, b) for a in (*ours, *peers) for b in ours if _unhoisted(a, b)],
     }
 
 
@@ -62,6 +63,13 @@ def _comparable(a: Row, b: Row) -> bool:
     words = [{w for w in row.variant.label.split() if not w.startswith("k=")} for row in (a, b)]
     names = {"implicit", "upg", "npg", "bptt"}
     return "implicit" in words[0] and "implicit" not in words[1] and words[0] - names == words[1] - names
+
+
+def _unhoisted(a: Row, b: Row) -> bool:
+    """Return whether a, ours or a peer's, does without what b computes once per solve, and nothing else differs."""
+    hidden = ("torchdeq", "hoist=")
+    words = [[w for w in row.variant.label.split() if not w.startswith(hidden)] for row in (a, b)]
+    return b.setting.hoist and not a.setting.hoist and words[0] == words[1]
 
 
 def render(result: dict[str, Any]) -> str:
@@ -92,6 +100,7 @@ def render(result: dict[str, Any]) -> str:
         "speedup": "Speed-up: the peer's step over ours",
         "overhead": "Overhead: our step over its floor",
         "implicit": "Implicit differentiation over the other estimators",
+        "hoisting": "Without over with what the cell computes once per solve",
     }
     for key, title in titles.items():
         if result["ratios"][key]:

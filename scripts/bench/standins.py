@@ -1,4 +1,7 @@
-"""Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f."""
+"""Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f.
+
+Like a `DEQ` they tell a model that asks that there is no `regularizer`.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,8 @@ class Floor(nn.Module):
         work: per solve of one forward pass, in order.
     """
 
+    regularizer = None
+
     def __init__(self, work: Iterable[Work], clock: Clock) -> None:
         super().__init__()
         self.work = tuple(work)
@@ -69,6 +74,8 @@ class Floor(nn.Module):
 
 class Traced(nn.Module):
     """Hand f to the DEQ with every evaluation marked for a tracer."""
+
+    regularizer = None
 
     def __init__(self, inner: nn.Module, tracer: Tracer) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,10 @@ from phantom.engine.cuda_graph import EAGER, StepGraphs
 from phantom.engine.rules import deqs_of
 from phantom.engine.task import Score
 from scripts.bench.standins import Work
+from scripts.bench.unhoisted import UnhoistedCell
 
 # keys of the benchmark itself; all others are those of train.py
-OWN = {"batch": "32", "size": "32", "classes": "10"}
+OWN = {"batch": "32", "size": "32", "classes": "10", "hoist": "true"}
 # a fixed budget, unless the command line says otherwise: equal work is what can be compared
 FIXED = ("solver.tol", "adjoint_solver.tol")
 # training moves the weights, and a benchmark wants every step alike
@@ -41,6 +43,7 @@ class Setting:
     batch: int
     size: int
     classes: int
+    hoist: bool
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Variant:
     precision: str
     device: torch.device
     batch: Any
+    carry: Any
     score: Callable[[nn.Module, Any, Any], Score]
     optimizer: torch.optim.Optimizer
     graphs: StepGraphs | None = None
@@ -82,7 +86,7 @@ class Variant:
 
     def _forward_backward(self, batch: Any) -> Score:
         with precision.autocast(self.precision, self.device):
-            score = self.score(self.model, batch, None)
+            score = self.score(self.model, batch, self.carry)
         loss = score.tally.loss_sum / score.tally.count
         with self.phase("backward"):
             loss.backward()
@@ -113,7 +117,8 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
-        found.setdefault(label, Setting(label=label, config=config, **numbers))
+        hoist = _flag("hoist", own["hoist"])
+        found.setdefault(label, Setting(label=label, config=config, hoist=hoist, **numbers))
     return list(found.values())
 
 
@@ -138,6 +143,12 @@ def make(setting: Setting, device: torch.device) -> Variant:
     deq = build.build_deq(config)
     torch.manual_seed(config["seed"])
     model = build.build_model(config, spec, deq).to(device)
+    batch = tuple(part.to(device) for part in batch)
+    carry = full_memory(model, batch) if kind == "language_modelling" else None
+    if not setting.hoist:
+        if kind != "language_modelling" or config["compile"]:
+            raise build.ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
+        model.cell = UnhoistedCell(model.cell)
     if config["compile"]:
         build.compile_cell(model)
     optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
@@ -149,7 +160,8 @@ def make(setting: Setting, device: torch.device) -> Variant:
         grad=deq.grad,
         precision=config["precision"],
         device=device,
-        batch=tuple(part.to(device) for part in batch),
+        batch=batch,
+        carry=carry,
         score=build.build_task(kind).score,
         optimizer=optimizer,
     )
@@ -163,7 +175,21 @@ def make_batch(kind: str, setting: Setting) -> tuple[dict[str, int], tuple[Tenso
         images = torch.randn(batch, 3, size, size, generator=generator)
         labels = torch.randint(classes, (batch,), generator=generator)
         return {"in_channels": 3, "num_classes": classes}, (images, labels)
-    raise build.ConfigError(f"the benchmark has no synthetic batch for {kind}; it has image_classification")
+    if kind == "language_modelling":
+        words = torch.randint(classes, (batch, size + 1), generator=generator)
+        return {"vocab_size": classes}, (words[:, :-1].contiguous(), words[:, 1:].contiguous())
+    raise build.ConfigError(
+        f"the benchmark has no synthetic batch for {kind}; it has image_classification, language_modelling"
+    )
+
+
+@torch.no_grad()
+def full_memory(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
+    """Return the memory of streams that have been read for long: every step is to see all of `mem_len`."""
+    memory = None
+    for _ in range(math.ceil(model.mem_len / batch[0].shape[1])):
+        *_, memory = model(*batch, memory)
+    return memory
 
 
 def for_peer(setting: Setting) -> Setting:
@@ -189,3 +215,9 @@ def _count(key: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise build.ConfigError(f"{key}={value} must be an integer >= 1")
     return int(value)
+
+
+def _flag(key: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise build.ConfigError(f"{key}={value} must be true or false")
+    return value.lower() == "true"

@@ -49,4 +49,4 @@ def test_the_same_every_time():
     for split in first.splits:
         assert np.array_equal(first._tokens[split], second._tokens[split])
         assert len(list(first.evaluate(split, shard=Shard()))) > 0
-    assert 100 < first.unigram_perplexity["valid"] < 500
+    assert 100 < first.spec.baseline["valid"] < 500

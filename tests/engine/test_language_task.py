@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate as evaluate_script
 from data.pydocs import PyDocs
 from data.spec import Shard
 from models.deq_transformer import DEQTransformer
@@ -17,6 +18,7 @@ from phantom import DEQ, UPG, Broyden
 from phantom.engine import build, cli, evaluate_run
 from phantom.engine.evaluation import evaluate
 from phantom.engine.language_task import LanguageModelling
+from phantom.engine.run import run as run_to_record
 from phantom.engine.task import Tally
 
 TINY = (
@@ -217,6 +219,30 @@ def test_evaluation_of_a_run_gives_its_own_perplexity(tmp_path, grad):
     changed = evaluate_run.evaluate_run(trainer.folder, overrides=other, **options)
     assert changed["num_evals"] == 10
     assert changed["perplexity"] != metrics["perplexity"]
+
+
+def test_perplexity_against_solver_budget_and_memory_length(tmp_path, capsys):
+    run = train(tmp_path, 2, "grad=upg")
+    capsys.readouterr()
+    evaluate_script.main([f"run={run['trainer'].folder}", "eval_solver.max_steps=1,5", "model.eval_mem_len=0,16"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["overrides"] for row in rows] == [
+        [f"eval_solver.max_steps={steps}", f"model.eval_mem_len={length}"] for steps in (1, 5) for length in (0, 16)
+    ]
+    assert [row["num_evals"] for row in rows] == [2, 2, 6, 6]
+    assert rows[-1]["perplexity"] == run["trainer"].final["test"]["perplexity"]
+    assert len({row["perplexity"] for row in rows}) == 4
+
+
+def test_the_record_has_the_unigram_perplexity_and_both_parameter_counts(tmp_path, capsys):
+    job = [*TINY, "steps=1", f"runs={tmp_path}"]
+    config, choices = cli.compose(job)
+    trainer, facts = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    record = run_to_record(trainer, facts, resume=False)
+    assert record["baseline"] == PyDocs(streams=4, eval_streams=4, segment=16).spec.baseline
+    shared = trainer.bare.embedding.projections[1].numel()
+    assert record["official_parameter_count"] == record["num_parameters"] + shared
+    assert f"{record['baseline']['test']:.2f} (without input)" in capsys.readouterr().out
 
 
 def test_pretraining_penalty_and_jitter_reach_the_model(tmp_path):

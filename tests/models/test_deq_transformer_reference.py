@@ -18,7 +18,9 @@ from models.reference import load_reference
 from models.reference_deq_transformer import rename_deq_transformer
 from models.relative_attention import sinusoids
 from models.transformer_cell import CellMasks
-from phantom import BPTT, DEQ, UPG, Broyden, FixedPoint, Implicit
+from phantom import BPTT, DEQ, UPG, Anderson, Broyden, FixedPoint, Implicit
+from phantom.diagnostics import dense_jacobian, spectral_radius
+from phantom.engine.optim import ClipTotal, gradient_norm
 
 FOLDER = os.environ.get("PHANTOM_REFERENCE")
 FILE = Path(FOLDER or ".") / "deq_transformer_postln.npz"
@@ -81,12 +83,18 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value - expected).norm() / expected.norm()).item()
 
 
+def renamed(arrays: Arrays, prefix: str) -> list[tuple[str, torch.Tensor]]:
+    """Return recorded arrays under our names and shapes; those of tied projections come twice."""
+    return [
+        (rename_deq_transformer(official), array.squeeze(-1) if array.dim() == 3 else array)
+        for official, array in arrays.section(prefix).items()
+    ]
+
+
 def expected_gradients(arrays: Arrays, prefix: str) -> dict[str, torch.Tensor]:
-    """Return recorded gradients under our names and shapes; those of tied projections add."""
+    """Return recorded gradients under our names; those of tied projections add."""
     total: dict[str, torch.Tensor] = {}
-    for official, gradient in arrays.section(prefix).items():
-        name = rename_deq_transformer(official)
-        gradient = gradient.squeeze(-1) if gradient.dim() == 3 else gradient
+    for name, gradient in renamed(arrays, prefix):
         total[name] = total[name] + gradient if name in total else gradient
     return total
 
@@ -165,6 +173,28 @@ def test_implicit_gradient(model, arrays):
     assert_gradients(model, arrays, "train_ift/grad/")
 
 
+def test_one_step_of_clipping_and_adam(model, arrays):
+    """The official optimiser steps a shared projection once per alias; truly tied, it is stepped once."""
+    model.deq.grad = Implicit(solver=Broyden(max_steps=200, tol=1e-13))
+    nll, _, _ = model(*arrays.tokens(1), arrays.memory(0))
+    nll.mean().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norm = gradient_norm(model.parameters())
+    separate = [gradient for _, gradient in renamed(arrays, "train_ift/grad/")]
+    official_norm = torch.stack([gradient.norm() for gradient in separate]).norm()
+    assert official_norm.item() == pytest.approx(arrays["train_step/grad_norm_before_clip"].item(), rel=1e-9)
+    assert norm.item() == pytest.approx(official_norm.item(), rel=1e-3)
+    ClipTotal(max_norm=0.25).clip(model.parameters(), norm)
+    torch.optim.Adam(model.parameters(), lr=2.5e-4).step()
+    after = dict(renamed(arrays, "train_step/sd_after/"))
+    for name, parameter in model.named_parameters():
+        step, expected = parameter.detach() - before[name], after[name] - before[name]
+        if name in ("embedding.projections.1", "embedding.projections.2"):
+            assert step.abs().max() < 2.51e-4 and expected.abs().max() > 4.9e-4, name
+        else:  # the two clip norms differ, which Adam's first step forgets but for its epsilon
+            assert relative(step, expected) < 1e-4, name
+
+
 @pytest.mark.parametrize("start", ["tight", "coarse"])
 def test_upg_gradient(model, arrays, start):
     model.deq.solver = TIGHT if start == "tight" else FixedPoint(max_steps=3, tol=None)
@@ -233,6 +263,36 @@ def test_residuals_of_the_official_broyden_solve(model, arrays):
         torch.testing.assert_close(whole_batch[1 : steps + 1], expected[:steps], rtol=1e-6, atol=0)
         total = total + nll.sum()
     assert torch.exp(total / 63).item() == pytest.approx(arrays["broyden30/ppl"].item(), rel=1e-2)
+
+
+@torch.no_grad()
+def test_the_official_anderson_solve(model, arrays):
+    model.eval()
+    for segment in range(3):
+        name, memory = f"anderson30/seg{segment}", arrays.memory(segment - 1, "anderson30") if segment else None
+        model.deq.solver = Anderson(max_steps=10, tol=None, stop="absolute")
+        _, (solution,), _ = model(*arrays.tokens(segment), memory)
+        whole_batch = solution.stats.trace.square().sum(dim=1).sqrt()
+        expected = arrays.tensor(f"{name}/abs_trace")
+        # the official trace begins behind two plain steps, and its ridge is absolute: it weighs more at every step
+        torch.testing.assert_close(whole_batch[2:4], expected[:2], rtol=1e-3, atol=0)
+        torch.testing.assert_close(whole_batch[4:6], expected[2:4], rtol=2e-2, atol=0)
+        model.deq.solver = Anderson(max_steps=30, tol=1e-3)
+        nll, (solution,), _ = model(*arrays.tokens(segment), memory)
+        assert relative(solution.z_star, arrays.state(f"{name}/z_star")) < 2e-2
+        assert relative(nll, arrays.tensor(f"{name}/nll").T) < 1e-2
+
+
+def test_spectral_radius_at_the_equilibrium(model, arrays):
+    memory = arrays.memory(0)
+    with torch.no_grad():
+        _, (solution,), _ = model(*arrays.tokens(1), memory)
+        u = torch.cat([memory[1], model.inject(arrays.tokens(1)[0])], dim=1)
+        f = bound(model, u, memory[0])
+    exact = torch.linalg.eigvals(dense_jacobian(f, solution.z_star)).abs().amax(dim=-1)
+    torch.testing.assert_close(spectral_radius(f, solution.z_star, num_steps=80), exact, rtol=1e-6, atol=0)
+    # recorded by power iteration
+    torch.testing.assert_close(exact, arrays.tensor("spectral_radius_seg1")[:, 0], rtol=1e-3, atol=0)
 
 
 def test_aliases_must_agree_and_copies_of_older_versions_are_dropped(model, arrays):
