@@ -48,6 +48,21 @@ class Bound(NamedTuple):
     post_fuse: tuple[Tensor, ...]
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that keeps the memory format of its input, as torch's kernel does on a CPU.
+
+    On a GPU that kernel returns the contiguous format, and every convolution would turn it back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return (
+            super()
+            .forward(x)
+            .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        )
+
+
 class ResidualBlock(nn.Module):
     """One residual block of a branch; its 3x3 convolutions (C -> E C -> C) are weight-normalised.
 
@@ -58,10 +73,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         inner = expansion * channels
         self.conv1 = WeightNorm(nn.Conv2d(channels, inner, 3, bias=False).weight)
-        self.norm1 = nn.GroupNorm(num_groups, inner)
+        self.norm1 = GroupNorm(num_groups, inner)
         self.conv2 = WeightNorm(nn.Conv2d(inner, channels, 3, bias=False).weight)
-        self.norm2 = nn.GroupNorm(num_groups, channels)
-        self.norm3 = nn.GroupNorm(num_groups, channels)
+        self.norm2 = GroupNorm(num_groups, channels)
+        self.norm3 = GroupNorm(num_groups, channels)
 
     def bind(self, u: Tensor | None, mask: Tensor | None) -> BoundBlock:
         """Compute the effective weights of one solve."""
@@ -84,7 +99,7 @@ class PostFuse(nn.Module):
     def __init__(self, channels: int, *, num_groups: int) -> None:
         super().__init__()
         self.conv = WeightNorm(nn.Conv2d(channels, channels, 1, bias=False).weight)
-        self.norm = nn.GroupNorm(num_groups // 2, channels)
+        self.norm = GroupNorm(num_groups // 2, channels)
 
     def bind(self) -> Tensor:
         """Compute the effective weight of one solve."""
@@ -195,7 +210,7 @@ def _transition(channels: tuple[int, ...], *, source: int, target: int, num_grou
 
 
 def _stage(conv: nn.Conv2d, num_groups: int, *, relu: bool) -> nn.Sequential:
-    layers = OrderedDict(conv=conv, norm=nn.GroupNorm(num_groups, conv.out_channels))
+    layers = OrderedDict(conv=conv, norm=GroupNorm(num_groups, conv.out_channels))
     if relu:
         layers["relu"] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)

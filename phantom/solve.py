@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.residual import residual_norm, vector_norm
+from phantom.residual import Norm, Stop, residual_norm, vector_norm
 from phantom.solution import Stats
-from phantom.solver.base import Solver
+from phantom.solver.base import Solver, compiled
 from phantom.state import FlatMap
 
 # |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
@@ -39,6 +39,7 @@ def solve(f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None) 
 
 def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Tensor, Stats, Any]:
     stops_early = solver.tol is not None
+    observe = compiled(_observe) if solver.compile else _observe
     fz = f(z) if fz0 is None else fz0
     num_evals = int(fz0 is None)
     g = fz - z
@@ -53,28 +54,21 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     active = length <= limit
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
-        active &= ~(best_residual < solver.tol)
+        active = active & ~(best_residual < solver.tol)
     memory = solver.start(z, g)
     for step in range(1, solver.max_steps + 1):
         if stops_early and (step - 1) % solver.sync_every == 0 and not bool(active.any()):  # device-to-host sync
             break
         with _ieee_products(z.device):
             z = solver.propose(memory, z, g)
-        num_steps += active
+        num_steps = num_steps + active
         if stops_early:
             z = torch.where(active[:, None], z, best)
-        fz = f(z)
+        g, residual, best, best_residual, active = observe(
+            f(z), z, best, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
+        )
         num_evals += 1
-        g = fz - z
-        length = vector_norm(g, solver.norm)
-        residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
         trace.append(residual)
-        better = residual < best_residual if not stops_early else (residual < best_residual) & active
-        best = torch.where(better[:, None], z, best)
-        best_residual = torch.where(better, residual, best_residual)
-        active &= length <= limit
-        if stops_early:
-            active &= ~(best_residual < solver.tol)
     tol = 0.0 if solver.tol is None else solver.tol
     converged = best_residual < tol
     stats = Stats(
@@ -86,6 +80,31 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         trace=torch.stack(trace),
     )
     return best, stats, memory
+
+
+def _observe(
+    fz: Tensor,
+    z: Tensor,
+    best: Tensor,
+    best_residual: Tensor,
+    active: Tensor,
+    limit: Tensor,
+    *,
+    norm: Norm,
+    stop: Stop,
+    tol: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return g = f(z) - z, the residual (B,), the best iterate with its residual, and who goes on (B,)."""
+    g = fz - z
+    length = vector_norm(g, norm)
+    residual = residual_norm(fz, length, norm=norm, stop=stop)
+    better = residual < best_residual if tol is None else (residual < best_residual) & active
+    best = torch.where(better[:, None], z, best)
+    best_residual = torch.where(better, residual, best_residual)
+    active = active & (length <= limit)
+    if tol is not None:
+        active = active & ~(best_residual < tol)
+    return g, residual, best, best_residual, active
 
 
 @contextmanager

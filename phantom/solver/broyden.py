@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.solver.base import Solver, check_count
+from phantom.solver.base import Solver, check_count, compiled
 
 # Outside these bounds of |1 - c| the secant factor carries rounding noise rather than curvature.
 MOST, LEAST = 1e3, 1e-3
@@ -33,6 +33,7 @@ class Steps:
         gram: (B, memory, memory) inner products of the stored steps.
         coefficients: (B, memory, memory) the matrix C of `Broyden`.
         products: (B, memory) a, the inner products of the stored steps with g.
+        positions: (memory, memory) row i is True at i alone.
         count: steps taken so far, those no longer stored included.
     """
 
@@ -40,6 +41,7 @@ class Steps:
     gram: Tensor
     coefficients: Tensor
     products: Tensor
+    positions: Tensor
     count: int = 0
 
 
@@ -76,56 +78,72 @@ class Broyden(Solver):
             gram=g.new_zeros((batch, size, size)),
             coefficients=g.new_zeros((batch, size, size)),
             products=g.new_zeros((batch, size)),
+            positions=torch.eye(size, dtype=torch.bool, device=g.device),
         )
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
+        secant, append = (compiled(_secant), compiled(_append)) if self.compile else (_secant, _append)
         size = memory.steps.shape[0]
-        n, newest, position = min(memory.count, size), (memory.count - 1) % size, memory.count % size
-        step = memory.steps[position]
+        n, position = min(memory.count, size), memory.count % size
+        here, products = memory.positions[position], memory.products
         if n == 0:
-            step.copy_(g)
-            products = memory.products
+            step, z = g, z + g
+            square = torch.linalg.vector_norm(g, dim=1).square()
         else:
-            stored = memory.steps[:n]
+            stored, newest = memory.steps[:n], memory.positions[position - 1]
             # a row vector times (D, n): several times faster in BLAS than the column form
             memory.products[:, :n] = torch.bmm(g[:, None, :], stored.permute(1, 2, 0))[:, 0]
-            weights, scale, products = _secant(memory, newest, position)
+            weights, scale, products, memory.coefficients = secant(
+                memory.gram, memory.coefficients, memory.products, newest, here
+            )
             w = torch.baddbmm(g[:, None, :], weights[:, None, :n], stored.transpose(0, 1))[:, 0]
-            torch.div(w, scale, out=step)
-        _append(memory, products, torch.linalg.vector_norm(step, dim=1).square(), position)
+            step, z, square = (compiled(_move) if self.compile else _move)(w, scale, z)
+        memory.steps[position] = step
+        memory.gram, memory.coefficients = append(memory.gram, memory.coefficients, products, square, here)
         memory.count += 1
-        return z + step
+        return z
 
 
-def _secant(memory: Steps, newest: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights (B, memory) of the stored steps in w, 1 - c (B, 1), and the stored steps' products with s."""
+def _secant(
+    gram: Tensor, coefficients: Tensor, a: Tensor, newest: Tensor, here: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights (B, memory) of the stored steps in w, 1 - c (B,), <s_j, s> (B, memory), and C.
+
+    Args:
+        newest, here: (memory,) True at the position of the newest step, and of the one to come.
+    """
     # a problem without a finite answer takes the plain step
-    c = _times(memory.coefficients, memory.products).nan_to_num(0.0, 0.0, 0.0)
-    scale = 1 - c[:, newest, None]
+    c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
+    scale = 1 - (c * newest).sum(1)
     size = scale.abs()
     sound = (size < MOST) & (size > LEAST)
-    memory.coefficients[:, newest].masked_fill_(~sound, 0)
+    coefficients = coefficients.masked_fill(newest[:, None] & ~sound[:, None, None], 0)
     scale = torch.where(sound, scale, 1.0)
     # c_l weighs the step after l; the one after the newest is not there yet
-    weights = c.roll(1, 1)
-    weights[:, position].zero_()
-    return weights, scale, (memory.products + _times(memory.gram, weights)) / scale
+    weights = c.roll(1, 1).masked_fill(here, 0)
+    return weights, scale, (a + _times(gram, weights)) / scale[:, None], coefficients
 
 
-def _append(memory: Steps, products: Tensor, square: Tensor, position: int) -> None:
-    """Extend the small matrices by a step with these `products` (B, memory) and this squared length (B,)."""
-    memory.gram[:, position] = products
-    memory.gram[:, :, position] = products
-    memory.gram[:, position, position] = square
-    memory.coefficients[:, :, position].zero_()
+def _move(w: Tensor, scale: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the step s = w / scale (B, D), z + s, and |s|^2 (B,)."""
+    step = w / scale[:, None]
+    return step, z + step, torch.linalg.vector_norm(step, dim=1).square()
+
+
+def _append(
+    gram: Tensor, coefficients: Tensor, products: Tensor, square: Tensor, here: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the small matrices extended by a step with these inner products (B, memory) and squared length (B,)."""
+    row, column = here[:, None], here[None, :]
+    products = torch.where(here, square[:, None], products)
+    gram = torch.where(column, products[:, :, None], torch.where(row, products[:, None, :], gram))
     # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
-    inverse = torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)[:, None]
-    next_products = memory.gram[:, position].roll(-1, 1)
-    next_products[:, position].zero_()
-    row = _times(memory.coefficients.mT, next_products)
-    row[:, position].fill_(1)
-    memory.coefficients[:, position] = row * inverse
+    inverse = torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
+    coefficients = coefficients.masked_fill(row | column, 0)
+    new = _times(coefficients.mT, products.roll(-1, 1).masked_fill(here, 0))
+    new = torch.where(here, 1.0, new) * inverse[:, None]
+    return gram, torch.where(row, new[:, None, :], coefficients)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return torch.bmm(matrix, vector[:, :, None])[:, :, 0]
+    return (matrix * vector[:, None, :]).sum(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,9 +55,8 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
             row.facts |= trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = clock.phase
-        floor = v.make(setting, device)
-        replace_deq(floor.model, lambda deq, work=work: Floor(work, clock.phase))
-        floor.label = f"floor of {setting.label}"
+        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, clock.phase))
+        floor = replace(row.variant, label=f"floor of {setting.label}", model=model)
         if setting.config["cuda_graph"]:
             row.variant.replay(clock)
             floor.replay(clock)
@@ -78,7 +77,7 @@ def _peer_row(setting: v.Setting, device: torch.device, clock: Clock) -> Row:
     hidden = ("precision=", "compile=", "model.channels")
     names = [word for word in setting.label.split() if not word.startswith(hidden)]
     variant.label = " ".join(["torchdeq", *names])
-    replace_deq(variant.model, TorchDEQ)
+    variant.model = replace_deq(variant.model, TorchDEQ)
     row = Row(setting, variant, "torchdeq", facts=trace(variant))
     for module in variant.model.modules():
         if isinstance(module, TorchDEQ):

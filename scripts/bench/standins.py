@@ -5,11 +5,12 @@ Like a `DEQ` they tell a model that asks that there is no `regularizer`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from phantom import DEQ, Solution, State, Stats
 from phantom.deq import Clock
@@ -90,20 +91,17 @@ class Traced(nn.Module):
         return self.inner(marked, z0)
 
 
-def replace_deq(model: nn.Module, make: Callable[[DEQ], nn.Module]) -> None:
-    """Put `make(deq)` in the place of every DEQ of the model.
+def replace_deq(model: nn.Module, make: Callable[[DEQ], nn.Module]) -> nn.Module:
+    """Return a copy of the model with `make(deq)` in the place of its DEQ; all else is shared, a compiled cell too.
 
     Raises:
         ValueError: the model has none.
     """
-    children = [(parent, *item) for parent in model.modules() for item in parent.named_children()]
-    found = [(parent, name) for parent, name, child in children if isinstance(child, DEQ)]
-    if not found:
+    names = [name for name, child in model.named_children() if isinstance(child, DEQ)]
+    if not names:
         raise ValueError(f"{type(model).__name__} holds no DEQ to replace")
-    for parent, name in found:
-        setattr(parent, name, make(getattr(parent, name)))
-
-
-def flat_size(solution: Solution) -> Tensor:
-    """Return the state of a solve as the (B, D) tensor that solvers see."""
-    return Packing(solution.z0).pack(solution.z0)
+    changed = copy.copy(model)
+    changed._modules = dict(model._modules)
+    for name in names:
+        setattr(changed, name, make(getattr(model, name)))
+    return changed
