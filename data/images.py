@@ -71,6 +71,7 @@ class InMemoryImages(Source):
         train, test = self.load()
         order = torch.randperm(len(train.labels), generator=generator("hold out"))
         self._sets = {"train": train, "test": test}
+        self._scale = torch.tensor([self.mean, self.std])[:, :, None, None]
         if not 0 <= validation < len(order):
             raise ValueError(f"validation={validation!r} must be in [0, {len(order)}), the number of training images")
         if validation:
@@ -127,11 +128,11 @@ class InMemoryImages(Source):
 
     def to(self, device: torch.device) -> None:
         """Keep the images on `device`, so that batches are made there; they are the same numbers."""
+        self._scale = self._scale.to(device)
         self._sets = {name: ImageSet(s.images.to(device), s.labels.to(device)) for name, s in self._sets.items()}
 
     def _normalise(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = self._scale
         return images.float().div_(255).sub_(mean).div_(std)
 
 

@@ -218,7 +218,7 @@ class Trainer:
         norm = gradient_norm(self._parameters)
         self._norm_sum = self._norm_sum + norm
         bad = ~norm.isfinite() & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        self._first_bad.masked_fill_(bad, self.step)
         if self.clipping is not None:
             self.clipping.clip(self._parameters, norm)
         self.optimizer.step()

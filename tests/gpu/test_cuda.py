@@ -136,14 +136,7 @@ def test_replayed_steps_are_the_eager_ones(grad, dropout):
 def test_a_run_is_the_same_under_every_speed_option(tmp_path, options):
     losses = {}
     for name, extra in (("plain", []), ("fast", options)):
-        job = [
-            *("data=digits", "solver.tol=null", "epochs=2", "precision=fp32", "device=cuda", "log_every=1"),
-            *("wandb=disabled", "progress=false", f"runs={tmp_path / name}", "optimizer.lr=0.01", "subset=500"),
-            *extra,
-        ]
-        config, choices = cli.compose(job)
-        trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
-        trainer.folder.mkdir(parents=True)
+        trainer = make_trainer(tmp_path / name, *extra)
         trainer.fit(resume=False)
         rows = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row["loss"] for row in rows if row["kind"] == "train"]
@@ -152,6 +145,36 @@ def test_a_run_is_the_same_under_every_speed_option(tmp_path, options):
     # rounding differs, and training amplifies it
     assert losses["fast"] == pytest.approx(losses["plain"], rel=0.1)
     assert losses["fast"][:5] == pytest.approx(losses["plain"][:5], rel=1e-3)
+
+
+def make_trainer(folder, *options: str):
+    job = [
+        *("data=digits", "solver.tol=null", "epochs=2", "precision=fp32", "device=cuda", "log_every=1"),
+        *("wandb=disabled", "progress=false", f"runs={folder}", "optimizer.lr=0.01", "subset=500"),
+        *options,
+    ]
+    config, choices = cli.compose(job)
+    trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    trainer.folder.mkdir(parents=True)
+    return trainer
+
+
+@pytest.mark.parametrize("options", [[], ["clipping=total", "clipping.max_norm=1.0"], ["ema=0.9"]], ids=str)
+def test_a_training_step_never_waits(tmp_path, options):
+    trainer = make_trainer(tmp_path, "log_every=1000", "eval_every=1000", *options)
+    ordinary = trainer._train_step
+
+    def watched(*arguments) -> None:
+        # the first steps allocate the state of the optimiser
+        torch.cuda.set_sync_debug_mode("error" if trainer.step > 2 else "default")
+        try:
+            ordinary(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._train_step = watched
+    trainer.fit(resume=False)
+    assert trainer.step == 16
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
