@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 
-# Overrides that say where or how to run, not what: they do not change a run's folder or its results.
-PLACES = ("seed", "device", "data.root", "data.download", "wandb", "wandb_project", "runs", "resume", "progress")
+# Keys that say where or how to run, not what: they do not change a run's folder, nor its results by more than rounding.
+PLACES = (
+    *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every"),
+    *("runs", "resume", "progress", "wandb", "wandb_project"),
+    *("data.root", "data.download", "data.cache"),
+)
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
 
 
@@ -95,7 +99,13 @@ def _what(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in PLACES or key == "seed"}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in PLACES}
-    return kept
+    return _without(kept, "compile")  # solvers have the key, too
+
+
+def _without(node: Any, name: str) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without(value, name) for key, value in node.items() if key != name}
 
 
 def now() -> str:
