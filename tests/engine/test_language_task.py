@@ -15,7 +15,7 @@ from data.pydocs import PyDocs
 from data.spec import Shard
 from models.deq_transformer import DEQTransformer
 from phantom import DEQ, UPG, Broyden
-from phantom.engine import build, cli, evaluate_run
+from phantom.engine import build, cli, evaluate_run, loop
 from phantom.engine.evaluation import evaluate
 from phantom.engine.language_task import LanguageModelling
 from phantom.engine.run import run as run_to_record
@@ -232,6 +232,19 @@ def test_perplexity_against_solver_budget_and_memory_length(tmp_path, capsys):
     assert [row["num_evals"] for row in rows] == [2, 2, 6, 6]
     assert rows[-1]["perplexity"] == run["trainer"].final["test"]["perplexity"]
     assert len({row["perplexity"] for row in rows}) == 4
+
+
+def test_best_is_the_evaluation_at_which_the_first_split_was_best(tmp_path, monkeypatch):
+    """The test perplexity of the weights with the best valid perplexity, not the best test perplexity."""
+    values = {"valid": iter([5.0, 3.0, 4.0]), "test": iter([6.0, 8.0, 7.0])}
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: {"perplexity": next(values[args[3]])})
+    trainer = train(tmp_path, 3, "eval_every=1", "eval_splits=[valid,test]")["trainer"]
+    assert {split: (row["perplexity"], row["step"]) for split, row in trainer.best.items()} == {
+        "valid": (3.0, 2),
+        "test": (8.0, 2),
+    }
+    assert torch.load(trainer.folder / "best.pt", weights_only=True)["step"] == 2
+    assert trainer.final["test"]["perplexity"] == 7.0
 
 
 def test_the_record_has_the_unigram_perplexity_and_both_parameter_counts(tmp_path, capsys):
