@@ -17,7 +17,10 @@ from typing import Any
 import torch
 
 # Overrides that say where or how to run, not what: they do not change a run's folder or its results.
-PLACES = ("seed", "device", "data.root", "data.download", "wandb", "wandb_project", "runs", "resume", "progress")
+PLACES = (
+    *("seed", "device", "runs", "resume", "progress", "wandb", "wandb_project"),
+    *("data.root", "data.download", "data.cache"),
+)
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
 
 

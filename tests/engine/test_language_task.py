@@ -15,7 +15,7 @@ from data.pydocs import PyDocs
 from data.spec import Shard
 from models.deq_transformer import DEQTransformer
 from phantom import DEQ, UPG, Broyden
-from phantom.engine import build, cli, evaluate_run, loop
+from phantom.engine import build, cli, evaluate_run, loop, records
 from phantom.engine.evaluation import evaluate
 from phantom.engine.language_task import LanguageModelling
 from phantom.engine.run import run as run_to_record
@@ -277,3 +277,10 @@ def test_pretraining_penalty_and_jitter_reach_the_model(tmp_path):
     assert all(row["penalty"] > 0 and row["num_vjps"] > 0 for row in rows[2:])
     evals = {row["num_evals"] for row in rows[2:]}
     assert evals <= {5, 6, 7} and len(evals) > 1
+
+
+def test_where_prepared_files_lie_is_not_what_is_run():
+    here, there = ({"data": {"oov": "unk", "cache": cache}, "seed": 0} for cache in (None, "/fast/disk"))
+    assert records.config_hash(here) == records.config_hash(there)
+    folders = [records.run_folder("runs", "x", items, 0) for items in ([], ["data.cache=/fast/disk"])]
+    assert folders[0] == folders[1]
