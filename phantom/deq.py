@@ -29,6 +29,7 @@ def fixed_point(
     solver: Solver,
     grad: GradientEstimator,
     regularizer: Regularizer | None = None,
+    graph_dtype: torch.dtype | None = None,
     clock: Clock = _no_clock,
 ) -> Solution:
     """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
@@ -39,6 +40,8 @@ def fixed_point(
         solver: finds z_star.
         grad: gives the value its backward; not used under `torch.no_grad()`, where the value is z_star.
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
+        graph_dtype: autocast of the evaluations of f with a graph, and so of their backward; None keeps the caller's.
+            bfloat16 there costs the gradient little, and in the solve, which keeps the caller's, much.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
     Returns:
@@ -59,6 +62,9 @@ def fixed_point(
     flat = Solution(value=z_star, z0=flat_z0, z_star=z_star, stats=stats, history=keep)
     if differentiate:
         with clock("attach"):
+            if graph_dtype is not None:
+                with torch.autocast(flat_z0.device.type, dtype=graph_dtype):
+                    flat_f = packing.wrap(f)  # f keeps the autocast it is wrapped under
             flat.value = grad.attach(flat_f, flat)
             if not grad.needs_equilibrium:
                 flat.z_star = flat.value.detach()
@@ -82,6 +88,7 @@ class DEQ(nn.Module):
         grad: the gradient estimator; it looks at whether grad is enabled, never at `.training`.
         eval_solver: used in evaluation mode.
         regularizer: its value leaves as `Solution.penalty`.
+        graph_dtype: autocast of the evaluations of f with a graph; see `fixed_point`.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class DEQ(nn.Module):
         grad: GradientEstimator,
         eval_solver: Solver | None = None,
         regularizer: Regularizer | None = None,
+        graph_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value, kind in (("solver", solver, Solver), ("grad", grad, GradientEstimator)):
@@ -104,11 +112,20 @@ class DEQ(nn.Module):
         self.grad = grad
         self.eval_solver = eval_solver
         self.regularizer = regularizer
+        self.graph_dtype = graph_dtype
         self.clock: Clock = _no_clock
 
     def forward(self, f: Map, z0: State) -> Solution:
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
-        return fixed_point(f, z0, solver=solver, grad=self.grad, regularizer=self.regularizer, clock=self.clock)
+        return fixed_point(
+            f,
+            z0,
+            solver=solver,
+            grad=self.grad,
+            regularizer=self.regularizer,
+            graph_dtype=self.graph_dtype,
+            clock=self.clock,
+        )
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, grad={self.grad}, eval_solver={self.eval_solver}, regularizer={self.regularizer}"

@@ -47,9 +47,10 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z, torch.where(residual.isfinite(), residual, torch.inf)
-    # a start at the fixed point itself gives no scale to grow from
-    limit = torch.where(length > 0, length * DIVERGENCE, torch.inf)
-    active = length.isfinite()
+    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
+    largest = torch.finfo(length.dtype).max
+    limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
+    active = length <= limit
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
         active &= ~(best_residual < solver.tol)
@@ -61,7 +62,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
             z = solver.propose(memory, z, g)
         num_steps += active
         if stops_early:
-            z = _pick(active, z, best)
+            z = torch.where(active[:, None], z, best)
         fz = f(z)
         num_evals += 1
         g = fz - z
@@ -69,9 +70,9 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
         trace.append(residual)
         better = residual < best_residual if not stops_early else (residual < best_residual) & active
-        best = _pick(better, z, best)
+        best = torch.where(better[:, None], z, best)
         best_residual = torch.where(better, residual, best_residual)
-        active &= length.isfinite() & (length <= limit)
+        active &= length <= limit
         if stops_early:
             active &= ~(best_residual < solver.tol)
     tol = 0.0 if solver.tol is None else solver.tol
@@ -85,16 +86,6 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         trace=torch.stack(trace),
     )
     return best, stats, memory
-
-
-def _pick(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return the rows of `a` where `mask` (B,), else of `b`; on a CPU, where asking is free, copy only a mixture."""
-    if mask.device.type == "cpu":
-        if bool(mask.all()):
-            return a
-        if not bool(mask.any()):
-            return b
-    return torch.where(mask[:, None], a, b)
 
 
 @contextmanager

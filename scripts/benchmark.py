@@ -8,7 +8,7 @@
     python scripts/benchmark.py model=deq_transformer_small batch=8 size=64 classes=5000 grad=upg,implicit
 
 Overrides are those of train.py (without data), and `batch`, `size` (pixels, or tokens of a segment), `classes` (or
-words of the vocabulary), `compile` and `hoist` (false: a Transformer cell that computes nothing once per solve);
+words of the vocabulary) and `hoist` (false: a Transformer cell that computes nothing once per solve);
 commas sweep. Batches are random, the memory of a language model is full. Budgets are fixed (`solver.tol=null`) unless
 given. All variants run in turn, round after round, in one process; ratios are paired by round. `--clock cpu --threads
 1` suits a machine that others use, too.

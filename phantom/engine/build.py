@@ -148,16 +148,41 @@ def check_root(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key, the value got and what is allowed.
     """
-    choices = {"precision": PRECISIONS, "device": distributed.DEVICES, "wandb": MODES, "resume": ("auto", "never")}
+    choices = {
+        "precision": PRECISIONS,
+        "gradient_precision": (None, "bf16"),
+        "device": distributed.DEVICES,
+        "wandb": MODES,
+        "resume": ("auto", "never"),
+    }
     for key, allowed in choices.items():
         if config[key] not in allowed:
-            raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {', '.join(allowed)}")
+            names = ", ".join("null" if value is None else value for value in allowed)
+            raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {names}")
     for key in ("epochs", "accumulate", "log_every"):
         _check_count(key, config[key], optional=False)
     for key in ("steps", "eval_every", "checkpoint_every", "subset", "test_subset"):
         _check_count(key, config[key], optional=True)
+    for key in ("compile", "cuda_graph", "deterministic"):
+        if not isinstance(config[key], bool):
+            raise ConfigError(f"{key}={config[key]!r} must be true or false")
+    if config["cuda_graph"]:
+        _check_cuda_graph(config)
     if config["ema"] is not None and not 0 < config["ema"] < 1:
         raise ConfigError(f"ema={config['ema']!r} must be in (0, 1), or null for no average")
+
+
+def _check_cuda_graph(config: dict[str, Any]) -> None:
+    """Check that a training step has fixed shapes and never waits for the host."""
+    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
+    unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
+    problems = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
+    problems += [f"{name}=null" for name in ("penalty", "jitter") if config[name] is not None]
+    problems += ["accumulate=1"] if config["accumulate"] != 1 else []
+    if problems:
+        raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(problems)}")
+    if _kind_of_data(config["data"]) != "image_classification":
+        raise ConfigError("cuda_graph=true serves image_classification, whose batches have a fixed shape")
 
 
 def _check_count(key: str, value: Any, *, optional: bool) -> None:
@@ -173,12 +198,25 @@ def build_deq(config: dict[str, Any]) -> DEQ:
         solver=instantiate(config["solver"], "solver"),
         grad=instantiate(config["grad"], "grad"),
         eval_solver=instantiate(config["eval_solver"], "eval_solver"),
+        graph_dtype=torch.bfloat16 if config["gradient_precision"] == "bf16" else None,
     )
 
 
 def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:
     """Return the model for data of this spec; the numbers of the spec are handed to it."""
     return instantiate(model_config(config, spec.kind), "model", **spec.inputs, deq=deq)
+
+
+def compile_cell(model: nn.Module) -> None:
+    """Compile f: the module `cell`, whose `forward` takes all that varies as arguments, becomes one graph.
+
+    Raises:
+        ConfigError: the model has no such module.
+    """
+    cell = getattr(model, "cell", None)
+    if not isinstance(cell, nn.Module):
+        raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
+    cell.compile(fullgraph=True, dynamic=False)
 
 
 def build_task(kind: str) -> Task:
@@ -241,12 +279,16 @@ def build_trainer(
     monitor = instantiate(config["monitor"], "monitor")
     precision.set_up(config["precision"], deterministic=config["deterministic"])
     device, rank, world = distributed.start(config["device"])
+    if config["cuda_graph"] and (device.type != "cuda" or world > 1):
+        raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
     shard = Shard(rank=rank, world=world, micro=config["accumulate"])
     source = build_source(config)
     source.to(device)
     budget = build_budget(config, source.splits)
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     bare = build_model(config, source.spec, deq).to(device)
+    if config["compile"]:
+        compile_cell(bare)
     model = distributed.wrap(bare, device, world, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = records.run_folder(config["runs"], label, overrides, config["seed"]).absolute()
@@ -266,6 +308,7 @@ def build_trainer(
         shard=shard,
         device=device,
         precision=config["precision"],
+        cuda_graph=config["cuda_graph"],
         folder=folder,
         config=OmegaConf.to_yaml(OmegaConf.create(config)),
         make_tracker=lambda: Tracker(
@@ -293,7 +336,7 @@ def build_trainer(
         # where the original counts otherwise, such as a shared weight twice
         "official_parameter_count": getattr(bare, "official_parameter_count", None),
         "world_size": world,
-        "precision": config["precision"],
+        **{key: config[key] for key in ("precision", "gradient_precision", "compile", "cuda_graph")},
         "folder": str(folder.relative_to(Path(config["runs"]).absolute())),
     }
     return trainer, facts

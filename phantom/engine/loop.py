@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from phantom.engine import checkpoint as checkpoints
+from phantom.engine.cuda_graph import StepGraphs
 from phantom.engine.evaluation import batch_to, evaluate
 from phantom.engine.meters import SolveMeter
 from phantom.engine.monitor import Monitor
@@ -30,7 +31,7 @@ from phantom.engine.progress import Progress
 from phantom.engine.records import MetricsLog, peak_memory
 from phantom.engine.rules import Rules, deqs_of
 from phantom.engine.schedule import Schedule
-from phantom.engine.task import Tally, Task
+from phantom.engine.task import Score, Tally, Task
 from phantom.engine.timing import StepTimer
 from phantom.engine.tracking import Tracker
 
@@ -68,6 +69,7 @@ class Trainer:
     Args:
         model: as the task calls it (wrapped for several processes); `bare` is the same without the wrapper.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated.
+        cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
     """
 
@@ -85,6 +87,7 @@ class Trainer:
     shard: Any
     device: torch.device
     precision: str
+    cuda_graph: bool
     folder: Path
     config: str
     make_tracker: Callable[[], Tracker]
@@ -118,6 +121,14 @@ class Trainer:
         self.timer = StepTimer(self.device)
         for deq in self._deqs:
             deq.clock = self.timer.phase
+        self._graphs = None
+        if self.cuda_graph:
+            self._graphs = StepGraphs(
+                lambda batch: self._forward_backward(batch, None, 0.0)[0],
+                deqs=self._deqs,
+                parameters=self._parameters,
+                timer=self.timer,
+            )
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker() if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main)
@@ -164,24 +175,38 @@ class Trainer:
             for i, batch in enumerate(micro_batches):
                 last = i + 1 == len(micro_batches)
                 with contextlib.nullcontext() if last or self.shard.world == 1 else self.model.no_sync():
-                    with autocast(self.precision, self.device):
-                        score = self.task.score(self.model, batch_to(batch, self.device), self._carries[i])
-                    self._carries[i] = score.carry
-                    loss = score.tally.loss_sum
-                    for solution in score.solutions:
-                        if solution.penalty is not None:
-                            loss = loss + penalty_weight * score.tally.count * solution.penalty
-                            self._penalty = self._penalty + solution.penalty.detach()
-                            self._penalties += 1
-                    with self.timer.phase("backward"):
-                        loss.backward()
+                    score = self._score(batch_to(batch, self.device), i, penalty_weight)
                 self._meter.add(score.solutions)
-                tally = score.tally.detach()
-                total = tally if total is None else total + tally
+                total = score.tally if total is None else total + score.tally
             with self.timer.phase("optimizer"):
                 self._update(total.count)
         self.timer.end_step(total.count * self.shard.world)
         self._window = total if self._window is None else self._window + total
+
+    def _score(self, batch: Any, micro: int, penalty_weight: float) -> Score:
+        """Run one micro-batch forward and backward."""
+        if self._graphs is not None:
+            return self._graphs(batch)
+        score, penalty = self._forward_backward(batch, self._carries[micro], penalty_weight)
+        self._carries[micro] = score.carry
+        if penalty is not None:
+            self._penalty, self._penalties = self._penalty + penalty, self._penalties + 1
+        return score
+
+    def _forward_backward(self, batch: Any, carry: Any, penalty_weight: float) -> tuple[Score, Tensor | None]:
+        """Return the score and the mean penalty of the solves, neither with a graph; add to the gradients."""
+        with autocast(self.precision, self.device):
+            score = self.task.score(self.model, batch, carry)
+        loss = score.tally.loss_sum
+        penalties = [solution.penalty for solution in score.solutions if solution.penalty is not None]
+        penalty = torch.stack(penalties).mean() if penalties else None
+        if penalty is not None:
+            loss = loss + penalty_weight * score.tally.count * len(penalties) * penalty
+        with self.timer.phase("backward"):
+            loss.backward()
+        # the states would keep the graph of this step alive
+        solutions = tuple(replace(s, value=s.z_star, penalty=None) for s in score.solutions)
+        return Score(score.tally.detach(), solutions, score.carry), None if penalty is None else penalty.detach()
 
     def _update(self, count: int) -> None:
         """Divide the summed gradients by the global count, check, clip and step."""

@@ -23,7 +23,7 @@ class StepTimer:
     A step may enter a phase several times (micro-batches, several solves); the durations of one step add up.
     """
 
-    def __init__(self, device: torch.device, *, warmup: int = 3) -> None:
+    def __init__(self, device: torch.device, *, warmup: int = 5) -> None:
         self._cuda = device.type == "cuda"
         self._warmup = warmup
         self._marks: list[tuple[str, object, object]] = []
@@ -40,6 +40,15 @@ class StepTimer:
             yield
         finally:
             self._marks.append((name, begin, self._now()))
+
+    def take_marks(self) -> list[tuple[str, object, object]]:
+        """Remove and return what was timed so far in the current step."""
+        marks, self._marks = self._marks, []
+        return marks
+
+    def add_marks(self, marks: list[tuple[str, object, object]]) -> None:
+        """Count `marks` to the current step: those of a captured graph, which every replay times anew."""
+        self._marks = [*self._marks, *marks]
 
     def end_step(self, items: int) -> None:
         """Close the current step, which processed `items` items."""
@@ -80,16 +89,21 @@ class StepTimer:
     def _now(self) -> object:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        # inside a graph under capture an event must become a node of it, to be recorded by every replay
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
     def _read(self) -> None:
         if self._open_steps and self._cuda:
             torch.cuda.synchronize()
-        for marks, items in self._open_steps:
+        # an event of a graph holds the time of its last replay alone
+        latest = {id(begin): i for i, (marks, _) in enumerate(self._open_steps) for _, begin, _ in marks}
+        for i, (marks, items) in enumerate(self._open_steps):
             seconds: dict[str, float] = defaultdict(float)
             for name, begin, end in marks:
+                if latest[id(begin)] != i:
+                    continue
                 seconds[name] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
             self._count += 1
             if self._count > self._warmup:

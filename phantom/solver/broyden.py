@@ -24,42 +24,35 @@ MOST, LEAST = 1e3, 1e-3
 
 @dataclass
 class Steps:
-    """The last n steps of a solve, kept in a ring: position i mod memory holds step i.
+    """The last `memory` steps of a solve in a ring, and the small matrices that make the next one.
+
+    Everything is in ring order: position i mod memory holds step i. Positions not used yet hold zeros.
 
     Args:
-        steps: (memory, B, D), step axis first, so that appending is one contiguous copy.
+        steps: (memory, B, D), step axis first, so that appending is one contiguous write.
         gram: (B, memory, memory) inner products of the stored steps.
-        usable: (B, memory) False where the factor that starts at a step was dropped by the guard.
+        coefficients: (B, memory, memory) the matrix C of `Broyden`.
+        products: (B, memory) a, the inner products of the stored steps with g.
         count: steps taken so far, those no longer stored included.
     """
 
     steps: Tensor
     gram: Tensor
-    usable: Tensor
+    coefficients: Tensor
+    products: Tensor
     count: int = 0
-
-    @property
-    def oldest(self) -> int:
-        """Ring position of the oldest stored step."""
-        size = self.steps.shape[0]
-        return self.count % size if self.count > size else 0
-
-    def append(self, step: Tensor, products: Tensor | None) -> None:
-        """Store `step` (B, D); `products` (B, n) are its inner products with the stored steps, in ring order."""
-        position = self.count % self.steps.shape[0]
-        if products is not None:
-            n = products.shape[1]
-            self.gram[:, position, :n] = products
-            self.gram[:, :n, position] = products
-        self.steps[position] = step
-        self.gram[:, position, position] = torch.linalg.vecdot(step, step)
-        self.usable[:, position].fill_(True)  # an assignment would upload the value from the host
-        self.count += 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
     """Solve f(z) = z by good Broyden, full steps, no line search; the first step is z1 = f(z0).
+
+    With a_j = <s_j, g> for the n stored steps, applying the factors to g in turn gives
+
+        c_j = (a_j + sum_{l<j} <s_j, s_{l+1}> c_l) / |s_j|^2,  w = g + sum_{l<n-1} c_l s_{l+1},  s = w / (1 - c_{n-1}).
+
+    c = C a is linear in a. C is lower triangular: a new step adds a row to it, and the oldest leaves with its row and
+    column. A factor is dropped (its row of C is zero) where 1 - c is so large or small that it is noise.
 
     Cost: one evaluation of f and two passes over the stored steps a step. `memory` steps of D numbers per problem are
     kept (default: all of them); beyond that the oldest secant factor is dropped. Superlinear near a regular solution,
@@ -81,57 +74,58 @@ class Broyden(Solver):
         return Steps(
             steps=g.new_empty((size, batch, width)),
             gram=g.new_zeros((batch, size, size)),
-            usable=torch.zeros((batch, size), dtype=torch.bool, device=g.device),
+            coefficients=g.new_zeros((batch, size, size)),
+            products=g.new_zeros((batch, size)),
         )
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
-        if memory.count == 0:
-            memory.append(g, None)
-            return z + g
-        size, first = memory.steps.shape[0], memory.oldest
-        n, newest = min(memory.count, size), (memory.count - 1) % size
-        stored = memory.steps[:n]
-        # the small arrays are turned to oldest first; a roll, since indexing by a list copies it to the device
-        gram = _roll(memory.gram[:, :n, :n], -first, 1, 2)
-        usable = _roll(memory.usable[:, :n], -first, 1)
-        a = _roll(_products(stored, g), -first, 1)
-        c = _coefficients(gram, usable, a)
-        # w = H_n g without its last factor: g + sum over l of c_l s_{l+1}
-        weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1]), dim=1)
-        w = g + _combine(stored, _roll(weights, first, 1))
-        scale = 1 - c[:, -1]
-        sound = (scale.abs() < MOST) & (scale.abs() > LEAST) & usable[:, -1]
-        memory.usable[:, newest] = sound
-        scale = torch.where(sound, scale, 1.0)[:, None]
-        step = w / scale
-        products = (a + torch.linalg.vecdot(gram, weights[:, None, :])) / scale
-        memory.append(step, _roll(products, first, 1))
+        size = memory.steps.shape[0]
+        n, newest, position = min(memory.count, size), (memory.count - 1) % size, memory.count % size
+        step = memory.steps[position]
+        if n == 0:
+            step.copy_(g)
+            products = memory.products
+        else:
+            stored = memory.steps[:n]
+            # a row vector times (D, n): several times faster in BLAS than the column form
+            memory.products[:, :n] = torch.bmm(g[:, None, :], stored.permute(1, 2, 0))[:, 0]
+            weights, scale, products = _secant(memory, newest, position)
+            w = torch.baddbmm(g[:, None, :], weights[:, None, :n], stored.transpose(0, 1))[:, 0]
+            torch.div(w, scale, out=step)
+        _append(memory, products, torch.linalg.vector_norm(step, dim=1).square(), position)
+        memory.count += 1
         return z + step
 
 
-def _coefficients(gram: Tensor, usable: Tensor, a: Tensor) -> Tensor:
-    """Return c (B, n) with c_j |s_j|^2 - sum_{l<j} <s_j, s_{l+1}> c_l = a_j; c_j = 0 for dropped factors.
-
-    Problems for which no finite answer exists get c = 0, which makes the next step the plain one.
-    """
-    squares = gram.diagonal(dim1=1, dim2=2)
-    live = usable & (squares > torch.finfo(a.dtype).tiny)
-    inverse = torch.where(live, 1 / squares, 0.0)
-    # entry (j, l) of the unit lower-triangular system is -<s_j, s_{l+1}> / |s_j|^2; the solver reads l < j only
-    lower = torch.nn.functional.pad(gram[:, :, 1:], (0, 1)) * -inverse[:, :, None]
-    c = torch.linalg.solve_triangular(lower, (a * inverse)[:, :, None], upper=False, unitriangular=True)[:, :, 0]
-    return torch.where(c.isfinite().all(dim=1, keepdim=True), c, 0.0)
-
-
-def _products(stored: Tensor, g: Tensor) -> Tensor:
-    """Return <s_j, g> (B, n): a row vector times (D, n), several times faster in BLAS than the column form."""
-    return torch.bmm(g[:, None, :], stored.permute(1, 2, 0))[:, 0, :]
+def _secant(memory: Steps, newest: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights (B, memory) of the stored steps in w, 1 - c (B, 1), and the stored steps' products with s."""
+    # a problem without a finite answer takes the plain step
+    c = _times(memory.coefficients, memory.products).nan_to_num(0.0, 0.0, 0.0)
+    scale = 1 - c[:, newest, None]
+    size = scale.abs()
+    sound = (size < MOST) & (size > LEAST)
+    memory.coefficients[:, newest].masked_fill_(~sound, 0)
+    scale = torch.where(sound, scale, 1.0)
+    # c_l weighs the step after l; the one after the newest is not there yet
+    weights = c.roll(1, 1)
+    weights[:, position].zero_()
+    return weights, scale, (memory.products + _times(memory.gram, weights)) / scale
 
 
-def _combine(stored: Tensor, weights: Tensor) -> Tensor:
-    """Return sum over j of weights_j s_j, (B, D)."""
-    return torch.bmm(weights[:, None, :], stored.transpose(0, 1))[:, 0, :]
+def _append(memory: Steps, products: Tensor, square: Tensor, position: int) -> None:
+    """Extend the small matrices by a step with these `products` (B, memory) and this squared length (B,)."""
+    memory.gram[:, position] = products
+    memory.gram[:, :, position] = products
+    memory.gram[:, position, position] = square
+    memory.coefficients[:, :, position].zero_()
+    # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
+    inverse = torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)[:, None]
+    next_products = memory.gram[:, position].roll(-1, 1)
+    next_products[:, position].zero_()
+    row = _times(memory.coefficients.mT, next_products)
+    row[:, position].fill_(1)
+    memory.coefficients[:, position] = row * inverse
 
 
-def _roll(x: Tensor, shift: int, *dims: int) -> Tensor:
-    return x.roll((shift,) * len(dims), dims) if shift else x
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.bmm(matrix, vector[:, :, None])[:, :, 0]

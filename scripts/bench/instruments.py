@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ _SYNCS = {
 }
 
 
+class Span(NamedTuple):
+    """A timed phase, inside the phase `parent`."""
+
+    name: str
+    parent: str | None
+    begin: Any
+    end: Any
+
+
 class Clock:
     """Measure phases in seconds: wall time, CPU time of this process, or events on a GPU.
 
@@ -44,38 +53,46 @@ class Clock:
             raise ValueError("clock='cpu' does not see the work of a GPU; use clock='wall' there, which reads events")
         self._device = device
         self._now = time.perf_counter if kind == "wall" else time.process_time
-        self._spans: list[list[Any]] = []  # [name, parent, begin, end]
-        self._open: int | None = None
+        self._spans: list[Span] = []
+        self._open: str | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the body as `name`, without the phases nested in it."""
-        span = [name, self._open, self._mark(), None]
-        self._open = len(self._spans)
-        self._spans.append(span)
+        parent, self._open = self._open, name
+        begin = self._mark()
         try:
             yield
         finally:
-            span[3] = self._mark()
-            self._open = span[1]
+            self._spans.append(Span(name, parent, begin, self._mark()))
+            self._open = parent
 
     def take(self) -> dict[str, float]:
         """Return the seconds of every phase since the last call."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
-        for name, parent, begin, end in self._spans:
-            length = begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
-            seconds[name] += length
-            if parent is not None:
-                seconds[self._spans[parent][0]] -= length
-        self._spans = []
+        for span in self.take_marks():
+            cuda = self._device.type == "cuda"
+            length = span.begin.elapsed_time(span.end) / 1e3 if cuda else span.end - span.begin
+            seconds[span.name] += length
+            if span.parent is not None:
+                seconds[span.parent] -= length
         return dict(seconds)
+
+    def take_marks(self) -> list[Span]:
+        """Remove and return what was timed since the last call, as `StepGraphs` needs it."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def add_marks(self, marks: list[Span]) -> None:
+        """Count `marks`, those of a captured graph, which every replay times anew."""
+        self._spans = [*self._spans, *marks]
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
             return self._now()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 

@@ -51,13 +51,16 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
         score = row.variant.step(_no_phase)  # compiles, too
         work = v.work_of(row.variant, score)
         row.facts = facts_of(row.variant, score, work)
-        if not setting.compile:
+        if not setting.config["compile"]:
             row.facts |= trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = clock.phase
         floor = v.make(setting, device)
         replace_deq(floor.model, lambda deq, work=work: Floor(work, clock.phase))
         floor.label = f"floor of {setting.label}"
+        if setting.config["cuda_graph"]:
+            row.variant.replay(clock)
+            floor.replay(clock)
         row.floor = Row(setting, floor, "floor")
         rows.append(row.floor)
         if peer and has_counterpart(row.variant.grad):

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from data.spec import Spec
 from phantom import BPTT, UPG, GradientEstimator
-from phantom.engine import build, cli
-from phantom.engine.precision import autocast
+from phantom.deq import _no_clock
+from phantom.engine import build, cli, precision
+from phantom.engine.cuda_graph import EAGER, StepGraphs
+from phantom.engine.rules import deqs_of
 from phantom.engine.task import Score
 from scripts.bench.standins import Work
 from scripts.bench.unhoisted import UnhoistedCell
 
 # keys of the benchmark itself; all others are those of train.py
-OWN = {"batch": "32", "size": "32", "classes": "10", "compile": "false", "hoist": "true"}
+OWN = {"batch": "32", "size": "32", "classes": "10", "hoist": "true"}
 # a fixed budget, unless the command line says otherwise: equal work is what can be compared
 FIXED = ("solver.tol", "adjoint_solver.tol")
 # training moves the weights, and a benchmark wants every step alike
@@ -41,7 +43,6 @@ class Setting:
     batch: int
     size: int
     classes: int
-    compile: bool
     hoist: bool
 
 
@@ -58,19 +59,38 @@ class Variant:
     carry: Any
     score: Callable[[nn.Module, Any, Any], Score]
     optimizer: torch.optim.Optimizer
+    graphs: StepGraphs | None = None
+    phase: Callable[[str], Any] = _no_clock
 
     def step(self, phase: Callable[[str], Any]) -> Score:
         """Take one training step, its phases marked by `phase`."""
+        self.phase = phase
+        precision.set_up(self.precision, deterministic=False)
         with phase("rest"):
-            with autocast(self.precision, self.device):
-                score = self.score(self.model, self.batch, self.carry)
-            loss = score.tally.loss_sum / score.tally.count
-            with phase("backward"):
-                loss.backward()
+            score = (self.graphs or self._forward_backward)(self.batch)
             with phase("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return score
+
+    def replay(self, clock: Any) -> None:
+        """Capture forward and backward as a CUDA graph, and replay it from now on."""
+        self.graphs = StepGraphs(
+            self._forward_backward,
+            deqs=deqs_of(self.model),
+            parameters=list(self.model.parameters()),
+            timer=clock,
+        )
+        for _ in range(EAGER + 1):
+            self.step(clock.phase)
+
+    def _forward_backward(self, batch: Any) -> Score:
+        with precision.autocast(self.precision, self.device):
+            score = self.score(self.model, batch, self.carry)
+        loss = score.tally.loss_sum / score.tally.count
+        with self.phase("backward"):
+            loss.backward()
+        return score._replace(tally=score.tally.detach())
 
     def graph_evals(self) -> int:
         """Return how often f is evaluated with a graph, per solve."""
@@ -97,8 +117,8 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
-        flags = {key: _flag(key, own[key]) for key in ("compile", "hoist")}
-        found.setdefault(label, Setting(label=label, config=config, **flags, **numbers))
+        hoist = _flag("hoist", own["hoist"])
+        found.setdefault(label, Setting(label=label, config=config, hoist=hoist, **numbers))
     return list(found.values())
 
 
@@ -126,11 +146,11 @@ def make(setting: Setting, device: torch.device) -> Variant:
     batch = tuple(part.to(device) for part in batch)
     carry = full_memory(model, batch) if kind == "language_modelling" else None
     if not setting.hoist:
-        if kind != "language_modelling" or setting.compile:
+        if kind != "language_modelling" or config["compile"]:
             raise build.ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
         model.cell = UnhoistedCell(model.cell)
-    if setting.compile:
-        model.cell.compile(fullgraph=True, dynamic=False)
+    if config["compile"]:
+        build.compile_cell(model)
     optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
     for group in optimizer.param_groups:
         group["lr"] = RATE
@@ -173,12 +193,16 @@ def full_memory(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
 
 
 def for_peer(setting: Setting) -> Setting:
-    """Return the setting as a user of another library would run it: eager float32 in PyTorch's own memory format."""
+    """Return the setting as a user of another library would run it: eager, in PyTorch's own memory format.
+
+    Its number format is float32, or TF32 where ours is anything else (the same on a CPU).
+    """
     config = copy.deepcopy(setting.config)
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
-    config["precision"] = "fp32"
-    return replace(setting, config=config, compile=False)
+    config |= {"compile": False, "cuda_graph": False, "gradient_precision": None}
+    config["precision"] = "fp32" if config["precision"] == "fp32" else "tf32"
+    return replace(setting, config=config)
 
 
 def work_of(variant: Variant, score: Score) -> list[Work]:

@@ -57,17 +57,20 @@ def test_residuals_are_those_of_the_iterates(solver, stop, norm):
 @each(SOLVERS)
 @pytest.mark.parametrize("make", [linear_nonsymmetric, tanh_contraction, stiff], ids=lambda make: make.__name__)
 def test_a_problem_does_not_depend_on_its_neighbours(solver, make):
+    """Bit for bit, in a batch of the same size; alone, other BLAS kernels round differently, which solves amplify."""
     problem = make()
+    rows = list(range(len(problem.z0)))
     together, stats, _ = solve(problem.f, problem.z0, solver)
     assert len(set(stats.num_steps.tolist())) > 1, "the problems must differ in difficulty for this test to mean much"
-    for i in range(len(problem.z0)):
+    for i in rows:
+        copies, own, _ = solve(problem.bind([i] * len(rows)), problem.z0[[i] * len(rows)], solver)
+        steps = stats.num_steps[i].item()
+        assert own.num_steps[i].item() == steps
+        assert torch.equal(copies[i], together[i]) and torch.equal(own.residual[i], stats.residual[i])
+        assert torch.equal(own.trace[: steps + 1, i], stats.trace[: steps + 1, i])
         alone, own, _ = solve(problem.bind([i]), problem.z0[[i]], solver)
-        assert own.num_steps.item() == stats.num_steps[i].item()
-        # the residual at which it stopped is rounding noise relative to the first one
-        torch.testing.assert_close(own.residual, stats.residual[[i]], rtol=1e-2, atol=1e-14)
+        assert abs(own.num_steps.item() - steps) <= 1 and own.converged.item()
         torch.testing.assert_close(alone, together[[i]], rtol=0, atol=ALONE)
-        steps = own.num_steps.item()
-        torch.testing.assert_close(own.trace[: steps + 1, 0], stats.trace[: steps + 1, i], rtol=1e-3, atol=1e-12)
 
 
 @each(SOLVERS)

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phantom.solve import _pick, solve
+from phantom.solve import solve
 from tests.phantom.problems import randn
 from tests.phantom.solvers import FEW_STEPS, each
 
@@ -39,22 +39,13 @@ def test_a_fixed_budget_never_waits_for_the_device(solver):
 
 @each(FEW_STEPS)
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_tolerance_waits_once_every_n_steps(solver, every, monkeypatch):
-    # on a CPU, where asking is free, rows are picked by asking first
-    monkeypatch.setattr("phantom.solve._pick", lambda mask, a, b: torch.where(mask[:, None], a, b))
+def test_a_tolerance_waits_once_every_n_steps(solver, every):
     x = randn(2, 5, seed=3)
     solver = type(solver)(**{**vars(solver), "tol": 0.0, "max_steps": 12, "sync_every": every})
     with Syncs() as syncs:
         _, stats, _ = solve(lambda z: torch.cos(z) + x, torch.zeros_like(x), solver)
     assert stats.num_evals == 13, "the solve must not stop early for the count to be right"
     assert 0 < syncs.waiting <= -(-12 // every) and syncs.uploading == 0
-
-
-def test_picking_rows_is_the_same_on_both_paths():
-    a, b = randn(3, 4, seed=1), randn(3, 4, seed=2)
-    for rows in ([True] * 3, [False] * 3, [True, False, True]):
-        mask = torch.tensor(rows)
-        assert torch.equal(_pick(mask, a, b), torch.where(mask[:, None], a, b))
 
 
 def test_the_counter_counts():
