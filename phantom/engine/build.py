@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from data.errors import DataError
 from data.spec import KINDS, Shard, Source, Spec
@@ -216,6 +217,8 @@ def compile_cell(model: nn.Module) -> None:
     cell = getattr(model, "cell", None)
     if not isinstance(cell, nn.Module):
         raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
+    # adjoint estimators and diagnostics run the backward of one evaluation of f several times
+    functorch_config.donated_buffer = False
     cell.compile(fullgraph=True, dynamic=False)
 
 

@@ -119,7 +119,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
+    # code that runs without its repository, as in a container, can be told its commit
+    commit = _git(here, "rev-parse", "HEAD") or os.environ.get("PHANTOM_COMMIT")
     status = _git(here, "status", "--porcelain", "--untracked-files=no")
     return {
         "device": name,
