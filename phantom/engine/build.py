@@ -219,6 +219,9 @@ def compile_cell(model: nn.Module) -> None:
         raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
     # adjoint estimators and diagnostics run the backward of one evaluation of f several times
     functorch_config.donated_buffer = False
+    # a graph per shape, with and without grad: streams of text have a growing memory and a short end, in every split
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     cell.compile(fullgraph=True, dynamic=False)
 
 

@@ -50,7 +50,8 @@ class Budget:
         eval_every: evaluate every so many steps; None evaluates at the end of each epoch.
         log_every: write a training row every so many steps.
         checkpoint_every: save every so many steps, besides at each evaluation.
-        eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint.
+        eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint, and `best`
+            in the record is what that checkpoint gives on all of them.
     """
 
     epochs: int
@@ -288,13 +289,17 @@ class Trainer:
             self._write({"kind": "eval", "split": split, **metrics}, epoch)
             self._progress.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
             self.final[split] = metrics
-            value, best = metrics[self.task.metric], self.best.get(split)
-            sign = 1 if self.task.mode == "max" else -1
-            if best is None or sign * value > sign * best[self.task.metric]:
-                self.best[split] = {**metrics, "epoch": epoch, "step": self.step}
-                if split == self.budget.eval_splits[0] and self.shard.rank == 0:
-                    checkpoints.save(self.folder / "best.pt", self._state())
+        self._select(epoch)
         self.timer.reset_marks()
+
+    def _select(self, epoch: int) -> None:
+        """Keep weights, and metrics on all splits, of the evaluation at which the first split was best."""
+        metric, first = self.task.metric, self.budget.eval_splits[0]
+        sign = 1 if self.task.mode == "max" else -1
+        if not self.best or sign * self.final[first][metric] > sign * self.best[first][metric]:
+            self.best = {split: {**metrics, "epoch": epoch, "step": self.step} for split, metrics in self.final.items()}
+            if self.shard.rank == 0:
+                checkpoints.save(self.folder / "best.pt", self._state())
 
     def _write(self, row: dict[str, Any], epoch: int) -> None:
         if self._log is not None:

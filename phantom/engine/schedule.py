@@ -30,9 +30,10 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Anneal per step: floor + (base - floor) (1 + cos(pi t / T)) / 2, after an optional linear warm-up.
 
-    During the warm-up the rate is base (t + 1) / W. The cosine is measured from step 0, as the official language
-    scripts do, so it starts slightly below `base` after a warm-up. W keeps its share of the run: a run cut to T steps
-    warms up for `warmup_steps * T / of_steps` steps.
+    During the warm-up the rate is base (t + 1) / W. (The official language scripts take their very first step at the
+    full rate, and are one step behind this afterwards: not copied.) The cosine is measured from step 0, as they do, so
+    it starts slightly below `base` after a warm-up. W keeps its share of the run: a run cut to T steps warms up for
+    `warmup_steps * T / of_steps` steps.
 
     Args:
         floor: the rate at t = T (official vision code: 1e-6).

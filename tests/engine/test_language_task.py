@@ -15,7 +15,7 @@ from data.pydocs import PyDocs
 from data.spec import Shard
 from models.deq_transformer import DEQTransformer
 from phantom import DEQ, UPG, Broyden
-from phantom.engine import build, cli, evaluate_run
+from phantom.engine import build, cli, evaluate_run, loop, records
 from phantom.engine.evaluation import evaluate
 from phantom.engine.language_task import LanguageModelling
 from phantom.engine.run import run as run_to_record
@@ -234,6 +234,19 @@ def test_perplexity_against_solver_budget_and_memory_length(tmp_path, capsys):
     assert len({row["perplexity"] for row in rows}) == 4
 
 
+def test_best_is_the_evaluation_at_which_the_first_split_was_best(tmp_path, monkeypatch):
+    """The test perplexity of the weights with the best valid perplexity, not the best test perplexity."""
+    values = {"valid": iter([5.0, 3.0, 4.0]), "test": iter([6.0, 8.0, 7.0])}
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: {"perplexity": next(values[args[3]])})
+    trainer = train(tmp_path, 3, "eval_every=1", "eval_splits=[valid,test]")["trainer"]
+    assert {split: (row["perplexity"], row["step"]) for split, row in trainer.best.items()} == {
+        "valid": (3.0, 2),
+        "test": (8.0, 2),
+    }
+    assert torch.load(trainer.folder / "best.pt", weights_only=True)["step"] == 2
+    assert trainer.final["test"]["perplexity"] == 7.0
+
+
 def test_the_record_has_the_unigram_perplexity_and_both_parameter_counts(tmp_path, capsys):
     job = [*TINY, "steps=1", f"runs={tmp_path}"]
     config, choices = cli.compose(job)
@@ -264,3 +277,10 @@ def test_pretraining_penalty_and_jitter_reach_the_model(tmp_path):
     assert all(row["penalty"] > 0 and row["num_vjps"] > 0 for row in rows[2:])
     evals = {row["num_evals"] for row in rows[2:]}
     assert evals <= {5, 6, 7} and len(evals) > 1
+
+
+def test_where_prepared_files_lie_is_not_what_is_run():
+    here, there = ({"data": {"oov": "unk", "cache": cache}, "seed": 0} for cache in (None, "/fast/disk"))
+    assert records.config_hash(here) == records.config_hash(there)
+    folders = [records.run_folder("runs", "x", items, 0) for items in ([], ["data.cache=/fast/disk"])]
+    assert folders[0] == folders[1]

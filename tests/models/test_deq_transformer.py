@@ -12,6 +12,7 @@ from models.relative_attention import causal_mask, relative_shift, sinusoids
 from models.transformer_cell import CellMasks, TransformerCell
 from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.diagnostics import cosine
+from phantom.engine.build import compile_cell
 
 V = 40
 FULL_SIZE = {
@@ -325,6 +326,26 @@ def test_training_under_bfloat16_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             half, _, _ = model(*tokens(2, 5), None)
     assert (half - full).abs().max() < 0.2 * full.abs().max()
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+def test_a_compiled_cell_serves_the_shapes_of_a_text(monkeypatch, attention_dropout):
+    """A growing memory and short segments, with and without grad: more shapes than torch compiles unasked."""
+    ordinary = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: ordinary(self, backend="eager", **options))
+    model = make(attention_dropout=attention_dropout, mem_len=8, solver=FixedPoint(max_steps=2, tol=None))
+    compile_cell(model)
+    expected = make(mem_len=8, solver=FixedPoint(max_steps=2, tol=None))
+    for training in (True, False):
+        memory, reference = None, None
+        for length in (3, 3, 3, 2, 1):
+            for m in (model, expected):
+                m.train(training)
+            with torch.set_grad_enabled(training):
+                nll, _, memory = model(*tokens(2, length), memory)
+                other, _, reference = expected(*tokens(2, length), reference)
+            if not (training and attention_dropout):
+                torch.testing.assert_close(nll, other)
 
 
 def test_relative_shift_and_mask():
