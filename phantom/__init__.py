@@ -7,6 +7,7 @@ loss(solution.value).backward()
 from phantom.deq import DEQ, fixed_point
 from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
 from phantom.gradient.base import GradientEstimator
+from phantom.gradient.shine import SHINE
 from phantom.gradient.unroll import BPTT, UPG
 from phantom.layers import WeightNorm, variational_mask
 from phantom.regularization import JacobianRegularizer
@@ -21,6 +22,7 @@ __all__ = [
     "BPTT",
     "DEQ",
     "NPG",
+    "SHINE",
     "UPG",
     "AdjointEstimator",
     "Anderson",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,15 @@ class _Cotangent(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, fz: Tensor, z: Tensor, estimator: AdjointEstimator, stats: Stats) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, fz: Tensor, z: Tensor, estimator: AdjointEstimator, stats: Stats, history: Any
+    ) -> Tensor:
         ctx.save_for_backward(fz, z)
-        ctx.estimator, ctx.stats = estimator, stats
+        ctx.estimator, ctx.stats, ctx.history = estimator, stats, history
         return fz.view_as(fz)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         fz, z = ctx.saved_tensors
 
         def vjp(u: Tensor) -> Tensor:
@@ -45,10 +48,10 @@ class _Cotangent(torch.autograd.Function):
             return product
 
         with torch.no_grad():
-            u = ctx.estimator.cotangent(vjp, g, ctx.stats)
+            u = ctx.estimator.cotangent(vjp, g, ctx.stats, ctx.history)
         # grad is enabled here only under create_graph=True. u depends on the parameters through J even where g is a
         # constant, so the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
-        return (_OnceOnly.apply(u, fz) if torch.is_grad_enabled() else u), None, None, None
+        return (_OnceOnly.apply(u, fz) if torch.is_grad_enabled() else u), None, None, None, None
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -71,15 +74,20 @@ class AdjointEstimator(GradientEstimator):
     """
 
     @abstractmethod
-    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats) -> Tensor:
-        """Return u (B, D) for the incoming cotangent `g` (B, D), with `vjp(u) = J^T u`."""
+    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
+        """Return u (B, D) for the incoming cotangent `g` (B, D), with `vjp(u) = J^T u`.
+
+        Args:
+            stats: of the forward solve; what the backward costs is added to it.
+            history: the solver's memory, where `needs_history` asks for it; else None.
+        """
 
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         check_grad_enabled()
         z = solution.z_star.detach().requires_grad_()
         fz = f(z)
         solution.stats.num_evals += 1
-        return _Cotangent.apply(fz, z, self, solution.stats)
+        return _Cotangent.apply(fz, z, self, solution.stats, solution.history)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,7 @@ class NPG(AdjointEstimator):
         check_count("k", self.k, least=1)
         check_lam(self.lam)
 
-    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats) -> Tensor:
+    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         # Horner's form of the sum: k - 1 damped steps of u = J^T u + g from lam g
         u = self.lam * g
         for _ in range(self.k - 1):
@@ -129,7 +137,7 @@ class Implicit(AdjointEstimator):
             raise TypeError(f"solver must be a Solver such as Broyden(max_steps=30, tol=1e-6), got {self.solver!r}")
         check_count("solver.max_steps", self.solver.max_steps, least=1)
 
-    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats) -> Tensor:
+    def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         # at u = 0 the map is g itself: no vjp needed to know that
         u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g)
         # where nothing beat u = 0, a zero gradient would pass for an answer, and hide a cotangent that is not finite

@@ -44,6 +44,19 @@ class Steps:
     positions: Tensor
     count: int = 0
 
+    def apply_inverse_transposed(self, v: Tensor) -> Tensor:
+        """Return H^T v (B, D) for `v` (B, D), H the estimate of (I - J)^{-1} that the stored steps make.
+
+        H v = v + sum_l (C S v)_l s_{l+1}, so H^T v = v + sum_j (C^T b)_j s_j with b_l = <s_{l+1}, v>.
+        """
+        size = self.steps.shape[0]
+        n, newest = min(self.count, size), self.positions[(self.count - 1) % size]
+        stored = self.steps[:n]
+        products = torch.zeros_like(self.products)
+        products[:, :n] = _project(stored, v)
+        weights = _times(self.coefficients.mT, products.roll(-1, 1).masked_fill(newest, 0))
+        return torch.baddbmm(v[:, None, :], weights[:, None, :n], stored.transpose(0, 1))[:, 0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
@@ -91,8 +104,7 @@ class Broyden(Solver):
             square = torch.linalg.vector_norm(g, dim=1).square()
         else:
             stored, newest = memory.steps[:n], memory.positions[position - 1]
-            # a row vector times (D, n): several times faster in BLAS than the column form
-            memory.products[:, :n] = torch.bmm(g[:, None, :], stored.permute(1, 2, 0))[:, 0]
+            memory.products[:, :n] = _project(stored, g)
             weights, scale, products, memory.coefficients = secant(
                 memory.gram, memory.coefficients, memory.products, newest, here
             )
@@ -143,6 +155,11 @@ def _append(
     new = _times(coefficients.mT, products.roll(-1, 1).masked_fill(here, 0))
     new = torch.where(here, 1.0, new) * inverse[:, None]
     return gram, torch.where(row, new[:, None, :], coefficients)
+
+
+def _project(stored: Tensor, v: Tensor) -> Tensor:
+    """Return <s_j, v> (B, n): a row vector times (D, n), several times faster in BLAS than the column form."""
+    return torch.bmm(v[:, None, :], stored.permute(1, 2, 0))[:, 0]
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
