@@ -13,11 +13,11 @@ from torch import Tensor
 from phantom.state import FlatMap, Map, Packing, State
 
 
-def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, seed: int = 0) -> Tensor:
-    """Return the spectral radius of lam J + (1 - lam) I at `z`, per problem, as (B,).
+def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tensor:
+    """Return approximations to the outer eigenvalues of J at `z`, per problem, as complex (B, num_steps).
 
-    Arnoldi on lam J^T + (1 - lam) I, which has the spectrum asked for, with `num_steps` vjps: the largest Ritz value.
-    Right for a non-symmetric J and for complex pairs, where a Rayleigh quotient is not. Exact for num_steps >= D.
+    Arnoldi on J^T, which has the spectrum of J, with `num_steps` vjps. Right for a non-symmetric J and for complex
+    pairs, where a Rayleigh quotient is not. Exact for num_steps >= D.
 
     Source: Arnoldi, *The principle of minimized iterations* (1951).
     """
@@ -25,23 +25,54 @@ def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, 
     batch, width = z.shape
     steps = min(num_steps, width)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    v = torch.randn(batch, width, generator=generator, dtype=z.dtype).to(z.device)
-    basis = [v / torch.linalg.vector_norm(v, dim=1, keepdim=True)]
+
+    def draw() -> Tensor:
+        return torch.randn(batch, width, generator=generator, dtype=z.dtype).to(z.device)
+
+    basis = torch.nn.functional.normalize(draw(), dim=1)[None]
     hessenberg = z.new_zeros(batch, steps, steps)
     for j in range(steps):
-        w = lam * vjp(basis[j]) + (1 - lam) * basis[j]
-        stacked = torch.stack(basis)
-        for _ in range(2):  # a second pass of Gram-Schmidt restores orthogonality lost to rounding
-            products = torch.einsum("nbd,bd->bn", stacked, w)
-            w = w - torch.einsum("bn,nbd->bd", products, stacked)
-            hessenberg[:, : j + 1, j] += products
-        length = torch.linalg.vector_norm(w, dim=1)
-        if j + 1 < steps:
-            # a vanished remainder means an invariant subspace: the rest stays zero, and so do its Ritz values
-            alive = length > 100 * torch.finfo(z.dtype).eps * hessenberg.abs().amax(dim=(1, 2))
-            hessenberg[:, j + 1, j] = torch.where(alive, length, 0.0)
-            basis.append(torch.where(alive, 1 / length, 0.0)[:, None] * w)
-    return torch.linalg.eigvals(hessenberg).abs().amax(dim=1)
+        w, products = _orthogonalise(vjp(basis[j]), basis)
+        hessenberg[:, : j + 1, j] = products
+        if j + 1 == steps:
+            break
+        length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        # a vanished remainder means an invariant subspace: go on from a direction outside of it
+        alive = length > 100 * torch.finfo(z.dtype).eps * hessenberg.abs().amax(dim=(1, 2))[:, None]
+        hessenberg[:, j + 1, j] = torch.where(alive, length, 0.0)[:, 0]
+        if not bool(alive.all()):
+            w = torch.where(alive, w, _orthogonalise(draw(), basis)[0])
+        basis = torch.cat([basis, torch.nn.functional.normalize(w, dim=1)[None]])
+    return torch.linalg.eigvals(hessenberg)
+
+
+def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `w` (B, D) without its components along `basis` (n, B, D), and those components (B, n)."""
+    total = w.new_zeros(basis.shape[1], basis.shape[0])
+    for _ in range(2):  # a second pass of Gram-Schmidt restores orthogonality lost to rounding
+        products = torch.einsum("nbd,bd->bn", basis, w)
+        w = w - torch.einsum("bn,nbd->bd", products, basis)
+        total = total + products
+    return w, total
+
+
+def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, seed: int = 0) -> Tensor:
+    """Return the spectral radius of lam J + (1 - lam) I at `z`, per problem, as (B,), by `ritz_values`."""
+    return damped_radius(ritz_values(f, z, num_steps=num_steps, seed=seed), lam)
+
+
+def damped_radius(eigenvalues: Tensor, lam: float) -> Tensor:
+    """Return max |lam mu + 1 - lam| over the eigenvalues mu of J (B, n), as (B,)."""
+    return (lam * eigenvalues + (1 - lam)).abs().amax(dim=-1)
+
+
+def best_damping(eigenvalues: Tensor) -> float:
+    """Return the lam in {0.01, ..., 1} with the smallest mean radius of lam J + (1 - lam) I over the problems.
+
+    That radius is the rate at which NPG and UPG tend to the exact gradient in k; where it exceeds one, more terms do
+    harm. `eigenvalues` (B, n) are those of J, as from `ritz_values`.
+    """
+    return min((i / 100 for i in range(1, 101)), key=lambda lam: damped_radius(eigenvalues, lam).mean().item())
 
 
 def dense_jacobian(f: Map, z: State) -> Tensor:

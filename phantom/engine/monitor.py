@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from phantom import DEQ, GradientEstimator, Implicit, Solution
-from phantom.diagnostics import cosine, norm_ratio, spectral_radius
+from phantom.diagnostics import cosine, damped_radius, norm_ratio, ritz_values
 from phantom.engine.rules import deqs_of
 from phantom.engine.task import Task
 from phantom.solver.base import Solver, check_count
@@ -71,11 +71,11 @@ class Monitor:
         with torch.no_grad():
             calls = _capture(deqs, model, task, batch, carry)
         rewind()
-        result = {}
-        for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam)):
-            radii = [spectral_radius(f, out.z_star, lam=lam, num_steps=self.radius_steps) for f, out in calls]
-            result[name] = float(torch.cat(radii).mean())
-        return result
+        values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
+        return {
+            name: float(torch.cat([damped_radius(mu, lam) for mu in values]).mean())
+            for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam))
+        }
 
     def _cosines(self, deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any, rewind: Callable) -> dict:
         if self.exact_solver is None:

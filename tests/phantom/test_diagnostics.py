@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom.diagnostics import cosine, dense_jacobian, exact_adjoint, norm_ratio, spectral_radius
+from phantom.diagnostics import (
+    best_damping,
+    cosine,
+    damped_radius,
+    dense_jacobian,
+    exact_adjoint,
+    norm_ratio,
+    ritz_values,
+    spectral_radius,
+)
 from tests.phantom.problems import DTYPE, randn, rotation, with_radius
 
 DENSE = 1e-10  # against dense linear algebra
@@ -74,6 +83,27 @@ def test_radius_of_a_tuple_state_in_float32():
 
     measured = spectral_radius(f, (torch.zeros(2, 2), torch.zeros(2, 4)))
     torch.testing.assert_close(measured, torch.full((2,), 0.8), rtol=1e-4, atol=0)
+
+
+def test_ritz_values_are_the_eigenvalues():
+    jacobian = torch.stack([with_radius(radius, 8, seed=seed) for seed, radius in ((21, 0.7), (22, 1.4))])
+    found = ritz_values(linear(jacobian), torch.zeros(2, 8, dtype=DTYPE), num_steps=8)
+    for i in range(2):
+        expected = torch.linalg.eigvals(jacobian[i])
+        distance = (found[i][:, None] - expected).abs()
+        assert distance.amin(dim=0).max() < 1e-9 and distance.amin(dim=1).max() < 1e-9
+
+
+def test_best_damping_minimises_the_radius():
+    """Eigenvalues -1.5 and 0.5: |1 - 2.5 lam| = |1 - 0.5 lam| at lam = 2/3, where both are 2/3."""
+    eigenvalues = torch.tensor([[-1.5, 0.5]], dtype=torch.complex128)
+    assert best_damping(eigenvalues) == pytest.approx(2 / 3, abs=0.01)
+    assert damped_radius(eigenvalues, 2 / 3).item() == pytest.approx(2 / 3)
+    assert best_damping(torch.tensor([[0.9]], dtype=torch.complex128)) == 1.0
+    # of two problems, the mean counts: for each alone another lam is best
+    both = torch.tensor([[-1.5, 0.5], [0.9j, 0.9j]], dtype=torch.complex128)
+    radii = [damped_radius(both, lam / 1000).mean().item() for lam in range(1, 1001)]
+    assert damped_radius(both, best_damping(both)).mean().item() == pytest.approx(min(radii), abs=1e-3)
 
 
 def test_radius_leaves_the_random_state_alone():
