@@ -1,11 +1,12 @@
 """The comparison of estimators: costs are those of their definitions, and a long backward solve is the reference."""
 
+import itertools
 import json
 
 import pytest
 
 from phantom.engine import build, cli
-from scripts import gradient_quality
+from scripts import quality
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def result(tmp_path_factory):
     trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
     trainer.fit(resume=False)
     out = folder / "quality.json"
-    gradient_quality.main([f"run={trainer.folder}", "images=3", "--out", str(out)])
+    quality.main([f"run={trainer.folder}", "images=3", "--out", str(out)])
     return json.loads(out.read_text()) | {"text": out.with_suffix(".md").read_text()}
 
 
@@ -45,8 +46,15 @@ def test_quality(result):
         assert f"| {row['estimator']} |" in result["text"]
 
 
+def test_solvers(result):
+    curves = {row["solver"]: list(row["residual"].values()) for row in result["solvers"]}
+    assert set(curves) >= {"Broyden", "Anderson, memory 6", "fixed point, lam=0.5"}
+    for values in curves.values():
+        assert all(a >= b > 0 for a, b in itertools.pairwise(values)), "the best iterate never gets worse"
+
+
 def test_a_folder_is_needed(tmp_path):
     with pytest.raises(SystemExit, match="run=<folder>"):
-        gradient_quality.main(["images=3"])
+        quality.main(["images=3"])
     with pytest.raises(SystemExit, match="no run folder"):
-        gradient_quality.main([f"run={tmp_path / 'none'}"])
+        quality.main([f"run={tmp_path / 'none'}"])

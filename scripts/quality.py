@@ -1,11 +1,12 @@
-"""Compare gradient estimators on a trained model: what each costs, and how near it comes to the exact gradient.
+"""Compare solvers and gradient estimators on a trained model: what each costs, and how near it comes.
 
-    python scripts/gradient_quality.py run=<run folder> images=16 --out results/gradient_quality/mdeq_tiny.json
-    python scripts/gradient_quality.py run=<run folder> checkpoint=best solver.max_steps=60 data.root=/data/cifar10
+    python scripts/quality.py run=<run folder> images=16 --out results/quality/mdeq_tiny.json
+    python scripts/quality.py run=<run folder> checkpoint=best solver.max_steps=60 data.root=/data/cifar10
 
-The batch is the first of training. The reference is implicit differentiation with a long backward solve, whose residual
-is shown. Cosine and norm ratio are over all parameters before the equilibrium; the head's gradient is exact under every
-estimator. Other items of the form key=value change the run's config, as for evaluate.py.
+The batch is the first of training. Solvers are compared by the relative residual of their best iterate; estimators at
+the equilibrium that the run's own solver finds. The reference is implicit differentiation with a long backward solve,
+whose residual is shown. Cosine and norm ratio are over all parameters before the equilibrium; the head's gradient is
+exact under every estimator. Other items of the form key=value change the run's config, as for evaluate.py.
 """
 
 from __future__ import annotations
@@ -23,17 +24,30 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from phantom import NPG, SHINE, UPG, Broyden, FixedPoint, GradientEstimator, Implicit  # noqa: E402
+from phantom import (  # noqa: E402
+    NPG,
+    SHINE,
+    UPG,
+    Anderson,
+    Broyden,
+    FixedPoint,
+    GradientEstimator,
+    Implicit,
+    Solution,
+    Solver,
+)
 from phantom.diagnostics import best_damping, damped_radius, ritz_values  # noqa: E402
-from phantom.engine import cli  # noqa: E402
+from phantom.engine import cli, records  # noqa: E402
 from phantom.engine.evaluate_run import Rebuilt, rebuild_run  # noqa: E402
 from phantom.engine.evaluation import batch_to  # noqa: E402
 from phantom.engine.monitor import Monitor, capture  # noqa: E402
-from phantom.engine.records import environment  # noqa: E402
 from phantom.engine.rules import deqs_of  # noqa: E402
+from phantom.solve import solve  # noqa: E402
+from phantom.state import Packing  # noqa: E402
 from scripts.bench.instruments import Clock  # noqa: E402
 
 EXACT = Broyden(max_steps=150, tol=1e-6)
+EVALUATIONS = (6, 12, 23, 45)
 REPEATS = 3
 
 
@@ -50,6 +64,29 @@ def estimators(lam: float) -> dict[str, GradientEstimator]:
     for steps in (5, 10, 22):
         found[f"implicit, {steps} Broyden steps"] = Implicit(solver=Broyden(max_steps=steps, tol=None))
     return found
+
+
+def solvers(steps: int) -> dict[str, Solver]:
+    """Return the solvers to compare, with a fixed budget."""
+    budget: dict[str, Any] = {"max_steps": steps, "tol": None}
+    return {
+        "Broyden": Broyden(**budget),
+        "Anderson, memory 6": Anderson(**budget),
+        **{f"fixed point, lam={lam:g}": FixedPoint(**budget, lam=lam) for lam in (1.0, 0.7, 0.5, 0.3)},
+    }
+
+
+def residuals(calls: list[tuple[Any, Solution]]) -> list[dict[str, Any]]:
+    """Return per solver the median residual after some evaluations of f, from the initial guess of every solve."""
+    rows = []
+    for name, solver in solvers(max(EVALUATIONS) - 1).items():
+        traces = []
+        for f, out in calls:
+            packing = Packing(out.z0)
+            traces.append(solve(packing.wrap(f), packing.pack(out.z0), solver)[1].trace)
+        best = torch.cat(traces, dim=1).nan_to_num(torch.inf).cummin(dim=0).values
+        rows.append({"solver": name, "residual": {str(n): float(best[n - 1].median()) for n in EVALUATIONS}})
+    return rows
 
 
 def measure(run: Rebuilt, images: int) -> dict[str, Any]:
@@ -81,6 +118,7 @@ def measure(run: Rebuilt, images: int) -> dict[str, Any]:
         "radius": {f"{value:g}": float(damped_radius(spectrum, value).mean()) for value in (0.25, 0.5, lam, 1.0)},
         "best_lam": lam,
         "reference": {"estimator": repr(Implicit(solver=EXACT)), **reference},
+        "solvers": residuals(calls),
         "rows": rows,
     }
 
@@ -132,6 +170,10 @@ def render(result: dict[str, Any]) -> str:
         cells = [str(row["graph_evals"]), str(row["vjps"]), f"{1e3 * row['seconds']:.0f}"]
         cells += [f"{row['cosine']:.3f}", f"{row['norm_ratio']:.2f}", residual]
         lines.append(f"| {row['estimator']} | " + " | ".join(cells) + " |")
+    lines += ["", "Median relative residual of the best iterate after so many evaluations of f:", ""]
+    lines += ["| solver | " + " | ".join(map(str, EVALUATIONS)) + " |", "| --- |" + " ---: |" * len(EVALUATIONS)]
+    for row in result["solvers"]:
+        lines.append(f"| {row['solver']} | " + " | ".join(f"{row['residual'][str(n)]:.1e}" for n in EVALUATIONS) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,7 +181,7 @@ def main(arguments: list[str]) -> None:
     """Measure, print the table, and write it where `--out` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="+", help="run=<folder>, checkpoint=last|best, images=<n>, and overrides")
-    parser.add_argument("--title", default="Gradient estimators on a trained model")
+    parser.add_argument("--title", default="Solvers and gradient estimators on a trained model")
     parser.add_argument("--out", type=Path, default=None, help="a .json; the table is written beside it as .md")
     options = parser.parse_intermixed_args(arguments)
     own = dict(item.split("=", 1) for item in options.items if item.split("=")[0] in ("run", "checkpoint", "images"))
@@ -152,8 +194,9 @@ def main(arguments: list[str]) -> None:
         if not cli.is_user_error(error):
             raise
         sys.exit(f"error: {error}")
-    command = "python scripts/gradient_quality.py " + " ".join(arguments)
-    about = {"title": options.title, "command": command, **run.facts, **environment(run.device)}
+    shown = [*(f"{key}={value}" for key, value in own.items() if key != "run"), *records.meaningful(overrides)]
+    command = " ".join(["python scripts/quality.py run=<run folder>", *shown])
+    about = {"title": options.title, "command": command, **run.facts, **records.environment(run.device)}
     result = about | measure(run, int(own.get("images", 16)))
     text = render(result)
     print(text)
