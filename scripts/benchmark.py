@@ -6,12 +6,13 @@
         --clock cpu --threads 1 --repeats 9 --out results/benchmark/mdeq_tiny.json
 
     python scripts/benchmark.py model=deq_transformer_small batch=8 size=64 classes=5000 grad=upg,implicit
+    python scripts/benchmark.py model=ignn batch=128 size=40 classes=2 solver=fixed_point grad=upg,npg
 
-Overrides are those of train.py (without data), and `batch`, `size` (pixels, or tokens of a segment), `classes` (or
-words of the vocabulary) and `hoist` (false: a Transformer cell that computes nothing once per solve);
-commas sweep. Batches are random, the memory of a language model is full. Budgets are fixed (`solver.tol=null`) unless
-given. All variants run in turn, round after round, in one process; ratios are paired by round. `--clock cpu --threads
-1` suits a machine that others use, too.
+Overrides are those of train.py (without data), and `batch`, `size` (pixels of a side, tokens of a segment, nodes of a
+graph), `classes` (or words of the vocabulary) and `hoist` (false: a Transformer cell that computes nothing once per
+solve); commas sweep. Batches are random, the memory of a language model is full. Budgets are fixed (`solver.tol=null`)
+unless given. All variants run in turn, round after round, in one process; ratios are paired by round. `--clock cpu
+--threads 1` suits a machine that others use, too.
 """
 
 from __future__ import annotations

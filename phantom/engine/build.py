@@ -29,7 +29,7 @@ from phantom.engine.rules import Rules
 from phantom.engine.task import Task
 from phantom.engine.tracking import MODES, Tracker
 
-__all__ = ["DataError", "Shard", "load_reference"]
+__all__ = ["DataError", "Shard", "Source", "load_reference"]
 
 TASKS = {
     "image_classification": "phantom.engine.classification.ImageClassification",

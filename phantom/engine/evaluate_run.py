@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import nn
 
 from phantom.engine import build, checkpoint, cli, distributed, precision
+from phantom.engine.build import Shard, Source
 from phantom.engine.evaluation import evaluate
+from phantom.engine.task import Task
+
+
+class Rebuilt(NamedTuple):
+    """A model with its weights, and what it was trained with."""
+
+    config: dict[str, Any]
+    model: nn.Module
+    task: Task
+    source: Source
+    device: torch.device
+    shard: Shard
+    facts: dict[str, Any]
 
 
 def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -21,6 +35,18 @@ def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequ
     Args:
         folder: the run folder.
         split: the split to evaluate; None takes the first of the run's `eval_splits`.
+        overrides: see `rebuild_run`.
+
+    Raises:
+        CheckpointError, ConfigError: see `rebuild_run`.
+    """
+    return _evaluate(rebuild_run(folder, which=which, overrides=overrides), split)
+
+
+def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str]) -> Rebuilt:
+    """Return the model of a run with the weights of its `last` or `best` checkpoint: the moving average if it has one.
+
+    Args:
         overrides: key=value items that change the run's config, such as `eval_solver.max_steps=40`. An `eval_solver`
             that the run does not have starts as a copy of its solver.
 
@@ -39,9 +65,7 @@ def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequ
     if state["ema"] is not None:
         averaged = "module."
         weights = {name.removeprefix(averaged): w for name, w in state["ema"].items() if name.startswith(averaged)}
-    return _evaluate(
-        config, split, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]}
-    )
+    return _rebuild(config, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
 
 
 def evaluate_official(path: Path, *, source: str, split: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -70,21 +94,23 @@ def evaluate_official(path: Path, *, source: str, split: str | None, overrides: 
         except (ValueError, TypeError) as error:
             raise build.ConfigError(f"{path}: {error}") from error
 
-    return _evaluate(config, split, load, {"source": source})
+    return _evaluate(_rebuild(config, load, {"source": source}), split)
 
 
-def _evaluate(config: dict[str, Any], split: str | None, load: Any, facts: dict[str, Any]) -> dict[str, Any]:
+def _rebuild(config: dict[str, Any], load: Callable[[nn.Module], None], facts: dict[str, Any]) -> Rebuilt:
     kind = build.check_pair(config)
     precision.set_up(config["precision"], deterministic=config["deterministic"])
     device, rank, world = distributed.start(config["device"])
     source = build.build_source(config)
-    split = split or config["eval_splits"][0]
-    if split not in source.splits:
-        raise build.ConfigError(f"split={split!r} does not exist; the data has {', '.join(source.splits)}")
     model = build.build_model(config, source.spec, build.build_deq(config)).to(device)
     load(model)
-    shard = build.Shard(rank=rank, world=world)
-    metrics = evaluate(
-        model, build.build_task(kind), source, split, shard=shard, device=device, precision=config["precision"]
-    )
-    return {"split": split, **facts, **metrics}
+    shard = Shard(rank=rank, world=world)
+    return Rebuilt(config, model, build.build_task(kind), source, device, shard, facts)
+
+
+def _evaluate(run: Rebuilt, split: str | None) -> dict[str, Any]:
+    split = split or run.config["eval_splits"][0]
+    if split not in run.source.splits:
+        raise build.ConfigError(f"split={split!r} does not exist; the data has {', '.join(run.source.splits)}")
+    options = {"shard": run.shard, "device": run.device, "precision": run.config["precision"]}
+    return {"split": split, **run.facts, **evaluate(run.model, run.task, run.source, split, **options)}

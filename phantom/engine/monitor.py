@@ -69,7 +69,7 @@ class Monitor:
         if self.radius_steps == 0:
             return {}
         with torch.no_grad():
-            calls = _capture(deqs, model, task, batch, carry)
+            calls = capture(deqs, model, task, batch, carry)
         rewind()
         values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
         return {
@@ -82,7 +82,7 @@ class Monitor:
             return {}
         exact = Implicit(solver=self.exact_solver)
         # only what lies before the equilibrium: the head's gradient is exact under every estimator
-        outputs = [f(out.z_star) for f, out in _capture(deqs, model, task, batch, carry)]
+        outputs = [f(out.z_star) for f, out in capture(deqs, model, task, batch, carry)]
         outputs = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
         parameters = [p for p in model.parameters() if p.requires_grad]
         reached = torch.autograd.grad(sum(outputs), parameters, allow_unused=True)
@@ -108,7 +108,7 @@ class Monitor:
         return result
 
 
-def _capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
+def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
     """Score the batch and return (f, solution) of every solve on the way."""
     calls: list[tuple[Any, Solution]] = []
     hooks = [deq.register_forward_hook(lambda _, args, out: calls.append((args[0], out))) for deq in deqs]

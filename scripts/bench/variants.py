@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import hydra
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.spec import Spec
 from phantom import BPTT, UPG, GradientEstimator
@@ -19,6 +18,7 @@ from phantom.engine import build, cli, precision
 from phantom.engine.cuda_graph import EAGER, StepGraphs
 from phantom.engine.rules import deqs_of
 from phantom.engine.task import Score
+from scripts.bench import batches
 from scripts.bench.standins import Work
 from scripts.bench.unhoisted import UnhoistedCell
 
@@ -137,14 +137,14 @@ def compose(overrides: dict[str, str]) -> dict[str, Any]:
 def make(setting: Setting, device: torch.device) -> Variant:
     """Build the variant: the same initial weights and the same batch for every setting of the same shape."""
     config = setting.config
-    kind = config["model"].get("_target_") and build.locate(config["model"]["_target_"]).kinds[0]
-    inputs, batch = make_batch(kind, setting)
+    kind = kind_of(config["model"])
+    inputs, batch = batches.make(kind, batch=setting.batch, size=setting.size, classes=setting.classes)
     spec = Spec(kind=kind, inputs=inputs, sizes={})
     deq = build.build_deq(config)
     torch.manual_seed(config["seed"])
     model = build.build_model(config, spec, deq).to(device)
     batch = tuple(part.to(device) for part in batch)
-    carry = full_memory(model, batch) if kind == "language_modelling" else None
+    carry = batches.full_memory(model, batch) if kind == "language_modelling" else None
     if not setting.hoist:
         if kind != "language_modelling" or config["compile"]:
             raise build.ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
@@ -167,29 +167,13 @@ def make(setting: Setting, device: torch.device) -> Variant:
     )
 
 
-def make_batch(kind: str, setting: Setting) -> tuple[dict[str, int], tuple[Tensor, ...]]:
-    """Return (the model's numbers of the data, a random batch) for a kind of task."""
-    generator = torch.Generator().manual_seed(0)
-    batch, size, classes = setting.batch, setting.size, setting.classes
-    if kind == "image_classification":
-        images = torch.randn(batch, 3, size, size, generator=generator)
-        labels = torch.randint(classes, (batch,), generator=generator)
-        return {"in_channels": 3, "num_classes": classes}, (images, labels)
-    if kind == "language_modelling":
-        words = torch.randint(classes, (batch, size + 1), generator=generator)
-        return {"vocab_size": classes}, (words[:, :-1].contiguous(), words[:, 1:].contiguous())
-    raise build.ConfigError(
-        f"the benchmark has no synthetic batch for {kind}; it has image_classification, language_modelling"
-    )
-
-
-@torch.no_grad()
-def full_memory(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
-    """Return the memory of streams that have been read for long: every step is to see all of `mem_len`."""
-    memory = None
-    for _ in range(math.ceil(model.mem_len / batch[0].shape[1])):
-        *_, memory = model(*batch, memory)
-    return memory
+def kind_of(model: dict[str, Any]) -> str:
+    """Return the kind of task a model leaf serves; of a family, the first that has a synthetic batch."""
+    kinds = build.locate(model["_target_"]).kinds if "_target_" in model else list(model)
+    known = [kind for kind in kinds if kind in batches.KINDS]
+    if not known:
+        raise build.ConfigError(f"the benchmark has batches for {', '.join(batches.KINDS)}, not {', '.join(kinds)}")
+    return known[0]
 
 
 def for_peer(setting: Setting) -> Setting:

@@ -1,0 +1,52 @@
+"""The comparison of estimators: costs are those of their definitions, and a long backward solve is the reference."""
+
+import json
+
+import pytest
+
+from phantom.engine import build, cli
+from scripts import gradient_quality
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    job = [
+        *("steps=1", "subset=8", "test_subset=4", "data.batch_size=8", "solver.max_steps=12", "wandb=disabled"),
+        *("model.channels=[8,8]", "model.head_channels=[2,2]", "model.final_channels=8", "progress=false"),
+        f"runs={folder}",
+    ]
+    config, choices = cli.compose(job)
+    trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    trainer.fit(resume=False)
+    out = folder / "quality.json"
+    gradient_quality.main([f"run={trainer.folder}", "images=3", "--out", str(out)])
+    return json.loads(out.read_text()) | {"text": out.with_suffix(".md").read_text()}
+
+
+def test_costs(result):
+    rows = {row["estimator"]: row for row in result["rows"]}
+    assert (rows["one step"]["graph_evals"], rows["one step"]["vjps"]) == (1, 0)
+    assert (rows["SHINE"]["graph_evals"], rows["SHINE"]["vjps"]) == (1, 0)
+    assert (rows["UPG k=5 lam=0.5"]["graph_evals"], rows["UPG k=5 lam=0.5"]["vjps"]) == (5, 0)
+    assert (rows["NPG k=5 lam=0.5"]["graph_evals"], rows["NPG k=5 lam=0.5"]["vjps"]) == (1, 4)
+    assert rows["implicit, 10 Broyden steps"]["vjps"] == 10
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_quality(result):
+    rows = {row["estimator"]: row for row in result["rows"]}
+    assert result["reference"]["adjoint_residual"] < 1e-4
+    steps = [rows[f"implicit, {steps} Broyden steps"] for steps in (5, 10, 22)]
+    assert steps[0]["cosine"] < steps[1]["cosine"] < steps[2]["cosine"] and steps[2]["cosine"] > 0.9
+    assert steps[2]["adjoint_residual"] < steps[0]["adjoint_residual"]
+    assert all(-1 <= row["cosine"] <= 1 + 1e-6 for row in rows.values())
+    for row in result["rows"]:
+        assert f"| {row['estimator']} |" in result["text"]
+
+
+def test_a_folder_is_needed(tmp_path):
+    with pytest.raises(SystemExit, match="run=<folder>"):
+        gradient_quality.main(["images=3"])
+    with pytest.raises(SystemExit, match="no run folder"):
+        gradient_quality.main([f"run={tmp_path / 'none'}"])
