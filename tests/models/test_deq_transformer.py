@@ -75,13 +75,14 @@ def test_parameter_counts_at_full_size(norm):
     assert len(model.state_dict()) == len(list(model.parameters()))  # tied weights are stored once
 
 
-def test_float32_agrees_with_float64_at_full_width():
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_float32_agrees_with_float64_at_full_width(norm):
     torch.manual_seed(0)
     cell = TransformerCell(
         d_model=700,
         num_heads=10,
         d_inner=48_000,
-        norm="post",
+        norm=norm,
         preln_residual="normalised",
         dropout=0.0,
         attention_dropout=0.0,
