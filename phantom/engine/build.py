@@ -160,7 +160,7 @@ def check_root(config: dict[str, Any]) -> None:
         if config[key] not in allowed:
             names = ", ".join("null" if value is None else value for value in allowed)
             raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {names}")
-    for key in ("epochs", "accumulate", "log_every"):
+    for key in ("epochs", "accumulate", "log_every", "smoke_steps"):
         _check_count(key, config[key], optional=False)
     for key in ("steps", "eval_every", "checkpoint_every", "subset", "test_subset"):
         _check_count(key, config[key], optional=True)
