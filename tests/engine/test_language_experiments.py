@@ -116,7 +116,7 @@ def test_every_experiment_trains_at_a_smoke_budget(name, tmp_path):
     if name == "language/pydocs":
         overrides = [item for item in overrides if not item.startswith("data.")] + ["data.segment=64"]
     config, choices = cli.compose(overrides)
-    assert config["steps"] == (400 if name in SMALL and "wikitext" in name else 20)
+    assert config["steps"] == (480 if name in SMALL and "wikitext" in name else 20)
     trainer, facts = build.build_trainer(config, label="small", overrides=overrides, choices=choices)
     record = run(trainer, facts, resume=False)
     assert record["scale"] == "smoke" and 0 < record["steps"] <= config["steps"]
