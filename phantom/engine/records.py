@@ -128,7 +128,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     here = Path(__file__).parent
     # code that runs without its repository, as in a container, can be told its commit
     commit = _git(here, "rev-parse", "HEAD") or os.environ.get("PHANTOM_COMMIT")
-    status = _git(here, "status", "--porcelain", "--untracked-files=no")
+    # committed records do not change a run: writing them anew leaves the code as it is
+    status = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
         "device": name,
         "versions": versions,
