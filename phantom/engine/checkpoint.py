@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from torch import nn
 
 from phantom.engine.records import differences
 
-FORMAT = 1
+# 2: one entry of random state and carries per rank
+FORMAT = 2
+
+
+# what reading a file of arbitrary bytes raises, in zipfile, pickle and torch
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 class CheckpointError(ValueError):
@@ -28,7 +38,7 @@ class CheckpointError(ValueError):
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")  # one name: what a killed run leaves behind is overwritten by the next
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -43,21 +53,32 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, of an older format, or not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name an existing run folder")
     try:
+        # torch.load does not look at the checksums in its files: a flipped bit would pass as another weight
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"the checkpoint {path} is damaged and cannot be read ({reason}). Use the other one of last.pt and best.pt "
             "in that folder, or start anew with resume=never"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, int):
         raise CheckpointError(
             f"{path} is not a checkpoint of this program. Official weights are read by evaluate.py official=<file>"
+        )
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found} of checkpoints, this version of the program reads format {FORMAT}: use the "
+            "commit that the run's record names, or start anew with resume=never"
         )
     return state
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,26 @@ def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: 
     return nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the picklable `value` of every rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the first one's buffers, such as batch statistics, which each rank gathers from its own images.
+
+    The wrapper does this before every forward pass in training; without it here, ranks would evaluate other models.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def barrier() -> None:

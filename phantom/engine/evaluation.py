@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from phantom.engine import distributed
 from phantom.engine.meters import SolveMeter
 from phantom.engine.precision import autocast
 from phantom.engine.task import Tally, Task
@@ -30,7 +31,7 @@ def evaluate(
     The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
 
     Raises:
-        ValueError: the split is empty.
+        ValueError: the split is empty, on every rank if it is on one.
     """
     was_training = model.training
     model.eval()
@@ -47,6 +48,6 @@ def evaluate(
             meter.add(score.solutions)
     finally:
         model.train(was_training)
-    if total is None:
-        raise ValueError(f"the split {split!r} has no batch for this process: use fewer processes or more data")
+    if not all(distributed.gather(total is not None)):
+        raise ValueError(f"the split {split!r} has no batch for one of the processes: use fewer processes or more data")
     return {**task.report(total.all_reduce()), **meter.report()}

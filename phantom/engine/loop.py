@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from phantom.engine import checkpoint as checkpoints
+from phantom.engine import distributed
 from phantom.engine.cuda_graph import StepGraphs
 from phantom.engine.evaluation import batch_to, evaluate
 from phantom.engine.meters import SolveMeter
@@ -170,6 +171,8 @@ class Trainer:
         penalty_weight = self.rules.apply(self._deqs, self.step, self.total)
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = self.schedule.rate(self.step, base=base, total=self.total, epoch=epoch)
+        if not micro_batches:
+            return  # too few examples for every rank to have one
         total: Tally | None = None
         with self.timer.phase("step"):
             for i, batch in enumerate(micro_batches):
@@ -179,7 +182,7 @@ class Trainer:
                 self._meter.add(score.solutions)
                 total = score.tally if total is None else total + score.tally
             with self.timer.phase("optimizer"):
-                self._update(total.count)
+                self._update(total)
         self.timer.end_step(total.count * self.shard.world)
         self._window = total if self._window is None else self._window + total
 
@@ -200,26 +203,28 @@ class Trainer:
         loss = score.tally.loss_sum
         penalties = [solution.penalty for solution in score.solutions if solution.penalty is not None]
         penalty = torch.stack(penalties).mean() if penalties else None
-        if penalty is not None:
-            loss = loss + penalty_weight * score.tally.count * len(penalties) * penalty
+        for value in penalties:
+            loss = loss + penalty_weight * score.tally.count * value
         with self.timer.phase("backward"):
             loss.backward()
         # the states would keep the graph of this step alive
         solutions = tuple(replace(s, value=s.z_star, penalty=None) for s in score.solutions)
         return Score(score.tally.detach(), solutions, score.carry), None if penalty is None else penalty.detach()
 
-    def _update(self, count: int) -> None:
+    def _update(self, tally: Tally) -> None:
         """Divide the summed gradients by the global count, check, clip and step."""
+        loss = tally.loss_sum
         if self.shard.world > 1:
-            counts = torch.tensor(float(count), device=self.device)
-            dist.all_reduce(counts)
-            scale_gradients(self._parameters, self.shard.world / counts)  # DDP has averaged over ranks already
+            sums = torch.stack((loss, loss.new_tensor(float(tally.count))))
+            dist.all_reduce(sums)
+            loss, count = sums
+            scale_gradients(self._parameters, self.shard.world / count)  # DDP has averaged over ranks already
         else:
-            scale_gradients(self._parameters, 1 / count)
+            scale_gradients(self._parameters, 1 / tally.count)
         norm = gradient_norm(self._parameters)
-        self._norm_sum = self._norm_sum + norm
-        bad = ~norm.isfinite() & (self._first_bad < 0)
-        self._first_bad.masked_fill_(bad, self.step)
+        self._norm_sum, self._updates = self._norm_sum + norm, self._updates + 1
+        bad = ~(norm.isfinite() & loss.isfinite()) & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, self.step + 1)  # counted as in the rows
         if self.clipping is not None:
             self.clipping.clip(self._parameters, norm)
         self.optimizer.step()
@@ -233,17 +238,17 @@ class Trainer:
         every = budget.eval_every
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
         saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
-        if self.monitor is not None and self.step % self.monitor.every == 0:
+        if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
+            self._check_finite(epoch)
             batch = batch_to(micro_batches[0], self.device)
-            self._write(
-                {"kind": "monitor", **self.monitor.measure(self.bare, self.task, batch, self._carries[0])}, epoch
-            )
+            measured = self.monitor.measure(self.bare, self.task, batch, self._carries[0])
+            self._write({"kind": "monitor", **measured}, epoch)
         if saves or self.step % budget.log_every == 0:
             self._flush(epoch)  # device-to-host sync
         if evaluates:
             self._evaluate(epoch)  # device-to-host sync
         if saves:
-            self._save()
+            self._save("last.pt")
 
     # ------------------------------------------------------------------------------------------- rows and evaluations
 
@@ -253,22 +258,25 @@ class Trainer:
         self._norm_sum: Tensor | float = 0.0
         self._penalty: Tensor | float = 0.0
         self._penalties = 0
-        self._window_start = self.step
+        self._updates = 0
 
-    def _flush(self, epoch: int) -> None:
+    def _check_finite(self, epoch: int) -> None:
         first_bad = int(self._first_bad)
-        tally = self._window.all_reduce()
-        loss = float(tally.loss_sum)
-        if first_bad >= 0 or not math.isfinite(loss):
-            step = first_bad if first_bad >= 0 else self.step - 1
+        if first_bad >= 0:
             raise DivergenceError(
-                f"the loss or its gradient stopped being finite at step {step} (epoch {epoch}). The last good "
+                f"the loss or its gradient stopped being finite at step {first_bad} (epoch {epoch}). The last good "
                 f"checkpoint, if one was saved, is {self.folder / 'last.pt'}. Try a smaller optimizer.lr, "
                 "clipping=total, a smaller lam or k, more solver.max_steps, precision=fp32, or look for a broken batch "
                 "near that step"
             )
+
+    def _flush(self, epoch: int) -> None:
+        self._check_finite(epoch)
+        if self._window is None:
+            return
+        tally = self._window.all_reduce()
         row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
-        row["gradient_norm"] = float(self._norm_sum) / (self.step - self._window_start)
+        row["gradient_norm"] = float(self._norm_sum) / self._updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         if self._penalties:
             row["penalty"] = float(self._penalty) / self._penalties
@@ -282,6 +290,8 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> None:
         model = self.evaluated_model
+        distributed.share_buffers(model)
+        self.rules.restore(self._deqs)
         for split in self.budget.eval_splits:
             metrics = evaluate(
                 model, self.task, self.source, split, shard=self.shard, device=self.device, precision=self.precision
@@ -298,8 +308,7 @@ class Trainer:
         sign = 1 if self.task.mode == "max" else -1
         if not self.best or sign * self.final[first][metric] > sign * self.best[first][metric]:
             self.best = {split: {**metrics, "epoch": epoch, "step": self.step} for split, metrics in self.final.items()}
-            if self.shard.rank == 0:
-                checkpoints.save(self.folder / "best.pt", self._state())
+            self._save("best.pt")
 
     def _write(self, row: dict[str, Any], epoch: int) -> None:
         if self._log is not None:
@@ -314,44 +323,41 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def _state(self) -> dict[str, Any]:
-        return {
+    def _save(self, name: str) -> None:
+        """Write a checkpoint; every rank must call this."""
+        # the weights are the same on all ranks, random state and carries are not
+        own = {"rng": checkpoints.rng_state(self.device), "carries": batch_to(self._carries, torch.device("cpu"))}
+        ranks = distributed.gather(own)
+        if self.shard.rank > 0:
+            return
+        state = {
             "model": self.bare.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "carries": self._carries,
             "best": self.best,
             "final": self.final,
-            "rng": checkpoints.rng_state(self.device),
+            "train_report": self.train_report,
+            "ranks": ranks,
             "config": self.config,
         }
-
-    def _save(self) -> None:
-        # every rank holds its own carry and random state; the weights are the same on all
-        rank = self.shard.rank
-        if rank > 0:
-            own = {"carries": self._carries, "rng": checkpoints.rng_state(self.device), "step": self.step}
-            checkpoints.save(self.folder / f"last.rank{rank}.pt", own)
-        if dist.is_initialized():
-            dist.barrier()
-        if rank == 0:
-            checkpoints.save(self.folder / "last.pt", self._state())
+        checkpoints.save(self.folder / name, state)
 
     def _load(self, path: Path) -> None:
         state = checkpoints.load(path)
         checkpoints.check_config(state, self.config, path)
+        world = len(state["ranks"])
+        if world != self.shard.world:
+            raise checkpoints.CheckpointError(
+                f"the checkpoint {path} was written by {world} process(es), this run has {self.shard.world}: resume "
+                f"with {world}, or start anew with resume=never"
+            )
         checkpoints.load_weights(self.bare, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict(state["ema"])
-        self.step, self.best, self.final = state["step"], state["best"], state["final"]
-        own = state
-        if self.shard.rank > 0:
-            own = checkpoints.load(path.with_name(f"last.rank{self.shard.rank}.pt"))
-        if own["step"] != self.step or len(own["carries"]) != self.shard.micro:
-            raise checkpoints.CheckpointError(
-                f"{path} was written by a run with other processes or accumulation: resume with the same number of them"
-            )
+        for name in ("step", "best", "final", "train_report"):
+            setattr(self, name, state[name])
+        own = state["ranks"][self.shard.rank]
         self._carries = batch_to(own["carries"], self.device)
         checkpoints.set_rng_state(own["rng"], self.device)

@@ -52,4 +52,5 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
     """Multiply all gradients by `factor` in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        # a factor of another number format would leave the fused kernel
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)

@@ -47,7 +47,7 @@ class Penalty:
 
     Args:
         regularizer: the differentiable penalty, such as `phantom.JacobianRegularizer`.
-        weight: of the mean penalty in the loss.
+        weight: of the penalty of every solve in the mean loss.
         frequency: probability that a step is regularised.
     """
 
@@ -111,6 +111,11 @@ class Rules:
             deq.solver, deq.grad = solver, grad
             deq.regularizer = self.penalty.regularizer if weight > 0 else None
         return weight
+
+    def restore(self, deqs: list[DEQ]) -> None:
+        """Give every DEQ the solver of the config again: an evaluation does not follow the jitter."""
+        for deq in deqs:
+            deq.solver = self.solver
 
 
 def deqs_of(model: nn.Module) -> list[DEQ]:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from phantom.engine import checkpoint, distributed, records
+from phantom.engine import distributed, records
 from phantom.engine.loop import Trainer
 from phantom.engine.progress import UNITS, summary_table
 
@@ -63,12 +63,3 @@ def _finished_record(folder: Path, config_hash: str) -> dict[str, Any] | None:
         return None
     record = json.loads(path.read_text())
     return record if record.get("config_hash") == config_hash else None
-
-
-def checkpoint_of(folder: Path, which: str) -> dict[str, Any]:
-    """Return the `last` or `best` checkpoint of a run folder."""
-    if which not in ("last", "best"):
-        raise ValueError(f"checkpoint={which!r} is not known; choose one of last, best")
-    if not folder.is_dir():
-        raise checkpoint.CheckpointError(f"there is no run folder {folder}")
-    return checkpoint.load(folder / f"{which}.pt")

@@ -1,0 +1,171 @@
+"""Checkpoints: whole or absent, checked before they are believed, and each refusal says what to do."""
+
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from phantom.engine import checkpoint
+from phantom.engine.checkpoint import CheckpointError
+from tests.engine import tiny
+
+STATE = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "step": 3, "best": {"test": {"loss": 0.5}}, "ema": None}
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", STATE)
+    return tmp_path / "last.pt"
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def test_what_was_saved_is_read_without_executing_anything(path):
+    assert same(checkpoint.load(path), {"format": checkpoint.FORMAT, **STATE})
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return (pytest.fail, ("a checkpoint was executed",))
+
+
+def test_code_inside_a_file_is_not_run(path):
+    torch.save({"format": checkpoint.FORMAT, "model": Malicious()}, path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("at", ["torch.save", "os.fsync", "os.replace"])
+def test_a_crash_while_writing_leaves_the_old_file(path, monkeypatch, at):
+    def crash(*args):
+        if at == "torch.save":
+            args[1].write(b"the first half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(f"phantom.engine.checkpoint.{at}", crash)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(path, {**STATE, "step": 4})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["step"] == 3
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_what_a_killed_run_left_half_written_is_replaced(path):
+    path.with_suffix(".tmp").write_bytes(b"half of a checkpoint")
+    checkpoint.save(path, {**STATE, "step": 4})
+    assert checkpoint.load(path)["step"] == 4
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(path):
+    """Whatever byte is hit: the checkpoint is refused, or it holds exactly what was written."""
+    whole, before = path.read_bytes(), checkpoint.load(path)
+    refused = 0
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            after = checkpoint.load(path)
+        except CheckpointError as error:
+            assert "damaged" in str(error) and "resume=never" in str(error)
+            refused += 1
+        else:
+            assert same(after, before), position
+    assert refused > 100
+
+
+def test_a_flipped_bit_in_a_weight_is_refused(path):
+    """torch alone reads such a file without complaint."""
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(STATE["model"]["weight"].numpy().tobytes()) + 6] ^= 16
+    path.write_bytes(damaged)
+    assert not torch.equal(torch.load(path)["model"]["weight"], STATE["model"]["weight"])
+    with pytest.raises(CheckpointError, match=r"damaged and cannot be read .wrong checksum"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_file(path, keep):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged and cannot be read .*resume=never"):
+        checkpoint.load(path)
+
+
+def test_random_bytes_and_foreign_archives(path):
+    path.write_bytes(bytes(torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).tolist()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello", "world")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, torch.zeros(2), {"format": "other"}])
+def test_a_file_of_another_program(path, content):
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this program.* official=<file>"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("number", [checkpoint.FORMAT - 1, checkpoint.FORMAT + 1])
+def test_another_format(path, number):
+    torch.save({"format": number}, path)
+    with pytest.raises(CheckpointError, match=f"has format {number} .* reads format {checkpoint.FORMAT}.*resume=never"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*last\.pt: train first"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_weights_of_another_model_are_named_and_not_loaded(path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    before = model[0].weight.clone()
+    weights = {"0.weight": torch.zeros(2, 4), "0.extra": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load_weights(model, weights, path)
+    for part in (
+        "another model than Sequential",
+        "missing here: 0.extra",
+        "missing there: 0.bias",
+        "0.weight: shape (2, 4) there, (2, 3) here",
+    ):
+        assert part in str(refused.value)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_long_list_of_differences_is_cut(path):
+    with pytest.raises(CheckpointError, match="and 4 more"):
+        checkpoint.load_weights(nn.Identity(), {f"w{i}": torch.zeros(1) for i in range(10)}, path)
+
+
+def resumed_under(folder, config: str):
+    tiny.trainer(folder, config="seed: 0\nk: 5\nwandb: auto\ndata: {root: a, size: 3}\n").fit(resume=False)
+    tiny.trainer(folder, config=config).fit(resume=True)
+
+
+def test_resuming_under_another_config_names_the_keys(tmp_path):
+    with pytest.raises(CheckpointError, match=r"another config \(different: data, k\).*resume=never"):
+        resumed_under(tmp_path, "seed: 0\nk: 9\nwandb: auto\ndata: {root: a, size: 4}\n")
+
+
+def test_resuming_elsewhere_is_allowed(tmp_path):
+    resumed_under(tmp_path, "seed: 0\nk: 5\nwandb: disabled\ndata: {root: b, size: 3}\n")
+
+
+def test_resuming_with_another_number_of_processes_says_so(tmp_path):
+    tiny.trainer(tmp_path).fit(resume=False)
+    with pytest.raises(CheckpointError, match=r"written by 1 process.*this run has 2: resume with 1"):
+        tiny.trainer(tmp_path, shard=tiny.Shard(rank=0, world=2)).fit(resume=True)
