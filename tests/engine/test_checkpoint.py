@@ -19,16 +19,8 @@ def path(tmp_path):
     return tmp_path / "last.pt"
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
-
-
 def test_what_was_saved_is_read_without_executing_anything(path):
-    assert same(checkpoint.load(path), {"format": checkpoint.FORMAT, **STATE})
+    assert tiny.same(checkpoint.load(path), {"format": checkpoint.FORMAT, **STATE})
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
@@ -79,7 +71,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(path):
             assert "damaged" in str(error) and "resume=never" in str(error)
             refused += 1
         else:
-            assert same(after, before), position
+            assert tiny.same(after, before), position
     assert refused > 100
 
 

@@ -61,6 +61,35 @@ class Vectors(Source):
                 yield inputs[share], labels[share]
 
 
+class Killed(BaseException):
+    """The end of a process, as far as a test in one process can have it."""
+
+
+class Killing(Vectors):
+    """Vectors that end the run before global training step `step`, or in the middle of evaluation number `evaluation`.
+
+    Evaluations of every split count, from 0.
+    """
+
+    def __init__(self, *, step: int | None = None, evaluation: int | None = None, batch_size: int = 4) -> None:
+        super().__init__(count=3 * batch_size, batch_size=batch_size)
+        self.step, self.evaluation, self.evaluations = step, evaluation, 0
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Any]]:
+        for i, batches in enumerate(super().train(epoch=epoch, start=start, shard=shard), start):
+            if epoch * self.steps(epoch) + i == self.step:
+                raise Killed
+            yield batches
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Any]:
+        batches = super().evaluate(split, shard=shard)
+        yield next(batches)
+        self.evaluations += 1
+        if self.evaluations - 1 == self.evaluation:
+            raise Killed
+        yield from batches
+
+
 class Classifier(nn.Module):
     """Encoder, equilibrium, head; with dropout and batch statistics before the equilibrium when asked."""
 
@@ -69,7 +98,7 @@ class Classifier(nn.Module):
         self.encoder = nn.Linear(3, dim, dtype=DTYPE)
         self.norm = nn.BatchNorm1d(dim, dtype=DTYPE) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.cell = TanhMap(dim, seed=3)
+        self.cell = TanhMap(dim, radius=0.5, seed=3)
         self.deq = DEQ(solver=SOLVER, grad=GRAD)
         self.head = nn.Linear(dim, CLASSES, dtype=DTYPE)
         with torch.no_grad():
@@ -130,6 +159,17 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "make_tracker": lambda: DISABLED,
     }
     return Trainer(**(usual | changes))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two nested structures hold the same numbers, bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,141 @@
+"""A run that is interrupted anywhere and resumed is the unbroken run, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from phantom import JacobianRegularizer
+from phantom.engine import checkpoint
+from phantom.engine.rules import Jitter, Penalty, Rules
+from tests.engine import tiny
+from tests.engine.tiny import Killed, Killing
+
+STEPS = 9  # three epochs of three
+
+
+def fit(folder: Path, *, source=None, log_every: int = 1) -> None:
+    """Train (on) with everything that has a state: dropout, batch statistics, average, carries, momenta, rules."""
+    torch.manual_seed(0)
+    model = tiny.Classifier(dropout=0.3, batch_norm=True)
+    rules = Rules(
+        solver=tiny.SOLVER,
+        grad=tiny.GRAD,
+        seed=0,
+        penalty=Penalty(regularizer=JacobianRegularizer(), weight=0.1, frequency=0.5),
+        jitter=Jitter(below=50),
+    )
+    trainer = tiny.trainer(
+        folder,
+        bare=model,
+        task=tiny.WarmStart(),
+        source=source or tiny.Vectors(),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        rules=rules,
+        budget=tiny.budget(epochs=3, checkpoint_every=2, log_every=log_every),
+        ema_decay=0.8,
+        shard=tiny.Shard(micro=2),
+    )
+    trainer.fit(resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder)
+    return folder
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        found, expected = (checkpoint.load(each / name) for each in (folder, whole))
+        for key in expected:
+            assert tiny.same(found[key], expected[key]), (name, key)
+    assert tiny.rows(folder) == tiny.rows(whole)
+
+
+def test_the_unbroken_run_has_every_kind_of_state(whole):
+    state = checkpoint.load(whole / "last.pt")
+    assert state["step"] == STEPS
+    (own,) = state["ranks"]
+    assert [carry.shape for carry in own["carries"]] == [(1, 5), (1, 5)]
+    assert state["ema"]["n_averaged"] == STEPS and "norm.running_mean" in state["model"]
+    rows = [row for row in tiny.rows(whole) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert 0 < sum("penalty" in row for row in rows) < STEPS
+    assert len({row["num_evals"] for row in rows}) > 4  # the jitter
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_stopped_before_any_step(tmp_path, whole, step):
+    with pytest.raises(Killed):
+        fit(tmp_path, source=Killing(step=step))
+    fit(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("evaluation", range(6))
+def test_stopped_in_the_middle_of_an_evaluation(tmp_path, whole, evaluation):
+    with pytest.raises(Killed):
+        fit(tmp_path, source=Killing(evaluation=evaluation))
+    fit(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("written", [False, True])
+def test_stopped_around_a_checkpoint(tmp_path, whole, monkeypatch, name, number, written):
+    """Between the best and the last checkpoint of one evaluation, and between a checkpoint and the next step."""
+    save, seen = checkpoint.save, []
+
+    def killed(path, state):
+        seen.append(path.name)
+        stop = path.name == name and seen.count(name) == number + 1
+        if written or not stop:
+            save(path, state)
+        if stop:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    try:
+        fit(tmp_path)
+    except Killed:
+        monkeypatch.undo()
+        fit(tmp_path)
+    else:
+        assert name == "best.pt" and seen.count(name) <= number  # it was the best less often
+    assert_same_run(tmp_path, whole)
+
+
+def test_stopped_again_and_again(tmp_path, whole):
+    for source in (Killing(step=1), Killing(step=4), Killing(evaluation=1), Killing(step=8)):
+        with pytest.raises(Killed):
+            fit(tmp_path, source=source)
+    fit(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_rows_after_the_checkpoint_are_written_once(tmp_path):
+    with pytest.raises(Killed):
+        fit(tmp_path, source=Killing(step=5))
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"kind": "train", "st')  # what a killed process leaves
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+    fit(tmp_path)
+    assert [row["step"] for row in tiny.rows(tmp_path) if row["kind"] == "train"] == list(range(1, STEPS + 1))
+
+
+def test_rows_are_the_same_when_they_cover_several_steps(tmp_path):
+    fit(tmp_path / "whole", log_every=5)
+    with pytest.raises(Killed):
+        fit(tmp_path / "parts", source=Killing(step=7), log_every=5)
+    fit(tmp_path / "parts", log_every=5)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path, whole):
+    fit(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "last.pt").read_bytes()
+    fit(tmp_path, source=Killing(step=0))
+    assert before == ((tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "last.pt").read_bytes())

@@ -1,0 +1,91 @@
+"""Two processes train as one does on the same global batches, and resume as they were."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from phantom.engine import checkpoint
+from phantom.engine.checkpoint import CheckpointError
+from phantom.engine.evaluation import evaluate
+from tests.engine import tiny, two_ranks
+
+EQUAL = 1e-10
+# of the train rows of one process: the cost of solves is that of the first rank's share
+GLOBAL = ("step", "epoch", "loss", "accuracy", "gradient_norm", "lr")
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(two_ranks.main, args=(2, folder), nprocs=2)
+    return folder
+
+
+def numbers(folder) -> list[dict]:
+    return [{key: row[key] for key in GLOBAL if key in row} for row in tiny.rows(folder)]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_ranks_equal_one_process(folder, tmp_path, micro):
+    two_ranks.exact(tmp_path, 0, 1, micro=1)
+    one, two = (checkpoint.load(each / "last.pt") for each in (tmp_path, folder / f"exact{micro}"))
+    assert one["step"] == two["step"] == 9
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=EQUAL, atol=EQUAL, msg=name)
+    start = two_ranks.trainer(tmp_path, 0, 1, noisy=False, count=11).bare.state_dict()
+    assert all((start[name] - weight).abs().max() > 1e-4 for name, weight in one["model"].items())
+    for a, b in zip(numbers(tmp_path), numbers(folder / f"exact{micro}"), strict=True):
+        assert b == pytest.approx(a, rel=EQUAL)
+
+
+def test_a_batch_too_small_to_share_is_left_out_by_all(folder):
+    assert checkpoint.load(folder / "short" / "last.pt")["step"] == 9
+    steps = [row["step"] for row in tiny.rows(folder / "short") if row["kind"] == "train"]
+    assert steps == [1, 2, 4, 5, 7, 8]  # every third batch has one example
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_resumed_ranks_are_the_unbroken_ones(folder, step):
+    """Each rank has its own dropout masks and carries; with one rank's state for both the runs would part."""
+    expected = checkpoint.load(folder / "interruptedNone" / "last.pt")
+    first, second = expected["ranks"]
+    assert not tiny.same(first["rng"], second["rng"]) and not tiny.same(first["carries"], second["carries"])
+    found = checkpoint.load(folder / f"interrupted{step}" / "last.pt")
+    for key in expected:
+        assert tiny.same(found[key], expected[key]), key
+    assert tiny.rows(folder / f"interrupted{step}") == tiny.rows(folder / "interruptedNone")
+
+
+def test_resuming_alone_says_how_many_processes_are_needed(folder):
+    run = two_ranks.trainer(folder / "exact1", 0, 1, noisy=False, count=11)
+    with pytest.raises(CheckpointError, match=r"written by 2 process.*this run has 1: resume with 2.*resume=never"):
+        run.fit(resume=True)
+
+
+@pytest.mark.parametrize("ema", [None, 0.7])
+def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
+    """Each rank gathers its own; what is evaluated, on every rank, is what is saved."""
+    folder = folder / f"statistics{ema}"
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    assert ranks[0]["buffers"]["norm.running_mean"].abs().max() > 0.01
+    assert tiny.same(ranks[0]["buffers"], ranks[1]["buffers"])
+    state = checkpoint.load(folder / "last.pt")
+    alone = two_ranks.trainer(folder, 0, 1, noisy=True)
+    weights = state["model"]
+    if ema is not None:
+        weights = {name.removeprefix("module."): value for name, value in state["ema"].items() if "module." in name}
+    alone.bare.load_state_dict(weights)
+    for split in ("valid", "test"):
+        metrics = evaluate(
+            alone.bare, alone.task, alone.source, split, shard=alone.shard, device=tiny.CPU, precision="fp32"
+        )
+        for name in ("loss", "accuracy"):
+            assert ranks[0]["final"][split][name] == ranks[1]["final"][split][name]
+            assert ranks[0]["final"][split][name] == pytest.approx(metrics[name], rel=EQUAL)
+
+
+def test_a_rank_without_a_batch_stops_all(folder):
+    assert sorted(file.name for file in (folder / "too_few").iterdir()) == ["rank0", "rank1"]

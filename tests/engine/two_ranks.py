@@ -1,0 +1,102 @@
+"""What each of two processes does in `test_two_ranks.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from phantom.engine import distributed
+from phantom.engine.evaluation import evaluate
+from phantom.engine.loop import Trainer
+from phantom.engine.optim import ClipTotal
+from phantom.engine.rules import Penalty, Rules
+from tests.engine import tiny
+from tests.engine.tiny import Killed, Killing, Shard
+
+
+def activity(f, z):
+    """A penalty without random probes: the mean square of f at the equilibrium, over all problems."""
+    return f(z.detach()).square().mean()
+
+
+def trainer(
+    folder: Path, rank: int, world: int, *, noisy: bool, count: int = 12, micro: int = 1, **changes: Any
+) -> Trainer:
+    """Return one rank's trainer; `noisy` has dropout and batch statistics, where ranks must differ from one process."""
+    torch.manual_seed(0)
+    model = tiny.Classifier(dropout=0.3, batch_norm=True) if noisy else tiny.Classifier()
+    wrapped = distributed.wrap(model, tiny.CPU, world, sync_batchnorm=False)
+    penalty = None if noisy else Penalty(regularizer=activity, weight=0.3)
+    usual = {
+        "bare": model,
+        "model": wrapped,
+        "source": tiny.Vectors(count=count, batch_size=4),
+        "shard": Shard(rank=rank, world=world, micro=micro),
+        "rules": Rules(solver=tiny.SOLVER, grad=tiny.GRAD, seed=0, penalty=penalty),
+        "clipping": ClipTotal(max_norm=0.5),
+        "ema_decay": 0.7 if noisy else None,
+        "budget": tiny.budget(epochs=3, checkpoint_every=2),
+    }
+    result = tiny.trainer(folder, **(usual | changes))
+    torch.manual_seed(rank + 1)  # as a real run does, once the weights are made
+    return result
+
+
+def exact(folder: Path, rank: int, world: int, *, micro: int) -> None:
+    """Eleven examples in batches of four: the last batch has three, which two ranks share unequally."""
+    trainer(folder, rank, world, noisy=False, count=11, micro=micro).fit(resume=False)
+
+
+def short(folder: Path, rank: int, world: int) -> None:
+    """Nine examples in batches of four: the last batch has one, too few for two ranks."""
+    trainer(folder, rank, world, noisy=False, count=9).fit(resume=False)
+
+
+def interrupted(folder: Path, rank: int, world: int, *, step: int | None) -> None:
+    """Train with carries, dropout and batch statistics; stopped before `step` and resumed unless it is None."""
+
+    def fit(source) -> None:
+        trainer(folder, rank, world, noisy=True, micro=2, task=tiny.WarmStart(), source=source).fit(resume=True)
+
+    if step is not None:
+        with pytest.raises(Killed):
+            fit(Killing(step=step, batch_size=8))
+    fit(tiny.Vectors(count=24, batch_size=8))
+
+
+def batch_statistics(folder: Path, rank: int, world: int, *, ema: float | None) -> None:
+    run = trainer(folder, rank, world, noisy=True, ema_decay=ema)
+    run.fit(resume=False)
+    buffers = dict(run.evaluated_model.named_buffers())
+    torch.save({"buffers": buffers, "final": run.final, "best": run.best}, folder / f"rank{rank}.pt")
+
+
+def too_few(folder: Path, rank: int, world: int) -> None:
+    """One example to evaluate on: one of the ranks has none, and both must say so."""
+    run = trainer(folder, rank, world, noisy=False, count=1)
+    options = {"shard": run.shard, "device": tiny.CPU, "precision": "fp32"}
+    with pytest.raises(ValueError, match="'test' has no batch for one of the processes"):
+        evaluate(run.bare, run.task, run.source, "test", **options)
+    (folder / f"rank{rank}").touch()
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    """Run all jobs in a group of `world` processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    for micro in (1, 2):
+        exact(folder / f"exact{micro}", rank, world, micro=micro)
+    short(folder / "short", rank, world)
+    for step in (None, 3, 5):
+        interrupted(folder / f"interrupted{step}", rank, world, step=step)
+    for ema in (None, 0.7):
+        name = folder / f"statistics{ema}"
+        name.mkdir(exist_ok=True)
+        batch_statistics(name, rank, world, ema=ema)
+    (folder / "too_few").mkdir(exist_ok=True)
+    too_few(folder / "too_few", rank, world)
+    dist.destroy_process_group()
