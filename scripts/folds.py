@@ -20,12 +20,9 @@ the name. The summary is written once all ten are there; it gives the test metri
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data.folds import NUM_FOLDS  # noqa: E402
-from phantom.engine import build, cli, records  # noqa: E402
+from phantom.engine import records  # noqa: E402
+from scripts import training  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,31 +42,28 @@ def main(arguments: Sequence[str]) -> None:
     job = [item for item in arguments if item.split("=")[0] not in ("jobs", "only")]
     if any(item.startswith("data.fold=") for item in job):
         sys.exit("error: data.fold is set by this script; only=3 trains fold 3 alone")
-    try:
-        config, choices = cli.compose(job)
-    except build.ConfigError as error:
-        sys.exit(f"error: {error}")
+    config, label, folder = training.plan(job)
     if "fold" not in config["data"]:
-        sys.exit(f"error: data={choices['data']} has no folds; use train.py")
+        sys.exit(f"error: {label} has no folds; use train.py")
     folds = [int(fold) for fold in own["only"].split(",")] if "only" in own else list(range(NUM_FOLDS))
     if not set(folds) <= set(range(NUM_FOLDS)):
         sys.exit(f"error: only={own['only']} must list folds from 0 to {NUM_FOLDS - 1}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = max(1, min(int(own.get("jobs", cores)), len(folds)))
-    label = build.label_of(config, choices)
     seed = config["seed"]
     overrides = [item for item in job if not item.startswith("seed=")]
-    extra = records.run_folder(config["runs"], label, overrides, seed).parent.name
+    extra = folder.parent.name
     target = ROOT / "results" / (label if extra == "default" else f"{label}@{extra}")
 
     def train(fold: int) -> dict[str, Any]:
         items = [*overrides, f"data.fold={fold}", f"seed={seed + fold}"]
         folder = ROOT / records.run_folder(config["runs"], label, items, seed + fold)
-        record = train_fold(items, folder)
+        record = training.train(items, folder)
         records.write_json(target / f"fold{fold}.json", record)
         best = record["best"]["test"][record["metric"]]
         print(f"fold {fold}: best {best:.2f}, last {record['final']['test'][record['metric']]:.2f}", flush=True)
-        return record | {"curves": curves(folder / "metrics.jsonl", record["metric"])}
+        splits = {split: training.curve(folder, split, record["metric"])[1] for split in record["final"]}
+        return record | {"curves": splits}
 
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -84,45 +79,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{name:18} {result['mean']:.2f} ± {result['std']:.2f} ({len(folds)} folds)")
     if len(folds) == NUM_FOLDS:
         records.write_json(target.with_name(f"{target.name}.json"), summary)
-
-
-def train_fold(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train one fold in a process of its own and return its record, with the CPU seconds of that process.
-
-    Raises:
-        RuntimeError: the process failed; the message holds the end of its output.
-    """
-    new = not (folder / "record.json").exists()
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, "progress=false"]
-    # products of this size gain nothing from a second thread, and cores are used by other folds
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    output: list[str] = []
-    reader = threading.Thread(target=lambda: output.extend(process.stdout))
-    reader.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    reader.join()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(output[-15:])}")
-    path = folder / "record.json"
-    record = json.loads(path.read_text())
-    if new:
-        record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
-        records.write_json(path, record)
-    return record
-
-
-def curves(path: Path, metric: str) -> dict[str, list[float]]:
-    """Return the metric at every evaluation of a run, by split."""
-    result: dict[str, list[float]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if row["kind"] == "eval":
-            result.setdefault(row["split"], []).append(row[metric])
-    return result
 
 
 def summarise(runs: Sequence[dict[str, Any]], folds: Sequence[int]) -> dict[str, Any]:

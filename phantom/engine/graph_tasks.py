@@ -50,7 +50,7 @@ class NodeLabelling(Task):
 
     The metric is micro-F1 in percent, 2 tp / (2 tp + fp + fn) with a label predicted where its logit is positive: true
     and false positives add over batches, so it is exact however a split is batched. Where nothing is predicted and
-    nothing is there to find, it is 0.
+    nothing is there to find, it is 0. `baseline` is that of the answer `all present`, 2p / (1 + p) for a share p.
     """
 
     metric: ClassVar[str] = "micro_f1"
@@ -71,9 +71,11 @@ class NodeLabelling(Task):
     def report(self, tally: Tally) -> dict[str, float]:
         hits = 2 * float(tally.sums["true_positives"])
         wrong = float(tally.sums["false_positives"]) + float(tally.sums["false_negatives"])
+        present = float(tally.sums["true_positives"]) + float(tally.sums["false_negatives"])
         return {
             "loss": float(tally.loss_sum) / tally.count,
             "micro_f1": 100 * hits / (hits + wrong) if hits + wrong else 0.0,
+            "baseline": 100 * 2 * present / (tally.count + present),
             **_state_sizes(tally),
         }
 

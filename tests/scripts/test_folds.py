@@ -1,15 +1,11 @@
 """The summary of ten folds: five ways to choose the epoch, each by hand."""
 
-import importlib.util
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("folds", Path(__file__).parents[2] / "scripts" / "folds.py")
-folds = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(folds)
+from scripts import folds, training
 
 FACTS = {
     "label": "table4/cox2_implicit",
@@ -63,13 +59,15 @@ def test_folds_of_different_length_do_not_mix():
 
 def test_curves_are_read_by_split(tmp_path):
     rows = [
-        {"kind": "train", "accuracy": 1.0},
-        {"kind": "eval", "split": "valid", "accuracy": 2.0},
-        {"kind": "eval", "split": "test", "accuracy": 3.0},
-        {"kind": "eval", "split": "test", "accuracy": 4.0},
+        {"kind": "train", "epoch": 0, "accuracy": 1.0},
+        {"kind": "eval", "split": "valid", "epoch": 0, "accuracy": 2.0},
+        {"kind": "eval", "split": "test", "epoch": 0, "accuracy": 3.0},
+        {"kind": "eval", "split": "test", "epoch": 1, "accuracy": 4.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert folds.curves(tmp_path / "metrics.jsonl", "accuracy") == {"valid": [2.0], "test": [3.0, 4.0]}
+    assert training.curve(tmp_path, "valid", "accuracy") == ([0], [2.0])
+    assert training.curve(tmp_path, "test", "accuracy") == ([0, 1], [3.0, 4.0])
+    assert training.curve(tmp_path, "train", "accuracy") == ([], [])
 
 
 @pytest.mark.parametrize(
