@@ -14,48 +14,64 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from phantom.engine import cli
+from phantom.engine.checks import ConfigError
 from phantom.engine.evaluate_run import evaluate_official, evaluate_run
+
+# what an item names beside the config, by what is evaluated
+OWN = {"run": ("checkpoint", "split"), "official": ("source", "split")}
 
 
 def main(arguments: list[str]) -> None:
     """Parse key=value items and print the metrics."""
-    if not arguments or any(item in ("-h", "--help") for item in arguments):
-        sys.exit(__doc__)
-    bad = [item for item in arguments if "=" not in item]
-    if bad:
-        sys.exit(f"error: {bad[0]!r} is not of the form key=value\n{__doc__}")
-    own = {"run", "official", "source", "checkpoint", "split"}
-    named = {key: value for key, value in (item.split("=", 1) for item in arguments) if key in own}
+    if any(item in ("-h", "--help") for item in arguments):
+        print(__doc__)
+        return
     try:
-        jobs = cli.expand([item for item in arguments if item.split("=", 1)[0] not in own])
+        named, overrides = split_arguments(arguments)
+        jobs = cli.expand(overrides)
         found = [{**({"overrides": job} if len(jobs) > 1 else {}), **evaluate_one(named, job)} for job in jobs]
     except Exception as error:
         if not cli.is_user_error(error):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {cli.message_of(error)}")
     print(json.dumps(found if len(jobs) > 1 else found[0], indent=2))
 
 
-def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
-    """Return the metrics of what `named` names, with one set of overrides.
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return what names the weights, and the overrides of the config.
 
     Raises:
-        ConfigError: nothing is named, or an official checkpoint without its code base.
+        ConfigError: an item is not of the form key=value, or nothing, or two things, are named.
     """
+    bad = [item for item in arguments if "=" not in item]
+    if bad:
+        raise ConfigError(f"{bad[0]!r} is not of the form key=value; see python evaluate.py --help")
+    pairs = [item.split("=", 1) for item in arguments]
+    own = {*OWN, *(key for keys in OWN.values() for key in keys)}
+    named = {key: value for key, value in pairs if key in own}
+    whats = [key for key in OWN if key in named]
+    if len(whats) != 1:
+        raise ConfigError("name one thing to evaluate: run=<folder>, or official=<file> source=<code base>")
+    unused = [key for key in named if key not in (whats[0], *OWN[whats[0]])]
+    if unused:
+        raise ConfigError(f"{unused[0]}={named[unused[0]]} does not go with {whats[0]}=; leave it out")
+    if "official" in named and "source" not in named:
+        raise ConfigError("official=<file> needs source=<code base>, such as source=phantom_grad")
+    return named, ["=".join(pair) for pair in pairs if pair[0] not in own]
+
+
+def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """Return the metrics of what `named` names, with one set of overrides."""
+    split = named.get("split")
     if "official" in named:
-        if "source" not in named:
-            raise cli.build.ConfigError("official=<file> needs source=<code base>, such as source=phantom_grad")
-        return evaluate_official(
-            Path(named["official"]), source=named["source"], split=named.get("split"), overrides=overrides
-        )
-    if "run" in named:
-        which = named.get("checkpoint", "last")
-        return evaluate_run(Path(named["run"]), which=which, split=named.get("split"), overrides=overrides)
-    raise cli.build.ConfigError("name what to evaluate: run=<folder>, or official=<file> source=<code base>")
+        return evaluate_official(Path(named["official"]), source=named["source"], split=split, overrides=overrides)
+    which = named.get("checkpoint", "last")
+    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides)
 
 
 if __name__ == "__main__":

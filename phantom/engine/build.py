@@ -21,15 +21,15 @@ from torch._functorch import config as functorch_config
 from data.errors import DataError
 from data.spec import KINDS, Shard, Source, Spec
 from models.reference import load_reference
-from phantom import DEQ
-from phantom.engine import distributed, precision, records
+from phantom import DEQ, SHINE, Broyden
+from phantom.engine import checks, distributed, precision, records
+from phantom.engine.checks import ESTIMATOR_KEYS, ConfigError
 from phantom.engine.loop import Budget, Trainer
-from phantom.engine.precision import PRECISIONS
 from phantom.engine.rules import Rules
 from phantom.engine.task import Task
-from phantom.engine.tracking import MODES, Tracker
+from phantom.engine.tracking import Tracker
 
-__all__ = ["DataError", "Shard", "Source", "load_reference"]
+__all__ = ["ESTIMATOR_KEYS", "ConfigError", "DataError", "Shard", "Source", "load_reference"]
 
 TASKS = {
     "image_classification": "phantom.engine.classification.ImageClassification",
@@ -40,12 +40,6 @@ TASKS = {
 }
 # optional groups: absent from the config unless chosen
 OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "monitor")
-# root keys that only some estimators use
-ESTIMATOR_KEYS = ("k", "lam")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the field, the value and what is allowed."""
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -75,10 +69,8 @@ def instantiate(config: Any, field: str, **extra: Any) -> Any:
         return hydra.utils.instantiate(config, **extra, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
-            raise ConfigError(f"{field}: {_unknown_keys(config, extra)}") from error
         if isinstance(cause, (ValueError, TypeError, ImportError, AttributeError)):
-            raise ConfigError(f"{field}: {cause}") from error
+            raise ConfigError(f"{field}: {_unknown_keys(config, extra, cause) or cause}") from error
         raise ConfigError(f"{field}: {str(error).splitlines()[0]}") from error
 
 
@@ -90,11 +82,14 @@ def locate(target: str) -> Any:
         raise ConfigError(f"{target} cannot be imported: {str(error).splitlines()[0]}") from error
 
 
-def _unknown_keys(config: Any, extra: dict[str, Any]) -> str:
+def _unknown_keys(config: Any, extra: dict[str, Any], cause: Exception) -> str:
+    """Return the sentence on keys that the constructor does not have; nothing where that was not the cause."""
+    if not isinstance(cause, TypeError) or "unexpected keyword" not in str(cause):
+        return ""
     target = hydra.utils.get_object(config["_target_"])
     valid = [name for name in inspect.signature(target).parameters if name not in extra and name != "self"]
     unknown = [key for key in config if not key.startswith("_") and key not in valid]
-    return f"{config['_target_']} has no key {', '.join(unknown)}; valid keys: {', '.join(valid)}"
+    return f"{config['_target_']} has no key {', '.join(unknown)}; valid keys: {', '.join(valid)}" if unknown else ""
 
 
 def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """
     model = config["model"]
     if "_target_" in model:
-        kinds = locate(model["_target_"]).kinds
+        kinds = _declared(model["_target_"], "kinds")
         if kind in kinds:
             return model
     else:
@@ -129,78 +124,63 @@ def check_pair(config: dict[str, Any]) -> str:
 
 
 def _kind_of_data(leaf: dict[str, Any]) -> str:
-    return locate(leaf["_target_"]).kind
+    return _declared(leaf["_target_"], "kind")
 
 
 def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
-    return locate(leaf["_target_"]).kinds if "_target_" in leaf else list(leaf)
+    return _declared(leaf["_target_"], "kinds") if "_target_" in leaf else list(leaf)
+
+
+def _declared(target: str, name: str) -> Any:
+    found = getattr(locate(target), name, None)
+    if found is None:
+        raise ConfigError(f"{target} declares no `{name}`: the kind of task a data set is, or those a model serves")
+    return found
 
 
 def _fitting(group: str, fits: Any) -> str:
-    folder = Path(__file__).parents[2] / "configs" / group
-    leaves = {path.stem: OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in folder.glob("*.yaml")}
-    names = sorted(name for name, leaf in leaves.items() if fits(leaf))
+    files = {name: OmegaConf.load(checks.CONFIGS / group / f"{name}.yaml") for name in checks.leaves(group)}
+    names = [name for name, leaf in files.items() if fits(OmegaConf.to_container(leaf, resolve=False))]
     return f"{group}=" + "|".join(names) if names else f"no {group} fits"
 
 
-def check_root(config: dict[str, Any]) -> None:
-    """Check the values of the root keys.
+def build_deq(config: dict[str, Any]) -> DEQ:
+    """Return the DEQ layer of the config: solver, estimator and evaluation solver.
 
     Raises:
-        ConfigError: names the key, the value got and what is allowed.
+        ConfigError: a solver that does not step, or an estimator that cannot use what the solver leaves.
     """
-    choices = {
-        "precision": PRECISIONS,
-        "gradient_precision": (None, "bf16"),
-        "device": distributed.DEVICES,
-        "wandb": MODES,
-        "resume": ("auto", "never"),
-    }
-    for key, allowed in choices.items():
-        if config[key] not in allowed:
-            names = ", ".join("null" if value is None else value for value in allowed)
-            raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {names}")
-    for key in ("epochs", "accumulate", "log_every", "smoke_steps"):
-        _check_count(key, config[key], optional=False)
-    for key in ("steps", "eval_every", "checkpoint_every", "subset", "test_subset"):
-        _check_count(key, config[key], optional=True)
-    for key in ("compile", "cuda_graph", "deterministic"):
-        if not isinstance(config[key], bool):
-            raise ConfigError(f"{key}={config[key]!r} must be true or false")
-    if config["cuda_graph"]:
-        _check_cuda_graph(config)
-    if config["ema"] is not None and not 0 < config["ema"] < 1:
-        raise ConfigError(f"ema={config['ema']!r} must be in (0, 1), or null for no average")
+    solver = instantiate(config["solver"], "solver")
+    grad = instantiate(config["grad"], "grad")
+    eval_solver = instantiate(config["eval_solver"], "eval_solver")
+    dtype = torch.bfloat16 if config["gradient_precision"] == "bf16" else None
+    try:
+        deq = DEQ(solver=solver, grad=grad, eval_solver=eval_solver, graph_dtype=dtype)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    for name, found in (("solver", solver), ("eval_solver", eval_solver)):
+        if found is not None and found.max_steps < 1:
+            raise ConfigError(
+                f"{name}.max_steps={found.max_steps} must be an integer >= 1; grad=bptt trains without a solve"
+            )
+    if isinstance(grad, SHINE) and not isinstance(solver, Broyden):
+        raise ConfigError("grad=shine reuses the steps of the forward solve: it needs solver=broyden")
+    return deq
 
 
-def _check_cuda_graph(config: dict[str, Any]) -> None:
-    """Check that a training step has fixed shapes and never waits for the host."""
-    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
-    unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
-    problems = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
-    problems += [f"{name}=null" for name in ("penalty", "jitter") if config[name] is not None]
-    problems += ["accumulate=1"] if config["accumulate"] != 1 else []
-    if problems:
-        raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(problems)}")
-    if _kind_of_data(config["data"]) != "image_classification":
-        raise ConfigError("cuda_graph=true serves image_classification, whose batches have a fixed shape")
+def build_optimizer(config: dict[str, Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimiser of `parameters`.
 
-
-def _check_count(key: str, value: Any, *, optional: bool) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r} must be an integer >= 1{' or null' if optional else ''}")
-
-
-def build_deq(config: dict[str, Any]) -> DEQ:
-    """Return the DEQ layer of the config: solver, estimator and evaluation solver."""
-    return DEQ(
-        solver=instantiate(config["solver"], "solver"),
-        grad=instantiate(config["grad"], "grad"),
-        eval_solver=instantiate(config["eval_solver"], "eval_solver"),
-        graph_dtype=torch.bfloat16 if config["gradient_precision"] == "bf16" else None,
-    )
+    Raises:
+        ConfigError: an unknown key, or a value the optimiser refuses.
+    """
+    settings = config["optimizer"]
+    checks.check_rates(settings)
+    make = instantiate(settings, "optimizer")
+    try:
+        return make(parameters)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {_unknown_keys(settings, {}, error) or error}") from error
 
 
 def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:
@@ -233,6 +213,18 @@ def build_task(kind: str) -> Task:
 def build_source(config: dict[str, Any]) -> Source:
     """Return the source of data, located and checked."""
     return instantiate(config["data"], "data")
+
+
+def start(config: dict[str, Any]) -> tuple[torch.device, int, int]:
+    """Return (this process's device, rank, world size).
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    try:
+        return distributed.start(config["device"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def build_rules(config: dict[str, Any], deq: DEQ) -> Rules:
@@ -284,7 +276,7 @@ def build_trainer(
     clipping = instantiate(config["clipping"], "clipping")
     monitor = instantiate(config["monitor"], "monitor")
     precision.set_up(config["precision"], deterministic=config["deterministic"])
-    device, rank, world = distributed.start(config["device"])
+    device, rank, world = start(config)
     if config["cuda_graph"] and (device.type != "cuda" or world > 1):
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
     shard = Shard(rank=rank, world=world, micro=config["accumulate"])
@@ -298,7 +290,7 @@ def build_trainer(
     model = distributed.wrap(bare, device, world, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = records.run_folder(config["runs"], label, overrides, config["seed"]).absolute()
-    optimizer = instantiate(config["optimizer"], "optimizer")([p for p in bare.parameters() if p.requires_grad])
+    optimizer = build_optimizer(config, [p for p in bare.parameters() if p.requires_grad])
     trainer = Trainer(
         model=model,
         bare=bare,

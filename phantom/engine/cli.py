@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from phantom.engine import build
+from phantom.engine import build, checks
 from phantom.engine.checkpoint import CheckpointError
+from phantom.engine.checks import CONFIGS, ConfigError
 from phantom.engine.loop import DivergenceError
+from phantom.engine.overrides import change, check_overrides, expand, groups, parse, root_keys
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+__all__ = ["CONFIGS", "change", "expand"]
+
+# what a machine says of its disks and folders, and no defect of the program
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -31,11 +37,12 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigError: an unknown key or group option, or a key the chosen estimator does not use.
     """
+    check_overrides(overrides)
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             cfg = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise build.ConfigError(_explain(error, overrides)) from error
+            raise ConfigError(_explain(error, overrides)) from error
     choices = _choices(cfg.hydra.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     del cfg.hydra
@@ -44,40 +51,23 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def check(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the resolved config after the checks that need no data: keys, the pair, every cheap constructor."""
+    used = str(OmegaConf.to_container(cfg, resolve=False)["grad"])
     config = build.resolve(cfg)
-    unknown = [key for key in config if key not in _root_keys()]
+    unknown = [key for key in config if key not in root_keys()]
     if unknown:
-        raise build.ConfigError(f"unknown key {', '.join(unknown)}; valid keys: {', '.join(sorted(_root_keys()))}")
-    for key in build.ESTIMATOR_KEYS:
-        if key not in config and any(item.lstrip("+").startswith(f"{key}=") for item in overrides):
-            raise build.ConfigError(_unused(key))
-    build.check_root(config)
-    build.check_pair(config)
+        near = checks.nearest(unknown[0], sorted(root_keys()))
+        raise ConfigError(f"unknown key {', '.join(unknown)}{near} Valid keys: {', '.join(sorted(root_keys()))}")
+    given = {item.key_or_group.split(".")[0] for item in parse(overrides)}
+    for key in (*checks.ESTIMATOR_KEYS, "adjoint_solver"):
+        if key in given and f"${{{key}}}" not in used:
+            raise ConfigError(_unused(key))
+    checks.check_root(config)
+    checks.check_cuda_graph(config, build.check_pair(config))
     build.build_rules(config, build.build_deq(config))
+    build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(2, 2))])
     for name in ("schedule", "clipping", "monitor"):
         build.instantiate(config[name], name)
     return config
-
-
-def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a saved config with key=value items applied; every key must exist in it.
-
-    Raises:
-        ConfigError: an unknown key, or a value that cannot be parsed.
-    """
-    if config["eval_solver"] is None and any(item.startswith("eval_solver.") for item in overrides):
-        config["eval_solver"] = dict(config["solver"])
-    tree = OmegaConf.create(config)
-    OmegaConf.set_struct(tree, True)
-    for item, override in zip(overrides, _parse(overrides), strict=True):
-        key = override.key_or_group
-        try:
-            OmegaConf.update(tree, key, override.value())
-        except OmegaConfBaseException as error:
-            parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
-            valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
-            raise build.ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
-    return OmegaConf.to_container(tree)
 
 
 def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -> None:
@@ -97,13 +87,18 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
             if not is_user_error(error):
                 raise
             failed.append(str(error))
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                # the other processes may be waiting for this one: with it, the launcher ends them
+                sys.exit(1)
 
-    if not any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments):
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if set(flags) <= {"-m", "--multirun"}:
+        items = [argument for argument in arguments if argument not in flags]
         try:
-            for overrides in expand([item for item in arguments if not item.startswith("-")]):
+            for overrides in expand(items) if flags else [items]:
                 compose(overrides)
-        except build.ConfigError as error:
+        except ConfigError as error:
             sys.exit(f"error: {error}")
     main()
     if failed:
@@ -112,29 +107,19 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
 
 def is_user_error(error: Exception) -> bool:
     """Return whether the message alone tells the user what to do."""
-    return isinstance(error, (build.ConfigError, build.DataError, CheckpointError, DivergenceError))
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    return isinstance(error, (ConfigError, build.DataError, CheckpointError, DivergenceError))
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of every job of a sweep: the product of all comma-separated choices.
-
-    Raises:
-        ConfigError: an item is not of the form key=value.
-    """
-    options = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-        if item.is_sweep_override()
-        else [item.input_line]
-        for item in _parse(overrides)
-    ]
-    return [list(job) for job in itertools.product(*options)]
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides=list(overrides))
-    except HydraException as error:
-        raise build.ConfigError(f"{str(error).splitlines()[0]}; write overrides as key=value") from error
+def message_of(error: Exception) -> str:
+    """Return what a user is told: one line, without a traceback."""
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the disk'}: {error.strerror}. Free some space, correct the permissions, or name "
+            "another folder with runs=<folder>; what was saved before is kept"
+        )
+    return str(error)
 
 
 def _choices(choices: DictConfig) -> dict[str, Any]:
@@ -148,20 +133,21 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if found is None:
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     key = found.group(1)
-    if key in build.ESTIMATOR_KEYS:
+    if key in checks.ESTIMATOR_KEYS:
         return _unused(key)
     parent, _, name = key.rpartition(".")
-    valid = _valid_keys(parent, [item for item in overrides if not item.lstrip("+~").startswith(f"{key}=")])
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {parent + '.' if parent else ''}{near[0]}?" if near else ""
-    return (
-        f"unknown key {key}{hint or '.'} Valid keys {f'of {parent}' if parent else 'here'}: {', '.join(sorted(valid))}"
-    )
+    prefix = f"{parent}." if parent else ""
+    others = [item for item in overrides if not item.lstrip("+~").startswith(f"{key}=")]
+    valid = sorted(_valid_keys(parent, others))
+    if not valid and parent in groups():
+        return f"{key} is given, but {parent} is null: choose one first, {parent}={'|'.join(checks.leaves(parent))}"
+    where = f"of {parent}" if parent else "here"
+    return f"unknown key {key}{checks.nearest(name, valid, prefix)} Valid keys {where}: {', '.join(valid)}"
 
 
 def _valid_keys(parent: str, overrides: Sequence[str]) -> list[str]:
     if not parent:
-        return list(_root_keys())
+        return list(root_keys())
     # leave the dotted overrides out: another of them may be the next mistake
     kept = [item for item in overrides if "." not in item.split("=")[0]]
     try:
@@ -172,12 +158,5 @@ def _valid_keys(parent: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _unused(key: str) -> str:
-    users = [path.stem for path in sorted((CONFIGS / "grad").glob("*.yaml")) if f"${{{key}}}" in path.read_text()]
+    users = [leaf for leaf in checks.leaves("grad") if f"${{{key}}}" in (CONFIGS / "grad" / f"{leaf}.yaml").read_text()]
     return f"{key} is not used by the chosen gradient estimator: it belongs to grad={'|'.join(users)}; leave {key} out"
-
-
-def _root_keys() -> set[str]:
-    root = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
-    groups = {key for item in root.pop("defaults") if isinstance(item, dict) for key in item if " " not in key}
-    root.pop("hydra")
-    return (set(root) | groups | set(build.ESTIMATOR_KEYS)) - {"experiment"}

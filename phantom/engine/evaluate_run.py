@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from phantom.engine import build, checkpoint, cli, distributed, precision
+from phantom.engine import build, checkpoint, checks, cli, precision
 from phantom.engine.build import Shard, Source
 from phantom.engine.evaluation import evaluate
 from phantom.engine.task import Task
@@ -83,6 +83,8 @@ def evaluate_official(path: Path, *, source: str, split: str | None, overrides: 
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise checkpoint.CheckpointError(f"{path} cannot be read as tensors alone: {reason}") from error
+    if not isinstance(state, dict):
+        raise checkpoint.CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -98,9 +100,10 @@ def evaluate_official(path: Path, *, source: str, split: str | None, overrides: 
 
 
 def _rebuild(config: dict[str, Any], load: Callable[[nn.Module], None], facts: dict[str, Any]) -> Rebuilt:
+    checks.check_root(config)
     kind = build.check_pair(config)
     precision.set_up(config["precision"], deterministic=config["deterministic"])
-    device, rank, world = distributed.start(config["device"])
+    device, rank, world = build.start(config)
     source = build.build_source(config)
     model = build.build_model(config, source.spec, build.build_deq(config)).to(device)
     load(model)
