@@ -69,9 +69,8 @@ def instantiate(config: Any, field: str, **extra: Any) -> Any:
         return hydra.utils.instantiate(config, **extra, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError, ImportError, AttributeError)):
-            raise ConfigError(f"{field}: {_unknown_keys(config, extra, cause) or cause}") from error
-        raise ConfigError(f"{field}: {str(error).splitlines()[0]}") from error
+        reason = _unknown_keys(config, extra, cause) or " ".join(str(cause).split())
+        raise ConfigError(f"{field}: {reason}") from error
 
 
 def locate(target: str) -> Any:
