@@ -123,7 +123,7 @@ def test_refused_before_the_first_step(line, message, tmp_path):
 
 def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(build.ConfigError, match="device=cuda.*no GPU.*device=cpu"):
+    with pytest.raises(build.ConfigError, match=r"device=cuda.*no GPU.*device=cpu"):
         start(["device=cuda"], tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_a_missing_root_names_the_folder_and_the_two_ways_to_name_another(data, 
 def test_a_wrong_layout_names_what_was_expected_and_what_is_there(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cats").mkdir(parents=True)
-    with pytest.raises(build.ConfigError, match="must hold one folder for each of airplane, .*; it holds cats"):
+    with pytest.raises(build.ConfigError, match=r"must hold one folder for each of airplane, .*; it holds cats"):
         start(["data=cifar10", f"data.root={tmp_path}"], tmp_path / "runs")
 
 
@@ -163,6 +163,6 @@ def test_a_corrupt_picture_is_named(tmp_path, monkeypatch):
     with pytest.raises(build.ConfigError, match=rf"{broken} is damaged and cannot be decoded"):
         start(job, tmp_path / "runs")
     Image.new("RGB", (32, 32)).save(broken)
-    with pytest.raises(build.ConfigError, match="has 10 train images, expected 50000.*allow_partial=true"):
+    with pytest.raises(build.ConfigError, match=r"has 10 train images, expected 50000.*allow_partial=true"):
         start(job[:2], tmp_path / "runs")
     start(job, tmp_path / "runs")
