@@ -6,9 +6,9 @@
         data.validation=0.1 eval_splits=[valid,test]                             # an honest protocol
 
 jobs=<n> and only=<fold,fold,...> are this script's own; everything else goes to train.py, once per fold, with
-data.fold=<i> and seed=<seed + i>. Finished folds are not trained again, interrupted ones resume. Records are written to
-results/<experiment>/fold<i>.json, the summary to results/<experiment>.json; runs with further overrides carry them in
-the name. The summary is written once all ten are there; it gives the test metric of every fold by five protocols:
+data.fold=<i> and seed=<seed + i>. Finished folds are not trained again, interrupted ones resume. Once all ten are
+there, one record of them is written to results/<experiment>.json; with further overrides, it carries them in its name.
+It gives the test metric of every fold by five protocols:
 
     best_epoch         the best test epoch of each fold: the paper's number, optimistic
     last_epoch         the last epoch
@@ -35,6 +35,8 @@ from data.folds import NUM_FOLDS  # noqa: E402
 from phantom.engine import records  # noqa: E402
 from scripts import training  # noqa: E402
 
+PER_FOLD = ("seed", "config_hash", "commit", "dirty", "cpu_seconds", "peak_memory", "started", "finished")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the folds of one experiment: overrides of train.py, and jobs=, only=."""
@@ -53,13 +55,12 @@ def main(arguments: Sequence[str]) -> None:
     seed = config["seed"]
     overrides = [item for item in job if not item.startswith("seed=")]
     extra = folder.parent.name
-    target = ROOT / "results" / (label if extra == "default" else f"{label}@{extra}")
+    target = ROOT / "results" / (f"{label}.json" if extra == "default" else f"{label}@{extra}.json")
 
     def train(fold: int) -> dict[str, Any]:
         items = [*overrides, f"data.fold={fold}", f"seed={seed + fold}"]
         folder = ROOT / records.run_folder(config["runs"], label, items, seed + fold)
         record = training.train(items, folder)
-        records.write_json(target / f"fold{fold}.json", record)
         best = record["best"]["test"][record["metric"]]
         print(f"fold {fold}: best {best:.2f}, last {record['final']['test'][record['metric']]:.2f}", flush=True)
         splits = {split: training.curve(folder, split, record["metric"])[1] for split in record["final"]}
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, result in summary["protocols"].items():
         print(f"{name:18} {result['mean']:.2f} ± {result['std']:.2f} ({len(folds)} folds)")
     if len(folds) == NUM_FOLDS:
-        records.write_json(target.with_name(f"{target.name}.json"), summary)
+        records.write_json(target, summary)
 
 
 def summarise(runs: Sequence[dict[str, Any]], folds: Sequence[int]) -> dict[str, Any]:
@@ -116,11 +117,13 @@ def summarise(runs: Sequence[dict[str, Any]], folds: Sequence[int]) -> dict[str,
     return {
         **{name: runs[0][name] for name in shared},
         "overrides": [item for item in runs[0]["overrides"] if not item.startswith("data.fold=")],
-        "folds": list(folds),
-        "seeds": [run["seed"] for run in runs],
+        "folds": [
+            {"fold": fold, **{name: run.get(name) for name in PER_FOLD}} for fold, run in zip(folds, runs, strict=True)
+        ],
         "protocols": protocols,
         "cpu_seconds": {"mean": statistics.fmean(seconds), "max": max(seconds), "n": len(seconds)} if seconds else None,
-        **{name: runs[0][name] for name in ("device", "versions", "commit")},
+        **{name: runs[0][name] for name in ("device", "versions")},
+        "commit": ", ".join(sorted({run["commit"] or "none" for run in runs})),
         "dirty": any(run["dirty"] for run in runs),
         "started": min(run["started"] for run in runs),
         "finished": max(run["finished"] for run in runs),

@@ -4,7 +4,8 @@
     python scripts/report.py table1
 
 Records lie in results/<experiment>/: one <seed or fold>.json per run at the paper's budget, and <name>@<scale>/ for
-smaller budgets, which a cell shows with its label. A cell is mean ± std (n); a row without a record prints --.
+smaller budgets, which a cell shows with its label. A cell is mean ± std (n); a row without a record prints --. A table
+with `protocols` shows results/<experiment>.json, the record of ten folds.
 """
 
 from __future__ import annotations
@@ -70,6 +71,42 @@ def render(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_folds(table: dict[str, Any]) -> str:
+    """Return the table of ten folds as Markdown: the paper's number, and ours by every protocol of scripts/folds.py."""
+    protocols = table["protocols"]
+    lines = [
+        f"# {table['title']}",
+        "",
+        "mean ± population std. The paper chooses the best test epoch of each fold, which is optimistic; an epoch "
+        "chosen by the other folds, or by validation graphs held out of training, is not. * marks uncommitted changes; "
+        "-- means not run.",
+        "",
+        f"| row | paper | {' | '.join(protocols.values())} | folds | parameters | CPU s per fold | commit |",
+        "| --- | --- |" + " --- |" * (len(protocols) + 4),
+    ]
+    for row in table["rows"]:
+        path = ROOT / "results" / f"{row['experiment']}.json"
+        cells = [row["name"], row["paper"]]
+        if path.exists():
+            record = json.loads(path.read_text())
+            cells += [_protocol(record["protocols"].get(name)) for name in protocols]
+            seconds = record["cpu_seconds"]
+            cells += [
+                str(len(record["folds"])),
+                f"{record['num_parameters']:,}",
+                f"{seconds['mean']:.0f} (at most {seconds['max']:.0f})" if seconds else "--",
+                ", ".join(commit[:8] for commit in record["commit"].split(", ")) + ("*" if record["dirty"] else ""),
+            ]
+        else:
+            cells += ["--"] * (len(protocols) + 4)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _protocol(result: dict[str, Any] | None) -> str:
+    return "--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}"
+
+
 def main(names: list[str]) -> None:
     """Render the named tables, or all."""
     known = {path.stem: path for path in sorted((ROOT / "configs" / "report").glob("*.yaml"))}
@@ -77,7 +114,8 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"error: no table {', '.join(unknown)}; choose from {', '.join(known)}")
     for name in names or known:
-        text = render(yaml.safe_load(known[name].read_text()))
+        table = yaml.safe_load(known[name].read_text())
+        text = render_folds(table) if "protocols" in table else render(table)
         (ROOT / "results" / f"{name}.md").write_text(text)
         print(text)
 

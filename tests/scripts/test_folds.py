@@ -48,7 +48,12 @@ def test_the_protocols():
     }
     assert summary["protocols"]["last_epoch"]["std"] == pytest.approx(statistics.pstdev([60.0, 90.0, 50.0]))
     assert summary["protocols"]["last_epoch"]["mean"] == pytest.approx(200 / 3)
-    assert summary["seeds"] == [42, 43, 44] and summary["overrides"] == ["experiment=table4/cox2_implicit"]
+    assert [(item["fold"], item["seed"], item["cpu_seconds"]) for item in summary["folds"]] == [
+        (0, 42, 60.0),
+        (1, 43, 61.0),
+        (2, 44, 62.0),
+    ]
+    assert summary["overrides"] == ["experiment=table4/cox2_implicit"]
     assert summary["cpu_seconds"] == {"mean": 61.0, "max": 62.0, "n": 3}
 
 
