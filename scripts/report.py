@@ -50,20 +50,23 @@ def render(table: dict[str, Any]) -> str:
         f"# {table['title']}",
         "",
         f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
-        f"mean ± {std} std (n runs). Smaller budgets are labelled; -- means not run.",
+        f"mean ± {std} std (n runs). Smaller budgets are labelled; -- means not run. "
+        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU.",
         "",
-        "| row | paper | best | last | budget | parameters | step ms | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| row | paper | best | last | budget | parameters | step ms | peak MB | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in table["rows"]:
         scale, records = records_of(row["experiment"])
         best = [record["best"][split][metric] for record in records]
         last = [record["final"][split][metric] for record in records]
         steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
+        peaks = [record["peak_memory"] / 1e6 for record in records]
         facts = [
             f"{scale}, {records[0]['steps']} steps" if records else "--",
             f"{records[0]['num_parameters']:,}" if records else "--",
             f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
+            f"{max(peaks):,.0f}" if peaks else "--",
             ", ".join(sorted({(record["commit"] or "none")[:8] for record in records})) or "--",
         ]
         cells = [row["name"], row["paper"], cell(best, std), cell(last, std), *facts]
