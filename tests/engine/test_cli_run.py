@@ -1,0 +1,140 @@
+"""What train.py prints and returns: one line for a mistake, a failed job of a sweep, a failed process of several."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from phantom.engine import build, checkpoint, cli, loop
+
+ROOT = Path(__file__).parents[2]
+# the logging set-up of Hydra would outlive the test
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+
+ERRORS = [
+    (build.ConfigError("k=0 must be an integer >= 1"), "error: k=0 must be an integer >= 1"),
+    (build.DataError("the picture a.png is damaged"), "error: the picture a.png is damaged"),
+    (checkpoint.CheckpointError("last.pt is damaged"), "error: last.pt is damaged"),
+    (loop.DivergenceError("not finite at step 3"), "error: not finite at step 3"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/full/last.pt"),
+        "error: /full/last.pt: No space left on device",
+    ),
+    (PermissionError(errno.EACCES, "Permission denied", "/locked"), "error: /locked: Permission denied"),
+]
+
+
+def run(monkeypatch, job, *arguments: str) -> int:
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments, *QUIET])
+    try:
+        cli.run_hydra(job)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(("error", "line"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+def test_an_error_of_the_user_is_one_line(error, line, monkeypatch, capsys):
+    def job(*_):
+        raise error
+
+    assert run(monkeypatch, job) == 1
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith(line) and len(printed.splitlines()) == 1
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, capsys):
+    def job(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(KeyError, match="ours"):
+        run(monkeypatch, job)
+
+
+def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def job(config, overrides, choices):
+        seen.append((choices["grad"], config["k"], config["lam"]))
+        if config["k"] == 1:
+            raise loop.DivergenceError(f"diverged with {choices['grad']}")
+
+    assert run(monkeypatch, job, "-m", "grad=upg,npg", "k=1,3", "lam=0.5", f"runs={tmp_path}") == 1
+    assert seen == [(grad, k, 0.5) for grad in ("upg", "npg") for k in (1, 3)]
+    assert capsys.readouterr().err.splitlines() == ["error: diverged with upg", "error: diverged with npg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "grad=upg,implicit", "k=1,3"], "k is not used"),
+        (["-m", "k=1,0"], "k=0 must be"),
+        (["-m", "grad=upg,ugp"], "did you mean upg?"),
+        (["grad=upg,npg"], "add -m"),
+        (["grad"], "key=value"),
+    ],
+)
+def test_no_job_of_a_sweep_starts_before_all_are_checked(arguments, message, tmp_path, monkeypatch, capsys):
+    started = []
+    assert run(monkeypatch, lambda *job: started.append(job), *arguments, f"runs={tmp_path}") == 1
+    assert message in capsys.readouterr().err and not started
+
+
+def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, capsys):
+    """The others wait for it in a collective: the next job of a sweep would wait for ever."""
+    seen = []
+
+    def job(config, *_):
+        seen.append(config["seed"])
+        raise build.DataError("damaged")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, job, "-m", "seed=0,1", f"runs={tmp_path}") == 1
+    assert seen == [0]
+
+
+def script(folder: Path, *arguments: str, processes: int = 1, timeout: int = 120) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "grad=upg,npg", "k=0,1"], "k=0 must be an integer >= 1"),
+        (["data=cifar10", "data.root=nowhere", "wandb=disabled"], "no CIFAR-10 in nowhere, which does not exist"),
+    ],
+)
+def test_train_script_prints_one_line_and_leaves_nothing(arguments, message, tmp_path):
+    done = script(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_picture_damaged_for_one_of_two_processes_ends_both(tmp_path):
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("n01", "n02"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(folder / f"{i}.JPEG")
+    broken = tmp_path / "train" / "n01" / "3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    job = ["-m", "seed=0,1", "data=imagenet", f"data.root={tmp_path}", "data.workers=0", "data.batch_size=8"]
+    small = ["data.crop=16", "data.resize=20", "model.channels=[8,8]", "model.final_channels=8", "solver.max_steps=2"]
+    done = script(tmp_path, *job, *small, f"runs={tmp_path / 'runs'}", "wandb=disabled", "device=cpu", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: the picture {broken} is damaged and cannot be decoded") == 1
+    assert not list(tmp_path.rglob("record.json"))
