@@ -137,6 +137,10 @@ class Trainer:
         self._reset_window()
         try:
             self._epochs()
+        except BaseException:
+            if self._tracker is not None:
+                self._tracker.abort()
+            raise
         finally:
             self._progress.stop()
             if self._log is not None:
@@ -193,7 +197,8 @@ class Trainer:
         score, penalty = self._forward_backward(batch, self._carries[micro], penalty_weight)
         self._carries[micro] = score.carry
         if penalty is not None:
-            self._penalty, self._penalties = self._penalty + penalty, self._penalties + 1
+            count = score.tally.count
+            self._penalty, self._penalised = self._penalty + count * penalty, self._penalised + count
         return score
 
     def _forward_backward(self, batch: Any, carry: Any, penalty_weight: float) -> tuple[Score, Tensor | None]:
@@ -257,7 +262,7 @@ class Trainer:
         self._meter = SolveMeter()
         self._norm_sum: Tensor | float = 0.0
         self._penalty: Tensor | float = 0.0
-        self._penalties = 0
+        self._penalised = 0
         self._updates = 0
 
     def _check_finite(self, epoch: int) -> None:
@@ -278,8 +283,8 @@ class Trainer:
         row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
         row["gradient_norm"] = float(self._norm_sum) / self._updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        if self._penalties:
-            row["penalty"] = float(self._penalty) / self._penalties
+        if self._penalised:
+            row["penalty"] = float(self._penalty) / self._penalised
         self.train_report = dict(row)
         times = {f"time/{name}": seconds for name, seconds in self.timer.latest().items()}
         speed = self.timer.throughput()

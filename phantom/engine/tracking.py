@@ -32,17 +32,20 @@ class Tracker:
             return
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        # one id per folder: a resumed run continues its own curve
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=_identifier(folder),
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=dict(config),
-            settings=wandb.Settings(silent=True),
-        )
+        options = {
+            "project": project,
+            "name": name,
+            "id": _identifier(folder),  # one per folder: a resumed run continues its own curve
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(config),
+            "settings": wandb.Settings(silent=True),
+        }
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
+            log.warning("wandb cannot log %s (%s): logging offline, `wandb sync` uploads it later", mode, error)
+            self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -59,6 +62,11 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(dict(summary))
             self._run.finish()
+
+    def abort(self) -> None:
+        """Close a run that failed, so that the next one of a sweep does not continue its curve."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
 
 
 def _logged_in() -> bool:

@@ -1,0 +1,120 @@
+"""What depends on the step: jitter of the solver's budget, the penalty's weight and frequency, pretraining."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from phantom import BPTT, DEQ, UPG, FixedPoint, JacobianRegularizer
+from phantom.engine.rules import Jitter, Penalty, Pretraining, Rules
+from tests.engine import tiny
+
+SOLVER = FixedPoint(max_steps=12, tol=None)
+GRAD = UPG(k=2, lam=0.5)
+
+
+def rules(**changes) -> Rules:
+    return Rules(**({"solver": SOLVER, "grad": GRAD, "seed": 0} | changes))
+
+
+def budgets(folder, rules: Rules, **changes) -> dict[str, list[float]]:
+    """Return the evaluations of f that training steps and evaluations took, with the equilibrium's own budget fixed."""
+    model = tiny.Classifier()
+    model.deq = DEQ(solver=SOLVER, grad=GRAD, **changes)
+    run = tiny.trainer(folder, bare=model, rules=rules, budget=tiny.budget(epochs=6, eval_every=1))
+    run.fit(resume=False)
+    rows = tiny.rows(folder)
+    return {kind: [row["num_evals"] for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
+
+
+def test_jitter_changes_the_training_budget_only(tmp_path):
+    """Evaluation uses the configured solver, not what the last step left."""
+    jitter = Jitter(below=5)
+    found = budgets(tmp_path, rules(jitter=jitter))
+    plain = budgets(tmp_path / "plain", rules())
+    (full,), (evaluation,) = set(plain["train"]), set(plain["eval"])
+    assert full - evaluation == GRAD.k and evaluation == SOLVER.max_steps + 1
+    assert found["train"] == [full + jitter.at(step, 0) for step in range(18)]
+    assert len(set(found["train"])) > 3
+    assert set(found["eval"]) == {evaluation}
+
+
+def test_an_evaluation_solver_of_its_own_is_used(tmp_path):
+    found = budgets(tmp_path, rules(jitter=Jitter(below=5)), eval_solver=FixedPoint(max_steps=30, tol=None))
+    assert set(found["eval"]) == {31}
+
+
+def test_jitter_is_uniform_over_its_range_and_depends_on_the_seed():
+    draws = [Jitter(below=3).at(step, 0) for step in range(4000)]
+    counts = Counter(draws)
+    assert sorted(counts) == [-3, -2, -1, 0]
+    assert all(count == pytest.approx(1000, abs=120) for count in counts.values())  # four standard deviations
+    assert draws != [Jitter(below=3).at(step, 1) for step in range(4000)]
+
+
+def test_jitter_leaves_at_least_one_step():
+    layer = DEQ(solver=SOLVER, grad=GRAD)
+    seen = set()
+    for step in range(50):
+        rules(solver=replace(SOLVER, max_steps=2), jitter=Jitter(below=9)).apply([layer], step, 50)
+        seen.add(layer.solver.max_steps)
+    assert seen == {1, 2}
+
+
+def test_the_penalty_grows_in_stages_and_stops():
+    penalty = Penalty(regularizer=JacobianRegularizer(), weight=0.5, increment=0.1, increment_every=10, stop_step=35)
+    weights = [penalty.at(step, 0) for step in range(40)]
+    stages = [0.5] * 10 + [0.6] * 10 + [0.7] * 10 + [0.8] * 5 + [0.0] * 5
+    assert weights == pytest.approx(stages)
+
+
+def test_the_penalty_applies_to_its_share_of_the_steps():
+    penalty = Penalty(regularizer=JacobianRegularizer(), weight=0.5, frequency=0.3)
+    layer = DEQ(solver=SOLVER, grad=GRAD)
+    active = 0
+    for step in range(2000):
+        weight = rules(penalty=penalty).apply([layer], step, 2000)
+        assert weight in (0.0, 0.5)
+        assert layer.regularizer is (penalty.regularizer if weight else None)
+        active += weight > 0
+    assert active == pytest.approx(600, abs=82)  # four standard deviations
+
+
+def test_pretraining_unrolls_then_solves(tmp_path):
+    pretraining = Pretraining(steps=4, layers=3)
+    found = budgets(tmp_path, rules(pretraining=pretraining, jitter=Jitter(below=5)))
+    assert found["train"][:4] == [3] * 4 and min(found["train"][4:]) >= SOLVER.max_steps - 5
+    assert set(found["eval"]) == {SOLVER.max_steps + 1}
+
+
+def test_pretraining_has_no_penalty_and_ends():
+    layer = DEQ(solver=SOLVER, grad=GRAD)
+    both = rules(
+        pretraining=Pretraining(steps=2, layers=3), penalty=Penalty(regularizer=JacobianRegularizer(), weight=0.5)
+    )
+    assert [both.apply([layer], step, 10) for step in range(4)] == [0.0, 0.0, 0.5, 0.5]
+    both.apply([layer], 1, 10)
+    assert layer.grad == BPTT(num_steps=3) and layer.regularizer is None
+    both.apply([layer], 2, 10)
+    assert layer.grad == GRAD and layer.solver == SOLVER
+
+
+def test_a_shorter_run_keeps_the_share_of_pretraining():
+    phase = Pretraining(steps=100, layers=3, of_steps=1000)
+    assert sum(phase.active(step, 50) for step in range(50)) == 5
+    assert sum(phase.active(step, 1000) for step in range(1000)) == 100
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Jitter(below=0), r"jitter\.below"),
+        (lambda: Pretraining(steps=0, layers=3), r"pretraining\.steps"),
+        (lambda: Pretraining(steps=1, layers=0), r"pretraining\.layers"),
+        (lambda: Penalty(regularizer=JacobianRegularizer(), weight=-1.0), r"weight=-1\.0 must be >= 0"),
+        (lambda: Penalty(regularizer=JacobianRegularizer(), weight=1.0, frequency=0.0), r"frequency=0\.0 .*\(0, 1\]"),
+    ],
+)
+def test_impossible_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
