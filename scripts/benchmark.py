@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from phantom.engine.build import ConfigError  # noqa: E402
 from phantom.engine.records import environment  # noqa: E402
 from scripts.bench import measure, report, variants  # noqa: E402
+from scripts.bench.growth import measure_growth  # noqa: E402
 from scripts.bench.instruments import Clock  # noqa: E402
 from scripts.bench.peer_torchdeq import PeerError  # noqa: E402
 
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
     parser.add_argument("--peer", choices=("torchdeq",), default=None, help="compare with this library")
+    parser.add_argument("--growth", type=int, default=None, help="then count what so many steps leave in memory")
     parser.add_argument("--title", default="Training step")
     parser.add_argument("--out", type=Path, default=None, help="a .json; the table is written beside it as .md")
     options = parser.parse_intermixed_args(arguments)
@@ -62,6 +64,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     measure.run(
         rows, clock, repeats=options.repeats, warmup=options.warmup, say=lambda text: print(text, file=sys.stderr)
     )
+    if options.growth is not None:
+        measure_growth(rows, options.growth, device)
     result = {
         "about": {
             "title": options.title,

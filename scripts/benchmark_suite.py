@@ -4,22 +4,29 @@
     python scripts/benchmark_suite.py gpu --deadline 600         # skip what would begin after ten minutes
     python scripts/benchmark_suite.py gpu --rehearse             # every row in small, on any machine: does it run?
 
-Tables and numbers go to results/benchmark/<suite>/<name>.{md,json}; a rehearsal keeps nothing. torchdeq, the peer, is
+Tables and numbers go to results/benchmark/<suite>/<name>.{md,json}, all comparisons to its summary.md, which
+`--summarise` alone renders again; a rehearsal keeps nothing. torchdeq, the peer, is
 an optional dependency (see scripts/benchmark.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench import summary  # noqa: E402
+
 SUITES = ROOT / "configs" / "benchmark"
 # what a rehearsal changes; CUDA graphs need a GPU, and compiling takes minutes
 SMALL = {
@@ -32,7 +39,7 @@ SMALL = {
 SMALL_SIZES = {"deq_transformer": "4", "mdeq_small": "32", "mdeq_large": "16", "mdeq_tiny": "8", "ignn": "5"}
 
 
-def command(row: dict[str, str], flags: Sequence[str], *, rehearse: bool, out: Path) -> list[str]:
+def command(row: dict[str, Any], flags: Sequence[str], *, rehearse: bool, out: Path) -> list[str]:
     """Return the command line of one row."""
     items = dict(item.split("=", 1) for item in row["arguments"].split())
     flags = list(flags)
@@ -44,8 +51,19 @@ def command(row: dict[str, str], flags: Sequence[str], *, rehearse: bool, out: P
         flags += ["--peer", "torchdeq"] if _has_torchdeq() else []
     else:
         flags += ["--title", row["title"], "--out", str(out / f"{row['name']}.json")]
+    flags += ["--growth", str(row["growth"])] if "growth" in row else []
     pairs = [f"{key}={value}" for key, value in items.items()]
     return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *pairs, *flags]
+
+
+def summarise(suite: dict[str, Any], out: Path) -> None:
+    """Render summary.md from the results in `out`, in the order of the suite."""
+    found = [(row, out / f"{row['name']}.json") for row in suite["rows"]]
+    results = [
+        (row["title"], row.get("paper", ""), json.loads(path.read_text())) for row, path in found if path.exists()
+    ]
+    if results:
+        (out / "summary.md").write_text(summary.render(suite["title"], results))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", default=None, help="names of rows, comma-separated")
     parser.add_argument("--deadline", type=float, default=None, help="begin no row after so many seconds")
     parser.add_argument("--rehearse", action="store_true", help="every row in small, on the CPU")
+    parser.add_argument("--summarise", action="store_true", help="only render summary.md from what is there")
     options = parser.parse_args(arguments)
     suite = yaml.safe_load((SUITES / f"{options.suite}.yaml").read_text())
     names = [row["name"] for row in suite["rows"]]
@@ -63,14 +82,14 @@ def main(arguments: Sequence[str]) -> None:
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         sys.exit(f"error: no row {', '.join(unknown)} in {options.suite}; it has {', '.join(names)}")
+    out = ROOT / "results" / "benchmark" / options.suite
     started, failed = time.monotonic(), []
     for row in suite["rows"]:
-        if row["name"] not in wanted:
+        if row["name"] not in wanted or options.summarise:
             continue
         if options.deadline is not None and time.monotonic() - started > options.deadline:
             print(f"{row['name']}: left out, the deadline has passed", flush=True)
             continue
-        out = ROOT / "results" / "benchmark" / options.suite
         line = command(row, suite["flags"].split(), rehearse=options.rehearse, out=out)
         begun = time.monotonic()
         done = subprocess.run(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -79,6 +98,8 @@ def main(arguments: Sequence[str]) -> None:
         if done.returncode:
             failed.append(row["name"])
             print(done.stderr[-2000:], file=sys.stderr, flush=True)
+    if not options.rehearse:
+        summarise(suite, out)
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed; see above")
 

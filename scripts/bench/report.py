@@ -106,7 +106,7 @@ def render(result: dict[str, Any]) -> str:
         if result["ratios"][key]:
             lines += ["", f"## {title}", "", "| | total | solve | backward |", "| --- | ---: | ---: | ---: |"]
             for item in result["ratios"][key]:
-                cells = [_interval(item.get(part)) for part in ("total", "solve", "backward")]
+                cells = [interval_cell(item, part) for part in ("total", "solve", "backward")]
                 lines.append(f"| {item['a']} / {item['b']} | " + " | ".join(cells) + " |")
     traced = [row for row in result["rows"] if "peak_bytes" in row]
     if traced:
@@ -119,11 +119,30 @@ def render(result: dict[str, Any]) -> str:
             cells = [f"{part / 1e6:.1f}" for part in parts]
             cells.append(f"{row['bytes']['parameters'] / 1e6:.1f}" if "bytes" in row else "")
             lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    grown = growth_table(result)
+    if grown:
+        lines += ["", "## What the steps leave in memory", "", *grown]
     return "\n".join(lines) + "\n"
 
 
-def _interval(part: dict[str, float] | None) -> str:
-    return "" if part is None else f"{part['median']:.2f} [{part['low']:.2f}, {part['high']:.2f}]"
+def growth_table(result: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of what many steps left in memory, empty where that was not measured."""
+    rows = [row for row in result["rows"] if "growth" in row]
+    if not rows:
+        return []
+    lines = ["| variant | steps | live tensors | their bytes | memory, MB |", "| --- |" + " ---: |" * 4]
+    for row in rows:
+        change = row["growth"]
+        cells = [str(change["steps"]), f"{change['tensors']:+d}", f"{change['bytes']:+d}"]
+        lines.append(f"| {row['label']} | " + " | ".join([*cells, f"{change['memory'] / 1e6:+.2f}"]) + " |")
+    return lines
+
+
+def interval_cell(item: dict[str, Any] | None, part: str) -> str:
+    """Return `median [low, high]` of a part of a ratio, empty where it was not measured."""
+    if item is None or part not in item:
+        return ""
+    return f"{item[part]['median']:.2f} [{item[part]['low']:.2f}, {item[part]['high']:.2f}]"
 
 
 def _known(row: dict[str, Any], key: str) -> str:

@@ -1,0 +1,75 @@
+"""The tables of a whole suite: every comparison of its rows on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scripts.bench.report import growth_table, interval_cell
+
+
+def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> str:
+    """Return one page of Markdown from (title of a row, what the paper reports for it, result of its benchmark)."""
+    found = {key: [] for key in ("speed", "implicit", "growth")}
+    for name, paper, result in results:
+        grown = growth_table(result)
+        if grown:  # at a size chosen for that, whose times tell nothing
+            found["growth"] += ["", f"## {name}", "", *grown]
+            continue
+        found["speed"] += [f"| {name} | {cells} |" for cells in _speed(result)]
+        found["implicit"] += [f"| {name} | {cells} | {paper} |" for cells in _implicit(result)]
+    machines = sorted({result["about"]["machine"] for _, _, result in results})
+    clocks = sorted({result["about"]["clock"] for _, _, result in results})
+    lines = [
+        f"# {title}",
+        "",
+        f"{', '.join(machines)}; clock: {', '.join(clocks)}. Ratios of whole training steps paired by round: median, "
+        "and the interval that holds it at 95 %. The floor of a step is its evaluations of f, their backward passes "
+        "and vjps, the rest of the model, and nothing else, with the same cell.",
+        "",
+        "| model | variant | torchdeq / ours | ours / floor | solver memory, ours / torchdeq | syncs in the solve |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        *found["speed"],
+        "",
+        "## Implicit differentiation over phantom gradients",
+        "",
+        "| model | against | total | backward | total in torchdeq | backward in torchdeq | the paper |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        *found["implicit"],
+        *found["growth"],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _speed(result: dict[str, Any]) -> list[str]:
+    overheads = {item["a"]: item for item in result["ratios"]["overhead"]}
+    peers = {item["b"]: item for item in result["ratios"]["speedup"]}
+    rows = {row["label"]: row for row in result["rows"]}
+    found = []
+    for label, overhead in overheads.items():
+        peer = peers.get(label)
+        row, other = rows[label], rows.get(peer["a"]) if peer else None
+        traced = other is not None and "peak_bytes" in row and "peak_bytes" in other
+        memory = f"{row['peak_bytes']['solver'] / other['peak_bytes']['solver']:.2f}" if traced else ""
+        syncs = str(row["syncs"]["solve"]) if "syncs" in row else ""
+        cells = [label, interval_cell(peer, "total"), interval_cell(overhead, "total"), memory, syncs]
+        found.append(" | ".join(cells))
+    return found
+
+
+def _implicit(result: dict[str, Any]) -> list[str]:
+    """Return a line per pair of ours, beside the same pair of torchdeq where it was timed."""
+    pairs = result["ratios"]["implicit"]
+    theirs = {tuple(_own(item[side]) for side in "ab"): item for item in pairs if item["a"].startswith("torchdeq")}
+    found = []
+    for item in pairs:
+        if item["a"].startswith("torchdeq"):
+            continue
+        other = theirs.get((item["a"], item["b"]))
+        cells = [interval_cell(x, part) for x in (item, other) for part in ("total", "backward")]
+        found.append(" | ".join([item["b"], *cells]))
+    return found
+
+
+def _own(label: str) -> str:
+    return label.removeprefix("torchdeq ")
