@@ -6,6 +6,7 @@ Files: <root>/raw/<name>_A.txt and so on. Source: Morris et al., *TUDataset* (20
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -233,14 +234,26 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     with without_deprecations():
         from torch_geometric.io import read_tu_data
 
+    # the reader would drop such an edge without a word
+    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
+        raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
     try:
         data, slices, sizes = read_tu_data(os.fspath(folder), name)
     except (IndexError, RuntimeError, ValueError) as error:
         raise DataError(f"{folder} holds files that cannot be read as a TU data set: {error}") from error
     nodes, arcs = slices["x"], slices["edge_index"]
-    counts = [nodes.numel() - 1, arcs.numel() - 1, data.y.numel()]
+    # the reader counts edges up to the last graph that has any
+    arcs = torch.cat([arcs, arcs[-1:].expand(max(0, nodes.numel() - arcs.numel()))])
+    counts = [nodes.numel() - 1, data.y.numel()]
     if len(set(counts)) > 1:
-        raise DataError(f"{folder} describes {counts} graphs by nodes, edges and labels: every graph needs all three")
+        raise DataError(f"{folder} describes {counts} graphs by nodes and labels: every graph needs both")
+    sizes_of_edges = nodes.diff().repeat_interleave(arcs.diff())
+    outside = ((data.edge_index < 0) | (data.edge_index >= sizes_of_edges)).any(dim=0)
+    if bool(outside.any()):
+        raise DataError(
+            f"{needed[0]} has {int(outside.sum())} edges that leave their graph: node ids count from 1 "
+            "over all graphs, and both ends of an edge must lie in the same graph"
+        )
     return Raw(
         features=data.x[:, sizes["num_node_attributes"] :].contiguous(),
         edges=data.edge_index,

@@ -222,3 +222,33 @@ def test_the_real_sets(name, nodes, positives):
     assert sum(int(labels.sum()) for _, labels in batches) == positives
     assert all(graph.adjacency.rows is graph.adjacency.columns for graph, _ in batches), "undirected"
     assert all(torch.equal(graph.features.sum(dim=1), torch.ones(graph.num_nodes)) for graph, _ in batches)
+
+
+def test_graphs_without_edges_and_isolated_nodes(toy):
+    """A node without edges keeps its self-loop, in a graph of others or in one where no node has any, the last too."""
+    path = toy / "raw" / "TOY_A.txt"
+    sizes = [3 + graph % 4 for graph in range(40)]
+    first = [1 + sum(sizes[:graph]) for graph in range(41)]
+    bare = {node for graph in (10, 39) for node in range(first[graph], first[graph + 1])} | {first[5] + 1}
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not bare & set(map(int, line.split(",")))) + "\n")
+    graphs = toy_source(toy).raw.graphs("symmetric")
+    assert [graph.num_nodes for graph in graphs] == sizes
+    for empty in (10, 39):
+        assert torch.equal(graphs[empty].adjacency.to_dense(), torch.eye(sizes[empty]))
+    isolated = graphs[5].adjacency.to_dense()[1]
+    assert isolated[1] == 1 and isolated.sum() == 1
+    # the other nodes of the cycle are now a path, and other graphs are as they were
+    assert (graphs[5].adjacency.to_dense() > 0).sum() == 1 + (sizes[5] - 1) + 2 * (sizes[5] - 2)
+    assert (graphs[11].adjacency.to_dense() > 0).sum() == 3 * sizes[11]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("0, 2", "a node id below 1"), ("7,-1", "a node id below 1"), ("3, 4", "1 edges that leave their graph")],
+)
+def test_an_edge_out_of_its_graph_is_named(toy, line, message):
+    path = toy / "raw" / "TOY_A.txt"
+    path.write_text(path.read_text() + f"{line}\n")
+    with pytest.raises(DataError, match=rf"TOY_A.txt.*{message}"):
+        toy_source(toy)
