@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -48,11 +49,12 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
     for setting in settings:
         row = Row(setting, v.make(setting, device), "ours")
         rows.append(row)
+        begun = time.perf_counter()
         score = row.variant.step(_no_phase)  # compiles, too
+        first = time.perf_counter() - begun
         work = v.work_of(row.variant, score)
         row.facts = facts_of(row.variant, score, work)
-        if not setting.config["compile"]:
-            row.facts |= trace(row.variant)
+        row.facts |= {"compile_seconds": first} if setting.config["compile"] else trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = clock.phase
         model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, clock.phase))

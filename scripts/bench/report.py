@@ -96,6 +96,9 @@ def render(result: dict[str, Any]) -> str:
         syncs = str(row["syncs"]["solve"]) if "syncs" in row else ""
         speed = f"{row['items_per_second']:.1f}" if "items_per_second" in row else ""
         lines.append("| " + " | ".join([row["label"], *ms, speed, *counts, ops, syncs]) + " |")
+    compiled = [f"{row['label']} {row['compile_seconds']:.0f} s" for row in result["rows"] if "compile_seconds" in row]
+    if compiled:
+        lines += ["", f"First step, compilation included (wall time): {', '.join(compiled)}."]
     titles = {
         "speedup": "Speed-up: the peer's step over ours",
         "overhead": "Overhead: our step over its floor",
