@@ -20,7 +20,16 @@ from phantom.engine import build, checks
 from phantom.engine.checkpoint import CheckpointError
 from phantom.engine.checks import CONFIGS, ConfigError
 from phantom.engine.loop import DivergenceError
-from phantom.engine.overrides import change, check_overrides, expand, groups, parse, root_keys
+from phantom.engine.overrides import (
+    change,
+    check_overrides,
+    expand,
+    from_hydra,
+    groups,
+    parse,
+    root_keys,
+    to_hydra,
+)
 
 __all__ = ["CONFIGS", "change", "expand"]
 
@@ -40,7 +49,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     check_overrides(overrides)
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            cfg = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
+            cfg = hydra.compose("train", overrides=to_hydra(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from error
     choices = _choices(cfg.hydra.runtime.choices)
@@ -77,7 +86,7 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
     def main(cfg: DictConfig) -> None:
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides = from_hydra(HydraConfig.get().overrides.task)
         choices = _choices(HydraConfig.get().runtime.choices)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
         cfg.pop("hydra", None)
@@ -98,6 +107,7 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
         try:
             for overrides in expand(items) if flags else [items]:
                 compose(overrides)
+            sys.argv[1:] = [*flags, *to_hydra(items)]
         except ConfigError as error:
             sys.exit(f"error: {error}")
     main()
@@ -151,7 +161,7 @@ def _valid_keys(parent: str, overrides: Sequence[str]) -> list[str]:
     # leave the dotted overrides out: another of them may be the next mistake
     kept = [item for item in overrides if "." not in item.split("=")[0]]
     try:
-        node = OmegaConf.select(hydra.compose("train", overrides=kept), parent)
+        node = OmegaConf.select(hydra.compose("train", overrides=to_hydra(kept)), parent)
     except (HydraException, OmegaConfBaseException):
         node = None
     return [key for key in node if not key.startswith("_")] if isinstance(node, DictConfig) else []

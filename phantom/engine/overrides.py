@@ -63,6 +63,30 @@ def check_overrides(overrides: Sequence[str]) -> None:
             _check_leaf(item.key_or_group, item.value(), optional=choices[item.key_or_group] is None)
 
 
+def to_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the items in Hydra's words, which has `~group` for a group without a leaf, and no `group=null`.
+
+    Raises:
+        ConfigError: null is one of several values of a group, which Hydra cannot sweep.
+    """
+    items = []
+    for item in parse(overrides):
+        group, line = item.key_or_group, item.input_line
+        if group in groups() and item.is_sweep_override() and "null" in item.sweep_string_iterator():
+            raise ConfigError(f"{line}: null cannot be one of several leaves; run {group}=null on its own")
+        items.append(f"~{group}" if group in groups() and _is_null(item) else line)
+    return items
+
+
+def from_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the items as they were given to `to_hydra`; nobody else may delete."""
+    return [f"{item[1:]}=null" if item.startswith("~") else item for item in overrides]
+
+
+def _is_null(item: Override) -> bool:
+    return not item.is_sweep_override() and not item.is_delete() and item.value() is None
+
+
 @cache
 def groups() -> dict[str, str | None]:
     """Return the groups of configs/train.yaml with their default leaf."""

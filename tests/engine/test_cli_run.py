@@ -73,6 +73,14 @@ def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monk
     assert capsys.readouterr().err.splitlines() == ["error: diverged with upg", "error: diverged with npg"]
 
 
+def test_null_is_the_same_on_the_command_line_and_in_the_record(tmp_path, monkeypatch):
+    seen = []
+    job = ["experiment=table1/implicit", "pretraining=null", f"runs={tmp_path}"]
+    assert run(monkeypatch, lambda *found: seen.append(found), *job) == 0
+    ((config, overrides, _),) = seen
+    assert overrides == job and config == cli.compose(job)[0] and config["pretraining"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +88,7 @@ def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monk
         (["-m", "k=1,0"], "k=0 must be"),
         (["-m", "grad=upg,ugp"], "did you mean upg?"),
         (["grad=upg,npg"], "add -m"),
+        (["-m", "clipping=null,total"], "run clipping=null on its own"),
         (["grad"], "key=value"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Every experiment composes, builds at paper scale, and takes a step on tiny data at its full width.
+
+The language rows take their step, at a reduced width, in tests/engine/test_language_experiments.py.
+"""
+
+import math
+
+import pytest
+import torch
+
+from phantom import UPG
+from phantom.engine import build, checks, cli, records
+from phantom.engine.run import run
+from tests.configs.tiny_data import spec, tiny
+
+NAMES = checks.leaves("experiment")
+# measured on the official classes; models of our own size are not listed
+PARAMETERS = {
+    ("mdeq_tiny", "cifar10"): 158_986,
+    ("mdeq_large", "cifar10"): 11_098_398,
+    ("mdeq_small", "imagenet"): 16_808_936,
+    ("deq_transformer", "wikitext103"): 97_691_888,
+    ("ignn", "cox2"): 37_634,
+    ("ignn", "proteins"): 33_538,
+    ("ignn", "ppi"): 4_656_931,
+    ("ignn", "ppi_synthetic"): 4_656_931,
+    ("ignn", "chains"): 3_504,
+}
+
+
+def test_there_are_experiments_of_every_table():
+    assert {name.split("/")[0] for name in NAMES} >= {"table1", "table3", "table4"} and len(NAMES) >= 39
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_at_paper_scale(name):
+    config, choices = cli.compose([f"experiment={name}"])
+    assert config["scale"] == "paper" and build.label_of(config, choices) == name
+    deq = build.build_deq(config)
+    source = spec(choices["data"])
+    with torch.device("meta"):
+        model = build.build_model(config, source, deq)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PARAMETERS.get((choices["model"], choices["data"]), count)
+    assert build.build_task(source.kind).metric in ("accuracy", "perplexity", "micro_f1")
+    optimizer = build.build_optimizer(config, list(model.parameters()))
+    assert optimizer.param_groups[0]["lr"] == config["optimizer"]["lr"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_upg_on_top(name):
+    config, choices = cli.compose([f"experiment={name}", "grad=upg", "k=3", "lam=0.7"])
+    assert build.instantiate(config["grad"], "grad") == UPG(k=3, lam=0.7) and choices["experiment"] == name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("language/", "table3/wikitext"))])
+def test_takes_a_step(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    leaf = {"table1": "cifar10", "table3": name.split("/")[1].split("_")[0], "table4": name.split("/")[1].split("_")[0]}
+    (tmp_path / "data").mkdir()
+    small = tiny(leaf.get(name.split("/")[0], name.split("/")[0]), tmp_path / "data")
+    job = [f"experiment={name}", "scale=smoke", "smoke_steps=1", *small, f"runs={tmp_path}", "wandb=disabled"]
+    config, choices = cli.compose(job)
+    trainer, facts = build.build_trainer(config, label="step", overrides=job, choices=choices)
+    before = [p.detach().clone() for p in trainer.bare.parameters()]
+    record = run(trainer, facts, resume=False)
+    assert (record["steps"], record["scale"], record["experiment"]) == (1, "smoke", name)
+    assert math.isfinite(record["train"]["loss"])
+    for split in config["eval_splits"]:
+        assert 0 <= record["final"][split][record["metric"]] <= 100
+    still = sum(torch.equal(p, b) for p, b in zip(trainer.bare.parameters(), before, strict=True))
+    assert still <= (len(before) // 2 if choices["model"] == "ignn" else 0), "IGNN alone has dead parameters"
+    if choices["model"] == "mdeq_small":  # two classes are on disk
+        assert record["num_parameters"] == PARAMETERS["mdeq_small", "imagenet"] - 998 * 2049
+    else:
+        assert record["num_parameters"] == PARAMETERS[choices["model"], choices["data"]]
+
+
+@pytest.mark.parametrize("scale", ["gpu", "smoke"])
+@pytest.mark.parametrize(
+    "name", ["table1/implicit", "table3/imagenet_upg", "table3/wikitext103_preln_upg", "table4/ppi_implicit"]
+)
+def test_scale_changes_the_budget_alone(name, scale):
+    paper, _ = cli.compose([f"experiment={name}"])
+    other, choices = cli.compose([f"experiment={name}", f"scale={scale}"])
+    assert other["scale"] == scale and build.label_of(other, choices) == f"{name}@{scale}"
+    budget = {"epochs", "steps", "repeats", "subset", "test_subset", "scale"}
+    assert {"scale", "epochs", "steps"} <= set(records.differences(paper, other)) <= budget | {"data"}
+    without = [{k: v for k, v in c["data"].items() if k not in ("subset", "test_subset")} for c in (paper, other)]
+    assert without[0] == without[1]
+
+
+def test_a_changed_gradient_leaves_no_pinned_number_behind():
+    config, _ = cli.compose(["experiment=table1/upg_k9_lam0.5_dropout", "grad=implicit"])
+    assert "k" not in config and "lam" not in config
+
+
+def test_null_leaves_a_group_out():
+    config, choices = cli.compose(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
+    assert config["pretraining"] is None and config["clipping"] is None
+    plain, _ = cli.compose(["experiment=table1/implicit_no_pretraining"])
+    assert not records.differences(config, plain)
+    config, choices = cli.compose(["experiment=null"])
+    assert build.label_of(config, choices) == "mdeq_tiny-digits-upg"
+
+
+def test_the_command_line_of_the_paper():
+    config, choices = cli.compose(["model=mdeq_small", "data=imagenet", "grad=upg", "k=5", "lam=0.6"])
+    assert build.build_deq(config).grad == UPG(k=5, lam=0.6)
+    with torch.device("meta"):
+        model = build.build_model(config, spec("imagenet"), build.build_deq(config))
+    assert sum(p.numel() for p in model.parameters()) == 16_808_936
+    assert build.label_of(config, choices) == "mdeq_small-imagenet-upg"

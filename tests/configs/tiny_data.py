@@ -1,0 +1,74 @@
+"""What is known of every data set without its files, and tiny files in its real format."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from data.cifar10 import CLASSES
+from data.spec import Spec
+
+# the numbers a model is built from; None where they follow from the text or the files alone
+INPUTS = {
+    "digits": ("image_classification", {"in_channels": 1, "num_classes": 10}),
+    "cifar10": ("image_classification", {"in_channels": 3, "num_classes": 10}),
+    "imagenet": ("image_classification", {"in_channels": 3, "num_classes": 1000}),
+    "wikitext103": ("language_modelling", {"vocab_size": 267_735}),
+    "pydocs": ("language_modelling", {"vocab_size": 9_000}),
+    "cox2": ("graph_classification", {"in_features": 35, "num_classes": 2}),
+    "proteins": ("graph_classification", {"in_features": 3, "num_classes": 2}),
+    "ppi": ("node_labelling", {"in_features": 50, "num_labels": 121}),
+    "ppi_synthetic": ("node_labelling", {"in_features": 50, "num_labels": 121}),
+    "chains": ("node_classification", {"in_features": 100, "num_classes": 2}),
+}
+GRAPHS = {"cox2": ("COX2", 467, 35), "proteins": ("PROTEINS", 1113, 3)}
+TEXT = "the cat sat on the mat <unk> \n\n the dog and the bird ran on \n" * 6
+
+
+def spec(leaf: str) -> Spec:
+    """Return the spec that a data set has once its files are there."""
+    kind, inputs = INPUTS[leaf]
+    return Spec(kind=kind, inputs=inputs, sizes={})
+
+
+def tiny(leaf: str, folder: Path) -> list[str]:
+    """Write files of the data set into `folder`, where it has any, and return the overrides that make it tiny."""
+    if leaf == "cifar10":
+        pictures(folder, ("train", "test"), CLASSES, "png", size=32)
+        return [f"data.root={folder}", "data.allow_partial=true", "data.batch_size=2", "data.eval_batch_size=5"]
+    if leaf == "imagenet":
+        pictures(folder, ("train", "val"), ("n01", "n02"), "JPEG", size=48)
+        small = ["data.crop=32", "data.resize=40", "data.workers=0"]
+        return [f"data.root={folder}", "data.batch_size=2", "data.eval_batch_size=2", *small]
+    if leaf in GRAPHS:
+        paths(folder, *GRAPHS[leaf])
+        return [f"data.root={folder}"]
+    if leaf == "wikitext103":
+        for split in ("train", "valid", "test"):
+            (folder / f"wiki.{split}.tokens").write_text(TEXT)
+        small = ["data.streams=2", "data.eval_streams=2", "data.segment=5", "data.allow_partial=true"]
+        return [f"data.root={folder}", f"data.cache={folder}", *small]
+    if leaf == "ppi":  # the real one has its nodes counted: the same spec from generated graphs
+        return ["data=ppi_synthetic", "data.scale=0.02"]
+    return {"ppi_synthetic": ["data.scale=0.02"]}.get(leaf, [])
+
+
+def pictures(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], suffix: str, *, size: int) -> None:
+    for split in splits:
+        for i, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (size, size), (20 * i, 128, 255 - 20 * i)).save(folder / split / name / f"0.{suffix}")
+
+
+def paths(folder: Path, name: str, count: int, num_labels: int) -> None:
+    """Write `count` paths of three nodes, whose node labels run over 0 to `num_labels` - 1."""
+    (folder / "raw").mkdir()
+    nodes = range(3 * count)
+    pairs = [(i + 1, i + 2) for i in nodes if i % 3 < 2]
+    files = {
+        "A": [f"{a}, {b}\n{b}, {a}" for a, b in pairs],
+        "graph_indicator": [str(1 + i // 3) for i in nodes],
+        "node_labels": [str(i % num_labels) for i in nodes],
+        "graph_labels": [str(1 - 2 * (i % 2)) for i in range(count)],
+    }
+    for part, lines in files.items():
+        (folder / "raw" / f"{name}_{part}.txt").write_text("\n".join(lines) + "\n")
