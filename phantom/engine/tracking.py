@@ -39,12 +39,13 @@ class Tracker:
             "resume": "allow",
             "dir": str(folder),
             "config": dict(config),
-            "settings": wandb.Settings(silent=True),
+            "settings": wandb.Settings(silent=True, init_timeout=30),
         }
         try:
             self._run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
             log.warning("wandb cannot log %s (%s): logging offline, `wandb sync` uploads it later", mode, error)
+            wandb.teardown()  # the failed attempt still holds the run's id
             self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

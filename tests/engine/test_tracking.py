@@ -1,0 +1,181 @@
+"""Weights & Biases gets every row and the record, under stable names; its failures never stop a run."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from phantom import FixedPoint
+from phantom.engine import tracking
+from phantom.engine.monitor import Monitor
+from phantom.engine.tracking import Tracker
+from tests.engine import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {"seed": 3, "solver": {"tol": 1e-3}}
+
+
+class FakeRun:
+    def __init__(self, options: dict) -> None:
+        self.options, self.rows, self.summary, self.exit_code, self.defined = options, [], {}, None, []
+
+    def define_metric(self, name: str, **options) -> None:
+        self.defined.append((name, options))
+
+    def log(self, row: dict) -> None:
+        self.rows.append(row)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stand in for the module; `runs` are those begun, `refuse` the modes that fail."""
+    module = types.ModuleType("wandb")
+    module.runs, module.refuse, module.torn_down = [], (), 0
+    module.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    module.Settings = lambda **options: options
+
+    def init(**options):
+        if options["mode"] in module.refuse:
+            raise module.errors.Error("no such host")
+        module.runs.append(FakeRun(options))
+        return module.runs[-1]
+
+    def teardown() -> None:
+        module.torn_down += 1
+
+    module.init, module.teardown = init, teardown
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def tracker(folder: Path, mode: str = "offline") -> Tracker:
+    return Tracker(mode=mode, project="phantom", name="row/seed3", folder=folder, config=CONFIG)
+
+
+def panels(module, kind: str) -> set[str]:
+    (run,) = module.runs
+    return {key for row in run.rows for key in row if key.startswith(f"{kind}/")}
+
+
+def test_a_run_fills_the_panels(wandb, tmp_path):
+    monitor = Monitor(every=2, radius_steps=3, exact_solver=FixedPoint(max_steps=50, tol=1e-8))
+    run = tiny.trainer(tmp_path, make_tracker=lambda: tracker(tmp_path), monitor=monitor)
+    run.fit(resume=False)
+    run.finish({"final": run.final, "label": "row", "nothing": None, "steps": 6})
+    solves = ("num_evals", "num_vjps", "num_steps", "residual", "converged", "diverged")
+    phases = [f"time/{name}" for name in ("solve", "attach", "backward", "optimizer", "step")]
+    train = ("loss", "accuracy", "gradient_norm", "lr", "items_per_second", "peak_memory", *solves, *phases)
+    assert panels(wandb, "train") == {f"train/{name}" for name in (*train, "epoch", "step")}
+    for split in ("valid", "test"):
+        assert panels(wandb, split) == {f"{split}/{name}" for name in ("loss", "accuracy", *solves, "epoch", "step")}
+    measured = ("spectral_radius", "damped_spectral_radius", "gradient_cosine", "gradient_norm_ratio")
+    assert panels(wandb, "monitor") == {f"monitor/{name}" for name in (*measured, "epoch", "step")}
+    (begun,) = wandb.runs
+    assert begun.defined == [("step", {}), ("*", {"step_metric": "step"})]
+    assert begun.summary == {"final": run.final, "label": "row", "steps": 6} and begun.exit_code == 0
+    with open(tmp_path / "metrics.jsonl") as log:
+        rows = [json.loads(line) for line in log]
+    assert [row["step"] for row in begun.rows] == [row["step"] for row in rows]
+    assert begun.rows[0]["train/loss"] == rows[0]["loss"]
+
+
+def test_what_a_run_is_begun_with(wandb, tmp_path):
+    tracker(tmp_path)
+    options = wandb.runs[0].options
+    assert options["config"] == CONFIG and options["mode"] == "offline" and options["resume"] == "allow"
+    assert (options["project"], options["name"], options["dir"]) == ("phantom", "row/seed3", str(tmp_path))
+
+
+def test_a_resumed_run_continues_its_own_curve(wandb, tmp_path):
+    for folder in ("a", "a", "b"):
+        tracker(tmp_path / folder)
+    first, second, other = (run.options["id"] for run in wandb.runs)
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "mode"),
+    [
+        ({}, None, "offline"),
+        ({"WANDB_API_KEY": "k"}, None, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
+        ({}, "machine api.wandb.ai\n  login user\n  password k\n", "online"),
+        ({}, "machine example.org\n  login user\n  password k\n", "offline"),
+        ({}, "nonsense", "offline"),
+    ],
+)
+def test_auto_is_online_for_a_user_who_is_logged_in(wandb, tmp_path, monkeypatch, environment, netrc, mode):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if netrc is not None:
+        (tmp_path / ".netrc").write_text(netrc)
+        (tmp_path / ".netrc").chmod(0o600)
+    tracker(tmp_path, "auto")
+    assert wandb.runs[0].options["mode"] == mode
+
+
+def test_without_a_network_the_run_is_logged_offline(wandb, tmp_path, caplog):
+    wandb.refuse = ("online",)
+    with caplog.at_level(logging.WARNING):
+        begun = tracker(tmp_path, "online")
+    assert "cannot log online (no such host): logging offline" in caplog.text and "wandb sync" in caplog.text
+    begun.log({"kind": "train", "step": 1, "loss": 0.5})
+    (run,) = wandb.runs
+    assert run.options["mode"] == "offline" and run.rows == [{"train/step": 1, "train/loss": 0.5, "step": 1}]
+    assert wandb.torn_down == 1  # or wandb would say that the id is in use
+
+
+def test_a_failed_run_is_closed_as_failed(wandb, tmp_path):
+    tracker(tmp_path).abort()
+    assert wandb.runs[0].exit_code == 1
+
+
+def test_disabled_imports_nothing(tmp_path):
+    """In a process of its own, since another test may have imported the real one."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom phantom.engine.tracking import Tracker\n"
+        "t = Tracker(mode='disabled', project='p', name='n', folder=Path('.'), config={})\n"
+        "t.log({'kind': 'train', 'step': 1, 'loss': 1.0}); t.finish({}); t.abort()\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_installation_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
+    tracker(tmp_path).log({"kind": "train", "step": 1})
+    assert "wandb is not installed" in caplog.text and "metrics.jsonl" in caplog.text
+
+
+def test_the_real_one_offline(tmp_path, monkeypatch):
+    """Asked to go online without a key, it falls back; the file it leaves holds metrics, config and summary."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"HOME": str(tmp_path), "WANDB_SILENT": "true", "WANDB_DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    begun = tracker(tmp_path, "online")
+    begun.log({"kind": "train", "step": 1, "epoch": 0, "loss": 0.5, "accuracy": 12.0})
+    begun.log({"kind": "eval", "split": "test", "step": 1, "epoch": 0, "loss": 0.25})
+    begun.finish({"final": {"test": {"loss": 0.25}}, "label": "some-row"})
+    wandb.teardown()  # flushes
+    (file,) = tmp_path.glob(f"wandb/offline-run-*/run-{tracking._identifier(tmp_path)}.wandb")
+    content = file.read_bytes()
+    for part in (b"train/loss", b"train/accuracy", b"test/loss", b"solver", b"some-row"):
+        assert part in content, part
