@@ -306,6 +306,7 @@ def build_trainer(
         device=device,
         precision=config["precision"],
         cuda_graph=config["cuda_graph"],
+        progress=config["progress"],
         folder=folder,
         config=OmegaConf.to_yaml(OmegaConf.create(config)),
         make_tracker=lambda: Tracker(

@@ -70,6 +70,7 @@ class Trainer:
     Args:
         model: as the task calls it (wrapped for several processes); `bare` is the same without the wrapper.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated.
+        progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
     """
@@ -89,6 +90,7 @@ class Trainer:
     device: torch.device
     precision: str
     cuda_graph: bool
+    progress: bool
     folder: Path
     config: str
     make_tracker: Callable[[], Tracker]
@@ -132,7 +134,7 @@ class Trainer:
             )
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker() if main else None
-        self._progress = Progress(self.total, done=self.step, enabled=main)
+        self._progress = Progress(self.total, done=self.step, enabled=main and self.progress)
         self._first_bad = torch.full((), -1, device=self.device)
         self._reset_window()
         try:

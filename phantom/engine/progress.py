@@ -14,7 +14,7 @@ class Progress:
 
     Args:
         total: steps of the run.
-        enabled: False on all ranks but the first.
+        enabled: False shows nothing, as on all ranks but the first.
     """
 
     def __init__(self, total: int, *, done: int, enabled: bool) -> None:

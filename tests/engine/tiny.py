@@ -154,6 +154,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "device": CPU,
         "precision": "fp32",
         "cuda_graph": False,
+        "progress": False,
         "folder": folder,
         "config": "seed: 0\n",
         "make_tracker": lambda: DISABLED,
