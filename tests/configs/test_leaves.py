@@ -1,0 +1,106 @@
+"""Every leaf of every group is one constructor with its keywords, and nothing but its keywords."""
+
+import functools
+
+import hydra.utils
+import pytest
+import torch
+
+from data.spec import Shard
+from phantom.engine import build, checks, cli
+from phantom.engine.overrides import groups
+from tests.configs.tiny_data import INPUTS, spec, tiny
+
+# what has to be chosen besides, for the leaf to be of use
+WITH = {
+    "adjoint_solver": ["grad=implicit"],
+    "data/chains": ["model=ignn"],
+    "data/cox2": ["model=ignn"],
+    "data/proteins": ["model=ignn"],
+    "data/ppi": ["model=ignn"],
+    "data/ppi_synthetic": ["model=ignn"],
+    "data/pydocs": ["model=deq_transformer_small"],
+    "data/wikitext103": ["model=deq_transformer_small"],
+}
+# data sets that a model leaf serves
+SERVED = {
+    "mdeq_tiny": ["digits", "cifar10", "imagenet"],
+    "mdeq_large": ["cifar10"],
+    "mdeq_small": ["imagenet"],
+    "deq_transformer": ["wikitext103"],
+    "deq_transformer_small": ["pydocs", "wikitext103"],
+    "ignn": ["cox2", "proteins", "ppi", "chains"],
+    "ignn_spectral": ["ppi"],
+}
+LEAVES = [
+    (group, leaf)
+    for group in groups()
+    if group not in ("experiment", "scale", "model")
+    for leaf in checks.leaves(group)
+]
+
+
+def test_nothing_is_forgotten():
+    assert set(SERVED) == set(checks.leaves("model")) and set(INPUTS) == set(checks.leaves("data"))
+    assert {"solver", "adjoint_solver", "eval_solver", "grad", "optimizer", "schedule"} <= {
+        group for group, _ in LEAVES
+    }
+
+
+def keywords(leaf: dict) -> dict:
+    return {key: value for key, value in leaf.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize(("group", "leaf"), LEAVES, ids=lambda part: part)
+def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    more = [*WITH.get(group, []), *WITH.get(f"{group}/{leaf}", [])]
+    if group == "data" and leaf != "ppi":
+        more += tiny(leaf, tmp_path / "data")
+    node = cli.compose([f"{group}={leaf}", *more])[0][group]
+    target = hydra.utils.get_object(node["_target_"])
+    made = build.instantiate(node, group)
+    if node.get("_partial_"):
+        assert isinstance(made, functools.partial) and made.func is target and made.keywords == keywords(node)
+        parameter = torch.nn.Parameter(torch.ones(3, 2))
+        parameter.sum().backward()
+        build.build_optimizer({"optimizer": node}, [parameter]).step()
+        assert (parameter < 1).all(), "a step goes downhill"
+        refused = functools.partial(build.build_optimizer, {"optimizer": {**node, "nonsense": 1}}, [parameter])
+    else:
+        assert type(made) is target
+        for key, value in keywords(node).items():
+            if group != "data" and not isinstance(value, dict):
+                assert getattr(made, key) == (tuple(value) if isinstance(getattr(made, key), tuple) else value), key
+        refused = functools.partial(build.instantiate, {**node, "nonsense": 1}, group)
+    if leaf != "timm":  # hands every keyword on
+        with pytest.raises(build.ConfigError, match=rf"{group}: .* has no key nonsense; valid keys: "):
+            refused()
+
+
+@pytest.mark.parametrize("leaf", checks.leaves("data"))
+def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    source = build.build_source(
+        cli.compose([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")])[0]
+    )
+    expected = spec(leaf)
+    assert source.spec.kind == expected.kind == source.kind and source.spec.inputs.keys() == expected.inputs.keys()
+    if leaf not in ("imagenet", "wikitext103", "pydocs"):  # classes and words are counted in the files
+        assert source.spec.inputs == expected.inputs
+    assert {"train", "test"} <= set(source.splits)
+    assert len(next(iter(source.train(epoch=0, start=0, shard=Shard(micro=2))))) in (1, 2)
+    assert next(iter(source.evaluate("test", shard=Shard()))) is not None
+
+
+@pytest.mark.parametrize(("leaf", "data"), [(leaf, data) for leaf, many in SERVED.items() for data in many])
+def test_a_model_serves_its_data(leaf, data):
+    config, _ = cli.compose([f"model={leaf}", f"data={data}"])
+    with torch.device("meta"):
+        model = build.build_model(config, spec(data), build.build_deq(config))
+    chosen = config["model"] if "_target_" in config["model"] else config["model"][spec(data).kind]
+    assert type(model) is hydra.utils.get_class(chosen["_target_"])
+    with pytest.raises(build.ConfigError, match=r"model: .* has no key nonsense; valid keys: "):
+        build.build_model({**config, "model": {**chosen, "nonsense": 1}}, spec(data), build.build_deq(config))

@@ -1,0 +1,141 @@
+"""What the rows of the paper pin, written down a second time; and the paper's numbers in the tables."""
+
+import pytest
+import torch
+import yaml
+
+from phantom import NPG, UPG, Broyden, FixedPoint, Implicit
+from phantom.engine import build, checks, cli
+from phantom.engine.rules import Pretraining
+
+ADAM, SGD = ("Adam", 1e-3, 0.0), ("SGD", 0.1, 1e-4)
+PRE = Pretraining(steps=3000, layers=10, of_steps=19_550)
+A5, A9 = {"k": 5, "lam": 0.5}, {"k": 9, "lam": 0.5}
+# row: estimator, optimiser with rate and weight decay, dropout, pretraining
+TABLE1 = {
+    "implicit": (Implicit, ADAM, 0.25, PRE),
+    "implicit_no_pretraining": (Implicit, ADAM, 0.25, None),
+    "implicit_no_dropout": (Implicit, ADAM, 0.0, PRE),
+    "implicit_sgd": (Implicit, SGD, 0.25, PRE),
+    "implicit_sgd_no_pretraining": (Implicit, SGD, 0.25, None),
+    "upg_k5_lam0.5": (UPG(**A5), SGD, 0.0, None),
+    "npg_k5_lam0.5": (NPG(**A5), SGD, 0.0, None),
+    "upg_k9_lam0.5_dropout": (UPG(**A9), SGD, 0.25, None),
+}
+HALF = Pretraining(steps=500_000, layers=5, of_steps=1_001_000)
+NESTEROV = ("SGD", 0.05, 5e-5)
+# row: estimator, solver steps, optimiser, dropout, pretraining, epochs, repeats
+TABLE3 = {
+    "cifar10_implicit": (Implicit, 18, ADAM, 0.3, Pretraining(steps=20_000, layers=10, of_steps=86_020), 220, 3),
+    "cifar10_upg": (UPG(**A5), 18, SGD, 0.0, None, 220, 3),
+    "imagenet_implicit": (
+        Implicit,
+        26,
+        NESTEROV,
+        0.0,
+        Pretraining(steps=500_000, layers=5, of_steps=1_001_000),
+        100,
+        1,
+    ),
+    "imagenet_upg": (UPG(k=5, lam=0.6), 26, NESTEROV, 0.0, None, 100, 1),
+}
+LAMS = {"implicit": None, "upg_k5_lam0.5": 0.5, "upg_k5_lam0.8": 0.8, "upg_k5_lam1.0": 1.0}
+# the metric as printed, in the order of the columns Implicit, UPG 0.5, 0.8, 1.0
+TABLE4 = {
+    "cox2": ("84.1 ± 2.9", "83.9 ± 3.0", "83.9 ± 2.7", "83.0 ± 2.9"),
+    "proteins": ("78.6 ± 4.1", "78.4 ± 4.2", "78.6 ± 4.2", "78.8 ± 4.2"),
+    "ppi": ("97.6", "98.2", "97.4", "96.2"),
+}
+PRINTED = {
+    "table1/implicit": "85.0 ± 0.2",
+    "table1/implicit_no_pretraining": "82.3 ± 1.3",
+    "table1/implicit_no_dropout": "83.7 ± 0.1",
+    "table1/implicit_sgd": "84.5 ± 0.3",
+    "table1/implicit_sgd_no_pretraining": "82.9 ± 1.5",
+    "table1/upg_k5_lam0.5": "85.8 ± 0.5",
+    "table1/npg_k5_lam0.5": "85.6 ± 0.5",
+    "table1/upg_k9_lam0.5_dropout": "86.1 ± 0.5",
+    "table3/cifar10_implicit": "93.8 ± 0.17",
+    "table3/cifar10_upg": "95.0 ± 0.16",
+    "table3/imagenet_implicit": "75.3",
+    "table3/imagenet_upg": "75.7",
+    "table3/wikitext103_postln_implicit": "24.0",
+    "table3/wikitext103_postln_upg": "25.7",
+    "table3/wikitext103_preln_implicit": "24.5",
+    "table3/wikitext103_preln_upg": "24.4",
+    "table3/wikitext103_preln_upg_steps": "24.0",
+    **{f"table4/{data}_{row}": paper for data, line in TABLE4.items() for row, paper in zip(LAMS, line, strict=True)},
+}
+
+
+def check_vision(config, grad, steps, optimizer, dropout, pretraining, epochs, repeats):
+    """Check a row of MDEQ: the forward solve stops at an RMS of 1e-5, the backward solve runs for as many steps."""
+    deq = build.build_deq(config)
+    assert deq.solver == Broyden(max_steps=steps, tol=1e-5, stop="absolute", norm="rms") and deq.eval_solver is None
+    if grad is Implicit:
+        grad = Implicit(solver=Broyden(max_steps=steps, tol=None))
+    assert deq.grad == grad
+    name, lr, decay = optimizer
+    made = build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    assert type(made).__name__ == name and (made.defaults["lr"], made.defaults["weight_decay"]) == (lr, decay)
+    if name == "SGD":
+        assert (made.defaults["momentum"], made.defaults["nesterov"]) == (0.9, optimizer is NESTEROV)
+    assert config["model"]["dropout"] == dropout
+    assert build.build_rules(config, deq).pretraining == pretraining
+    assert (config["epochs"], config["steps"], config["repeats"]) == (epochs, None, repeats)
+    assert config["data"]["batch_size"] == 128 and config["subset"] is None
+    assert config["clipping"] is None and config["penalty"] is None and config["jitter"] is None
+    schedule = build.instantiate(config["schedule"], "schedule")
+    rates = [schedule.rate(t, base=lr, total=1000, epoch=0) for t in (0, 500, 1000)]
+    assert rates == pytest.approx([lr, (lr + 1e-6) / 2, 1e-6])
+
+
+@pytest.mark.parametrize("row", TABLE1)
+def test_table1(row):
+    grad, optimizer, dropout, pretraining = TABLE1[row]
+    config, choices = cli.compose([f"experiment=table1/{row}"])
+    assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_tiny", "cifar10", "none")
+    check_vision(config, grad, 22, optimizer, dropout, pretraining, 50, 6)
+
+
+@pytest.mark.parametrize("row", TABLE3)
+def test_table3(row):
+    config, choices = cli.compose([f"experiment=table3/{row}"])
+    check_vision(config, *TABLE3[row])
+    if row.startswith("cifar10"):
+        assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_large", "cifar10", "crop_flip")
+        return
+    phantom_row = row == "imagenet_upg"
+    assert (choices["model"], choices["data"]) == ("mdeq_small", "imagenet")
+    assert config["model"]["init"] == ("default" if phantom_row else "normal")
+    area, aspect = ([0.1, 1.0], [0.8, 1.25]) if phantom_row else ([0.08, 1.0], [0.75, 4 / 3])
+    assert config["data"]["scale"] == area and config["data"]["ratio"] == pytest.approx(aspect)
+    assert (config["data"]["crop"], config["data"]["resize"]) == (224, 256)
+
+
+@pytest.mark.parametrize("data", TABLE4)
+@pytest.mark.parametrize("row", LAMS)
+def test_table4(data, row):
+    config, choices = cli.compose([f"experiment=table4/{data}_{row}"])
+    assert (choices["model"], choices["data"], config["seed"]) == ("ignn", data, 42)
+    deq = build.build_deq(config)
+    assert deq.solver == FixedPoint(max_steps=300, tol=3e-6, stop="absolute", norm="max")
+    assert deq.grad == UPG(k=5, lam=LAMS[row]) if LAMS[row] else type(deq.grad.solver) is FixedPoint
+    made = build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    schedule = build.instantiate(config["schedule"], "schedule")
+    rates = [schedule.rate(0, base=made.defaults["lr"], total=1, epoch=epoch) for epoch in (0, 49, 50)]
+    if data == "ppi":
+        assert (config["epochs"], rates, config["data"]["batch_size"]) == (1000, [5e-3] * 3, 1)
+        return
+    assert (config["epochs"], rates, config["data"]["batch_size"]) == (200, [1e-3, 1e-3, 5e-4], 128)
+    assert (config["data"]["folds"], config["data"]["eval_adjacency"]) == ("official", "doubled")
+
+
+def test_the_tables_quote_the_paper():
+    files = [checks.CONFIGS / "report" / f"{name}.yaml" for name in checks.leaves("report")]
+    rows = [row for file in files for row in yaml.safe_load(file.read_text())["rows"]]
+    quoted = {row["experiment"]: row["paper"] for row in rows}
+    ours = {name: paper for name, paper in quoted.items() if not name.startswith("table")}
+    assert {name: quoted[name] for name in quoted if name not in ours} == PRINTED
+    assert set(ours.values()) <= {"--"}, "the paper has no number for experiments of our own"
+    assert set(quoted) <= set(checks.leaves("experiment"))
