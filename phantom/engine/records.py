@@ -35,7 +35,7 @@ def run_folder(root: str, label: str, overrides: Sequence[str], seed: int) -> Pa
     """
     kept = [item for item in meaningful(overrides) if item.split("=")[0] not in ("experiment", "scale")]
     slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
-    if len(slug) > 80:
+    if len(slug) > 80 or slug not in ("default", ",".join(kept)):  # cut, or spelt with other characters
         slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
     return Path(root) / label / slug / f"seed{seed}"
 
