@@ -121,13 +121,18 @@ def summarise(runs: Sequence[dict[str, Any]], folds: Sequence[int]) -> dict[str,
             {"fold": fold, **{name: run.get(name) for name in PER_FOLD}} for fold, run in zip(folds, runs, strict=True)
         ],
         "protocols": protocols,
-        "cpu_seconds": {"mean": statistics.fmean(seconds), "max": max(seconds), "n": len(seconds)} if seconds else None,
+        "cpu_seconds": spread(seconds) if seconds else None,
         **{name: runs[0][name] for name in ("device", "versions")},
         "commit": ", ".join(sorted({run["commit"] or "none" for run in runs})),
         "dirty": any(run["dirty"] for run in runs),
         "started": min(run["started"] for run in runs),
         "finished": max(run["finished"] for run in runs),
     }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, smallest, greatest and number of some values."""
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def best(values: Sequence[float]) -> int:

@@ -97,7 +97,7 @@ def render_folds(table: dict[str, Any]) -> str:
             cells += [
                 str(len(record["folds"])),
                 f"{record['num_parameters']:,}",
-                f"{seconds['mean']:.0f} (at most {seconds['max']:.0f})" if seconds else "--",
+                f"{seconds['mean']:.0f} ({seconds['min']:.0f} to {seconds['max']:.0f})" if seconds else "--",
                 ", ".join(commit[:8] for commit in record["commit"].split(", ")) + ("*" if record["dirty"] else ""),
             ]
         else:
