@@ -21,7 +21,6 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from phantom.engine import records  # noqa: E402
 from scripts import training  # noqa: E402
 
 KEPT = ("label", "overrides", "scale", "seed", "num_parameters", "steps", "cpu_seconds")
@@ -60,7 +59,7 @@ def run(figure: dict[str, Any], panels: list[str], folder: Path) -> None:
             entry |= {"metric": figure["metric"], "split": figure["split"], "epochs": epochs, "values": values}
             entries = {(old["panel"], old["line"]): old for old in entries_of(folder)}
             entries[panel["name"], line["name"]] = entry
-            records.write_json(folder / "curves.json", {"runs": list(entries.values())})
+            write(list(entries.values()), folder)
             print(f"{panel['name']}, {line['name']}: best {max(values):.2f}, last {values[-1]:.2f}", flush=True)
 
 
@@ -68,6 +67,14 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
     """Return the runs recorded in `folder`, none where nothing has been run."""
     path = folder / "curves.json"
     return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def write(entries: list[dict[str, Any]], folder: Path) -> None:
+    """Write the runs, one a line: curves of hundreds of values would fill as many lines each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "curves.tmp"
+    temporary.write_text('{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n")
+    temporary.replace(folder / "curves.json")
 
 
 def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -117,8 +124,9 @@ def draw(figure: dict[str, Any], entries: list[dict[str, Any]], folder: Path) ->
     for axis, panel in zip(axes[0], panels, strict=True):
         for entry in entries:
             if entry["panel"] == panel["name"]:
-                color = f"C{names.index(entry['line'])}"
-                axis.plot(entry["epochs"], entry["values"], label=entry["line"], color=color, linewidth=1.2)
+                place = names.index(entry["line"])  # the first line lies on top
+                style = {"color": f"C{place}", "zorder": 3 - 0.1 * place, "linewidth": 1.2}
+                axis.plot(entry["epochs"], entry["values"], label=entry["line"], **style)
         axis.set(title=panel["name"], xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{figure['split']} {figure['metric']}")
