@@ -21,7 +21,8 @@ class SolveMeter:
         self._evals = 0
         self._vjps = 0
         self._sums: list[dict[str, Tensor]] = []
-        self._adjoint: Tensor | None = None
+        self._adjoint: Tensor | float = 0.0
+        self._adjoint_problems = 0
 
     def add(self, solutions: Sequence[Solution]) -> None:
         """Add the solves of one batch."""
@@ -42,8 +43,8 @@ class SolveMeter:
             else:
                 self._sums[i] = {name: value + self._sums[i][name] for name, value in sums.items()}
             if stats.adjoint is not None:
-                mean = stats.adjoint.residual.double().mean() / len(solutions)
-                self._adjoint = mean if self._adjoint is None else self._adjoint + mean
+                self._adjoint = self._adjoint + stats.adjoint.residual.double().sum()
+                self._adjoint_problems += len(stats.adjoint.residual)
 
     def report(self) -> dict[str, float]:
         """Return means per batch (num_evals, num_vjps) and per problem (the rest); synchronises with the device.
@@ -54,8 +55,8 @@ class SolveMeter:
             return {}
         rows = [{name: float(value) for name, value in sums.items()} for sums in self._sums]
         result = {"num_evals": self._evals / self._batches, "num_vjps": self._vjps / self._batches}
-        if self._adjoint is not None:
-            result["adjoint_residual"] = float(self._adjoint) / self._batches
+        if self._adjoint_problems:
+            result["adjoint_residual"] = float(self._adjoint) / self._adjoint_problems
         for name in ("residual", "num_steps", "converged", "diverged"):
             if rows:
                 result[name] = sum(row[name] for row in rows) / sum(row["problems"] for row in rows)

@@ -1,0 +1,87 @@
+"""Means of what solves report: per problem, however the problems were cut into batches."""
+
+import pytest
+import torch
+
+from phantom import DEQ, FixedPoint, Implicit, Solution
+from phantom.engine.meters import SolveMeter
+from phantom.solution import Stats
+from tests.phantom.problems import DTYPE, TanhMap, randn
+
+
+def solution(residual: list[float], *, evals: int = 3, vjps: int = 2, adjoint: list[float] | None = None) -> Solution:
+    """Return a solution with given numbers; a residual above one did not converge."""
+    values = torch.tensor(residual, dtype=DTYPE)
+    z = torch.zeros(len(residual), 1)
+
+    def stats(residual: torch.Tensor, below: Stats | None) -> Stats:
+        return Stats(
+            num_steps=torch.arange(len(residual)),
+            num_evals=evals,
+            residual=residual,
+            converged=residual < 1,
+            diverged=residual > 100,
+            trace=residual[None],
+            num_vjps=vjps,
+            adjoint=below,
+        )
+
+    below = None if adjoint is None else stats(torch.tensor(adjoint, dtype=DTYPE), None)
+    return Solution(value=z, z0=z, z_star=z, stats=stats(values, below))
+
+
+def report(*batches: list[Solution]) -> dict[str, float]:
+    meter = SolveMeter()
+    for batch in batches:
+        meter.add(batch)
+    return meter.report()
+
+
+def test_means_per_batch_and_per_problem():
+    """Two batches of three and one problems: each problem weighs the same."""
+    found = report([solution([0.1, 0.2, 200.0], evals=5, vjps=0)], [solution([2.0], evals=8, vjps=3)])
+    assert found == {
+        "num_evals": 6.5,
+        "num_vjps": 1.5,
+        "residual": pytest.approx((0.1 + 0.2 + 200.0 + 2.0) / 4),
+        "num_steps": (0 + 1 + 2 + 0) / 4,
+        "converged": 0.5,
+        "diverged": 0.25,
+    }
+
+
+def test_the_backward_solve_is_a_mean_over_problems_too():
+    found = report([solution([0.0, 0.0, 0.0], adjoint=[0.1, 0.2, 0.3])], [solution([0.0], adjoint=[1.0])])
+    assert found["adjoint_residual"] == pytest.approx((0.1 + 0.2 + 0.3 + 1.0) / 4)
+
+
+def test_several_solves_of_a_batch_are_also_reported_apart():
+    found = report([solution([0.1, 0.3], evals=2), solution([3.0, 5.0], evals=7)], [solution([0.5]), solution([6.0])])
+    assert found["num_evals"] == (2 + 7 + 3 + 3) / 2  # summed over the solves of a batch
+    assert found["residual/0"] == pytest.approx(0.9 / 3) and found["residual/1"] == pytest.approx(14 / 3)
+    assert found["residual"] == pytest.approx(14.9 / 6)
+    assert (found["converged/0"], found["converged/1"], found["converged"]) == (1.0, 0.0, 0.5)
+
+
+def test_nothing_added_and_nothing_solved():
+    assert report() == {}
+    assert report([], []) == {"num_evals": 0.0, "num_vjps": 0.0}
+
+
+@pytest.mark.parametrize("sizes", [[12], [6, 6], [5, 5, 2], [1] * 12])
+def test_real_solves_in_any_batches(sizes):
+    """Statistics of a problem do not depend on its neighbours, and so neither do the means."""
+    cell, inputs = TanhMap(4, radius=0.6), randn(12, 4, seed=5)
+    solver = FixedPoint(max_steps=80, tol=1e-8)
+    layer = DEQ(solver=solver, grad=Implicit(solver=solver))
+
+    def solved(batch: torch.Tensor) -> list[Solution]:
+        result = layer(cell.bind(batch), torch.zeros_like(batch))
+        result.value.sum().backward()
+        return [result]
+
+    whole = report(solved(inputs))
+    found = report(*(solved(batch) for batch in inputs.split(sizes)))
+    assert whole["num_steps"] > 5 and 0 < whole["adjoint_residual"] < 1e-8
+    for name in ("residual", "num_steps", "converged", "diverged", "adjoint_residual"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-6), name

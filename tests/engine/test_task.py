@@ -1,0 +1,149 @@
+"""Sums are divided once: metrics do not depend on how examples were cut into batches."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from phantom.engine.classification import ImageClassification
+from phantom.engine.evaluation import batch_to, evaluate
+from phantom.engine.task import Tally
+from tests.engine import tiny
+from tests.phantom.problems import DTYPE, randn
+
+OPTIONS = {"shard": tiny.Shard(), "device": tiny.CPU, "precision": "fp32"}
+
+
+def tally(loss: float, count: int, **sums: float) -> Tally:
+    values = {name: torch.tensor(value, dtype=DTYPE) for name, value in sums.items()}
+    return Tally(torch.tensor(loss, dtype=DTYPE), count, values)
+
+
+def test_tallies_add():
+    total = tally(1.5, 3, correct=2.0) + tally(0.25, 1, correct=1.0)
+    assert (float(total.loss_sum), total.count, float(total.sums["correct"])) == (1.75, 4, 3.0)
+    alone = total.all_reduce()  # a single process
+    assert alone is total
+
+
+def test_tallies_of_different_tasks_do_not():
+    with pytest.raises(ValueError, match=r"different tasks cannot add: \['correct'\] and \['hits'\]"):
+        tally(1.0, 1, correct=1.0) + tally(1.0, 1, hits=1.0)
+
+
+def test_detached_sums_are_exact_over_many_batches():
+    """In float32 a sum of 2^24 loses every further 1."""
+    half = Tally(torch.tensor(2.0**24, requires_grad=True), 1, {"n": torch.tensor(2**24)}).detach()
+    one = Tally(torch.tensor(1.0), 1, {"n": torch.tensor(1)}).detach()
+    total = half + one
+    assert float(total.loss_sum) == float(total.sums["n"]) == 2**24 + 1
+    assert not total.loss_sum.requires_grad
+
+
+class Logits(nn.Module):
+    """Hand the given logits through, without a solve."""
+
+    def forward(self, x):
+        return x, ()
+
+
+def test_classification_against_a_plain_computation():
+    logits, labels = randn(7, 4, seed=1), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    losses, hits = [], 0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        losses.append(math.log(sum(math.exp(value) for value in row)) - row[label])
+        hits += row.index(max(row)) == label
+    task = ImageClassification()
+    metrics = task.report(task.score(Logits(), (logits, labels), None).tally)
+    assert metrics == {"loss": pytest.approx(sum(losses) / 7), "accuracy": pytest.approx(100 * hits / 7)}
+    assert 0 < hits < 7
+
+
+def test_the_loss_of_low_precision_logits_is_computed_in_float32():
+    logits, labels = (10 * randn(64, 10, seed=2)).bfloat16(), torch.arange(64) % 10
+    score = ImageClassification().score(Logits(), (logits, labels), None)
+    exact = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert score.tally.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(score.tally.loss_sum.double(), exact, rtol=1e-6, atol=0)
+
+
+def whole_split(model: nn.Module, source: tiny.Vectors, split: str) -> dict[str, float]:
+    with torch.no_grad():
+        logits, _ = model.eval()(source.inputs[split])
+    labels = source.labels(split)
+    return {
+        "loss": float(nn.functional.cross_entropy(logits, labels)),
+        "accuracy": 100 * float((logits.argmax(dim=1) == labels).double().mean()),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 11, 100])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_evaluation_does_not_depend_on_the_batch_size(size, split):
+    source = tiny.Vectors(count=11, eval_batch_size=size)
+    model = tiny.Classifier(dropout=0.5, batch_norm=True)
+    found = evaluate(model, ImageClassification(), source, split, **OPTIONS)
+    whole = whole_split(model, source, split)
+    assert {name: found[name] for name in whole} == pytest.approx(whole, rel=1e-12)
+    one = evaluate(model, ImageClassification(), tiny.Vectors(count=11, eval_batch_size=11), split, **OPTIONS)
+    for name in ("residual", "num_steps", "converged", "diverged"):
+        assert found[name] == pytest.approx(one[name], rel=1e-9, abs=1e-15), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluation_leaves_the_model_as_it_was(training):
+    model = tiny.Classifier(dropout=0.5, batch_norm=True).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    evaluate(model, ImageClassification(), tiny.Vectors(), "test", **OPTIONS)
+    assert model.training is model.norm.training is training
+    assert tiny.same(dict(model.state_dict()), before) and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_mode_is_restored_after_a_failure():
+    class Failing(ImageClassification):
+        def score(self, model, batch, carry):
+            assert not model.training and not torch.is_grad_enabled()
+            raise RuntimeError("out of memory")
+
+    model = tiny.Classifier().train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(model, Failing(), tiny.Vectors(), "test", **OPTIONS)
+    assert model.training
+
+
+def test_the_carry_goes_from_batch_to_batch_and_starts_empty():
+    seen = []
+
+    class Watched(tiny.WarmStart):
+        def score(self, model, batch, carry):
+            score = super().score(model, batch, carry)
+            seen.append((carry, score.carry))
+            return score
+
+    for _ in range(2):
+        evaluate(tiny.Classifier(), Watched(), tiny.Vectors(), "test", **OPTIONS)
+    given, returned = zip(*seen, strict=True)
+    assert given[0] is None and given[3] is None and len(seen) == 6
+    assert given[1] is returned[0] and given[2] is returned[1]
+
+
+def test_a_split_without_a_batch_is_an_error():
+    class Empty(tiny.Vectors):
+        def evaluate(self, split, *, shard):
+            return iter(())
+
+    with pytest.raises(ValueError, match=r"'test' has no batch .*fewer processes or more data"):
+        evaluate(tiny.Classifier(), ImageClassification(), Empty(), "test", **OPTIONS)
+
+
+def test_batches_of_any_form_are_moved():
+    class Graph:
+        def to(self, device, non_blocking):
+            return ("moved", device.type)
+
+    tensor = torch.zeros(2)
+    moved = batch_to({"a": (tensor, [Graph()]), "b": 3}, torch.device("meta"))
+    assert moved["a"][0].device.type == "meta" and moved["a"][1] == [("moved", "meta")] and moved["b"] == 3
