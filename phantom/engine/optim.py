@@ -19,7 +19,7 @@ class Clipping(ABC):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_norm) and self.max_norm > 0):
-            raise ValueError(f"max_norm={self.max_norm!r} must be > 0; choose clipping=none to clip nothing")
+            raise ValueError(f"max_norm={self.max_norm!r} must be > 0; choose clipping=null to clip nothing")
 
     @abstractmethod
     def clip(self, parameters: Iterable[nn.Parameter], total_norm: Tensor) -> None:
