@@ -15,12 +15,12 @@ from phantom.engine import build, cli, distributed
 from phantom.engine.run import run
 
 
-def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -> None:
-    """Run one training job of the command line."""
+def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
+    """Run one training job of the command line and return its record."""
     trainer, facts = build.build_trainer(
         config, label=build.label_of(config, choices), overrides=overrides, choices=choices
     )
-    run(trainer, facts, resume=config["resume"] == "auto")
+    return run(trainer, facts, resume=config["resume"] == "auto")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""train.py from a command line to a record: what a run leaves, and what it does when it is started again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from phantom.engine import cli
+from tests.tiny_run import TINY, rows, tiny_run
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {
+    *("label", "experiment", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric", "baseline"),
+    *("num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
+    *("precision", "gradient_precision", "compile", "cuda_graph"),
+    *("device", "versions", "commit", "dirty", "started", "finished"),
+    *("steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),
+}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("runs"))
+
+
+def test_the_files(record):
+    folder = record["path"]
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names == {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "record.json"}
+    config, _ = cli.compose([*TINY, f"runs={folder.parents[2]}"])
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(folder / name, weights_only=True)
+        assert yaml.safe_load(state["config"]) == config
+        assert sum(w.numel() for w in state["model"].values()) > record["num_parameters"], "weights and statistics"
+    assert state["step"] == record["best"]["test"]["step"]
+
+
+def test_the_record(record):
+    assert set(record) - {"path"} == FIELDS
+    assert (record["label"], record["scale"]) == ("mdeq_tiny-digits-upg", "paper")
+    assert (record["steps"], record["seed"], record["world_size"]) == (8, 0, 1)
+    assert record["choices"]["model"] == "mdeq_tiny" and record["choices"]["grad"] == "upg"
+    assert "wandb=disabled" not in record["overrides"] and "steps=8" in record["overrides"]
+    assert record["num_parameters"] == sum(record["parameter_groups"].values())
+    assert {"step", "solve", "attach", "backward", "optimizer"} <= set(record["times"])
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    for key in ("items_per_second", "peak_memory"):
+        assert record[key] > 0
+    assert record["started"] <= record["finished"]
+    assert record["train"]["num_evals"] == 4 + 5, "three steps cost four evaluations, and UPG has k = 5 more"
+
+
+def test_the_rows(record):
+    found = rows(record["path"])
+    steps = [*(("train", step) for step in (1, 2, 3, 4)), ("eval", 4)]
+    steps += [*(("train", step) for step in (5, 6, 7, 8)), ("eval", 8)]
+    assert [(row["kind"], row["step"]) for row in found] == steps
+    evaluations = [row for row in found if row["kind"] == "eval"]
+    assert {key: evaluations[-1][key] for key in record["final"]["test"]} == record["final"]["test"]
+    assert record["best"]["test"]["accuracy"] == max(row["accuracy"] for row in evaluations)
+    # 20 pictures: every accuracy is a multiple of 5 percent
+    assert all(row["accuracy"] % 5 == pytest.approx(0) for row in evaluations)
+
+
+def test_started_again_it_says_finished_and_trains_nothing(record, capsys):
+    runs, folder = record["path"].parents[2], record["path"]
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = tiny_run(runs)
+    assert again == {**record, "best": again["best"]} and again["best"] == record["best"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    shown = capsys.readouterr().out
+    for part in ("test accuracy", "evaluations of f per step", "backward time", record["folder"]):
+        assert part in shown
+
+
+def test_never_resume_trains_anew_to_the_same_numbers(record):
+    runs, folder = record["path"].parents[2], record["path"]
+    before = (folder / "record.json").stat().st_mtime_ns
+    again = tiny_run(runs, "resume=never")
+    assert again["path"] == folder and (folder / "record.json").stat().st_mtime_ns > before
+    assert again["final"] == record["final"] and len(rows(folder)) == 10
+
+
+def test_folders_tell_runs_apart_by_what_they_are(tmp_path):
+    first = tiny_run(tmp_path, "steps=1")
+    places = {
+        tiny_run(tmp_path, "steps=1", *more)["path"]
+        for more in (["seed=1"], ["lam=0.7"], ["grad=npg"], ["optimizer.lr=0.01"], ["log_every=5"])
+    }
+    assert len(places) == 5 and first["path"] in places, "log_every says how to look, not what to run"
+
+
+def test_a_sweep_leaves_a_record_of_every_job(tmp_path, monkeypatch):
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sweep = ["grad=upg,npg", "k=1,3", "lam=0.5", "steps=1", "test_subset=8", f"runs={tmp_path}", *quiet]
+    job = [item for item in TINY if item.split("=")[0] not in ("steps", "test_subset")]
+    seen = []
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "-m", *job, *sweep])
+    cli.run_hydra(lambda *found: seen.append(train.job(*found)))
+    assert [(r["choices"]["grad"], [i for i in r["overrides"] if i[:2] == "k="]) for r in seen] == [
+        (grad, [f"k={k}"]) for grad in ("upg", "npg") for k in (1, 3)
+    ]
+    assert len(list(tmp_path.rglob("record.json"))) == 4
+    assert [r["train"]["num_evals"] for r in seen] == [4 + 1, 4 + 3, 4 + 1, 4 + 1]
+
+
+def test_the_script(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    script = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run([*script, *TINY, "steps=1"], **options)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout and len(list(tmp_path.glob("runs/*/*/seed0/record.json"))) == 1
+    helped = subprocess.run([*script, "--help"], **options)
+    assert helped.returncode == 0 and "grad: bptt, implicit, npg, one_step, shine, upg" in helped.stdout
