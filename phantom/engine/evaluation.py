@@ -26,7 +26,7 @@ def batch_to(batch: Any, device: torch.device) -> Any:
 def evaluate(
     model: nn.Module, task: Task, source: Any, split: str, *, shard: Any, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Return the task's metrics on `split` over all ranks, and this rank's cost and quality of the solves.
+    """Return, over all ranks, the task's metrics on `split` and the cost and quality of the solves.
 
     The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
 

@@ -127,7 +127,7 @@ class Trainer:
         self._graphs = None
         if self.cuda_graph:
             self._graphs = StepGraphs(
-                lambda batch: self._forward_backward(batch, None, 0.0)[0],
+                lambda batch: self._forward_backward(batch, None, 0.0),
                 deqs=self._deqs,
                 parameters=self._parameters,
                 timer=self.timer,
@@ -196,27 +196,26 @@ class Trainer:
         """Run one micro-batch forward and backward."""
         if self._graphs is not None:
             return self._graphs(batch)
-        score, penalty = self._forward_backward(batch, self._carries[micro], penalty_weight)
+        score = self._forward_backward(batch, self._carries[micro], penalty_weight)
         self._carries[micro] = score.carry
-        if penalty is not None:
-            count = score.tally.count
-            self._penalty, self._penalised = self._penalty + count * penalty, self._penalised + count
         return score
 
-    def _forward_backward(self, batch: Any, carry: Any, penalty_weight: float) -> tuple[Score, Tensor | None]:
-        """Return the score and the mean penalty of the solves, neither with a graph; add to the gradients."""
+    def _forward_backward(self, batch: Any, carry: Any, penalty_weight: float) -> Score:
+        """Add the gradients of a micro-batch; return its score without a graph."""
         with autocast(self.precision, self.device):
             score = self.task.score(self.model, batch, carry)
         loss = score.tally.loss_sum
-        penalties = [solution.penalty for solution in score.solutions if solution.penalty is not None]
-        penalty = torch.stack(penalties).mean() if penalties else None
-        for value in penalties:
-            loss = loss + penalty_weight * score.tally.count * value
+        for solution in score.solutions:
+            if solution.penalty is not None:
+                loss = loss + penalty_weight * score.tally.count * solution.penalty
         with self.timer.phase("backward"):
             loss.backward()
         # the states would keep the graph of this step alive
-        solutions = tuple(replace(s, value=s.z_star, penalty=None) for s in score.solutions)
-        return Score(score.tally.detach(), solutions, score.carry), None if penalty is None else penalty.detach()
+        solutions = tuple(
+            replace(s, value=s.z_star, penalty=None if s.penalty is None else s.penalty.detach())
+            for s in score.solutions
+        )
+        return Score(score.tally.detach(), solutions, score.carry)
 
     def _update(self, tally: Tally) -> None:
         """Divide the summed gradients by the global count, check, clip and step."""
@@ -263,8 +262,6 @@ class Trainer:
         self._window: Tally | None = None
         self._meter = SolveMeter()
         self._norm_sum: Tensor | float = 0.0
-        self._penalty: Tensor | float = 0.0
-        self._penalised = 0
         self._updates = 0
 
     def _check_finite(self, epoch: int) -> None:
@@ -285,8 +282,6 @@ class Trainer:
         row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
         row["gradient_norm"] = float(self._norm_sum) / self._updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        if self._penalised:
-            row["penalty"] = float(self._penalty) / self._penalised
         self.train_report = dict(row)
         times = {f"time/{name}": seconds for name, seconds in self.timer.latest().items()}
         speed = self.timer.throughput()

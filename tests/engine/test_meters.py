@@ -9,7 +9,14 @@ from phantom.solution import Stats
 from tests.phantom.problems import DTYPE, TanhMap, randn
 
 
-def solution(residual: list[float], *, evals: int = 3, vjps: int = 2, adjoint: list[float] | None = None) -> Solution:
+def solution(
+    residual: list[float],
+    *,
+    evals: int = 3,
+    vjps: int = 2,
+    adjoint: list[float] | None = None,
+    penalty: float | None = None,
+) -> Solution:
     """Return a solution with given numbers; a residual above one did not converge."""
     values = torch.tensor(residual, dtype=DTYPE)
     z = torch.zeros(len(residual), 1)
@@ -27,7 +34,8 @@ def solution(residual: list[float], *, evals: int = 3, vjps: int = 2, adjoint: l
         )
 
     below = None if adjoint is None else stats(torch.tensor(adjoint, dtype=DTYPE), None)
-    return Solution(value=z, z0=z, z_star=z, stats=stats(values, below))
+    value = None if penalty is None else torch.tensor(penalty)
+    return Solution(value=z, z0=z, z_star=z, stats=stats(values, below), penalty=value)
 
 
 def report(*batches: list[Solution]) -> dict[str, float]:
@@ -55,6 +63,12 @@ def test_the_backward_solve_is_a_mean_over_problems_too():
     assert found["adjoint_residual"] == pytest.approx((0.1 + 0.2 + 0.3 + 1.0) / 4)
 
 
+def test_the_penalty_is_a_mean_over_the_penalised_problems():
+    """Each batch reports the mean of its own; steps without a penalty do not count."""
+    batches = [solution([0.0, 0.0, 0.0], penalty=2.0)], [solution([0.0])], [solution([0.0], penalty=6.0)]
+    assert report(*batches)["penalty"] == pytest.approx((3 * 2.0 + 6.0) / 4)
+
+
 def test_several_solves_of_a_batch_are_also_reported_apart():
     found = report([solution([0.1, 0.3], evals=2), solution([3.0, 5.0], evals=7)], [solution([0.5]), solution([6.0])])
     assert found["num_evals"] == (2 + 7 + 3 + 3) / 2  # summed over the solves of a batch
@@ -65,7 +79,7 @@ def test_several_solves_of_a_batch_are_also_reported_apart():
 
 def test_nothing_added_and_nothing_solved():
     assert report() == {}
-    assert report([], []) == {"num_evals": 0.0, "num_vjps": 0.0}
+    assert report([], []) == {}
 
 
 @pytest.mark.parametrize("sizes", [[12], [6, 6], [5, 5, 2], [1] * 12])
