@@ -3,9 +3,10 @@
     python scripts/report.py            # every table of configs/report into results/<table>.md
     python scripts/report.py table1
 
-Records lie in results/<experiment>/: one <seed or fold>.json per run at the paper's budget, and <name>@<scale>/ for
+Records lie in results/<experiment>/: one <seed or fold>.json per run at the full budget, and <name>@<scale>/ for
 smaller budgets, which a cell shows with its label. A cell is mean ± std (n); a row without a record prints --. A table
-with `protocols` shows results/<experiment>.json, the record of ten folds.
+with `protocols` shows results/<experiment>.json, the record of ten folds. A table whose rows have a `group` shows
+training times, and how many times faster a row trains than the first one of its group.
 """
 
 from __future__ import annotations
@@ -32,46 +33,91 @@ def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
     return "paper", []
 
 
-def cell(values: list[float], std: str) -> str:
-    """Return `mean ± std (n)`; `std` is sample or population."""
+def cell(values: list[float], std: str, scale: str) -> str:
+    """Return `mean ± std (n)`, with the label of a smaller budget; `std` is sample or population."""
     if not values:
         return "--"
-    mean = statistics.fmean(values)
+    mean, label = statistics.fmean(values), "" if scale == "paper" else f" [{scale}]"
     if len(values) == 1:
-        return f"{mean:.2f} (1)"
+        return f"{mean:.2f} (1){label}"
     spread = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
-    return f"{mean:.2f} ± {spread:.2f} ({len(values)})"
+    return f"{mean:.2f} ± {spread:.2f} ({len(values)}){label}"
+
+
+def training_seconds(records: list[dict[str, Any]]) -> float | None:
+    """Return the time of a training without evaluations: median step time times steps, the median over the runs."""
+    times = [record["times"]["step"]["median"] * record["steps"] for record in records if "step" in record["times"]]
+    return statistics.median(times) if times else None
+
+
+def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """Return how many times faster `row` trains than the `first` one of its group; -- unless both ran alike."""
+    (scale, records), (other, reference) = records_of(row["experiment"]), records_of(first["experiment"])
+    mine, theirs = training_seconds(records), training_seconds(reference)
+    if mine is None or theirs is None or scale != other:
+        return "--"
+    alike = ("device", "precision")
+    if len({tuple(record[key] for key in alike) for record in (*records, *reference)}) > 1:
+        return "--"
+    return f"{theirs / mine:.1f}x"
 
 
 def render(table: dict[str, Any]) -> str:
     """Return the table as Markdown: the paper's number, ours by the paper's protocol, and the honest one."""
     metric, split, std = table["metric"], table["split"], table["std"]
+    groups: dict[str, dict[str, Any]] = {}
+    for row in table["rows"]:
+        groups.setdefault(row.get("group"), row)
+    timed = list(groups) != [None]
+    heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
+    heads[7:7] = ["training h", "speed", "paper's speed"] if timed else []
     lines = [
         f"# {table['title']}",
         "",
         f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
-        f"mean ± {std} std (n runs). Smaller budgets are labelled; -- means not run. "
-        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU.",
+        f"mean ± {std} std (n runs). Smaller budgets are labelled; * marks uncommitted changes; -- means not run. "
+        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
+        + (" Training time is the median step times the steps; speed is relative to the first row." if timed else ""),
         "",
-        "| row | paper | best | last | budget | parameters | step ms | peak MB | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(heads)} |",
+        "|" + " --- |" * len(heads),
     ]
     for row in table["rows"]:
         scale, records = records_of(row["experiment"])
         best = [record["best"][split][metric] for record in records]
         last = [record["final"][split][metric] for record in records]
-        steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
-        peaks = [record["peak_memory"] / 1e6 for record in records]
-        facts = [
-            f"{scale}, {records[0]['steps']} steps" if records else "--",
-            f"{records[0]['num_parameters']:,}" if records else "--",
-            f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
-            f"{max(peaks):,.0f}" if peaks else "--",
-            ", ".join(sorted({(record["commit"] or "none")[:8] for record in records})) or "--",
-        ]
-        cells = [row["name"], row["paper"], cell(best, std), cell(last, std), *facts]
-        lines.append("| " + " | ".join(cells) + " |")
+        facts = [budget(row, scale, records), *measured(records)]
+        if timed:
+            seconds = training_seconds(records)
+            hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
+            facts[3:3] = [hours, speed(row, groups[row["group"]]), row["speed"]]
+        lines.append(
+            f"| {' | '.join([row['name'], row['paper'], cell(best, std, scale), cell(last, std, scale), *facts])} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def budget(row: dict[str, Any], scale: str, records: list[dict[str, Any]]) -> str:
+    """Return the scale, the steps and a precision other than float32; what the paper does not have ran in `full`."""
+    if not records:
+        return "--"
+    name = "full" if scale == "paper" and row["paper"] == "--" else scale
+    precisions = {record["precision"] for record in records} - {"fp32"}
+    return ", ".join([name, f"{records[0]['steps']} steps", *sorted(precisions)])
+
+
+def measured(records: list[dict[str, Any]]) -> list[str]:
+    """Return the cells on parameters, step time, peak memory and commits."""
+    if not records:
+        return ["--"] * 4
+    steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
+    commits = {(record["commit"] or "none")[:8] + ("*" if record["dirty"] else "") for record in records}
+    return [
+        f"{records[0]['num_parameters']:,}",
+        f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
+        f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
+        ", ".join(sorted(commits)),
+    ]
 
 
 def render_folds(table: dict[str, Any]) -> str:

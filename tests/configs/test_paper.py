@@ -66,6 +66,17 @@ PRINTED = {
     "table3/wikitext103_preln_upg_steps": "24.0",
     **{f"table4/{data}_{row}": paper for data, line in TABLE4.items() for row, paper in zip(LAMS, line, strict=True)},
 }
+SPEED = {
+    "table3/cifar10_implicit": "1.0x",
+    "table3/cifar10_upg": "1.4x",
+    "table3/imagenet_implicit": "1.0x",
+    "table3/imagenet_upg": "1.7x",
+    "table3/wikitext103_postln_implicit": "1.0x",
+    "table3/wikitext103_postln_upg": "1.7x",
+    "table3/wikitext103_preln_implicit": "1.7x",
+    "table3/wikitext103_preln_upg": "2.2x",
+    "table3/wikitext103_preln_upg_steps": "1.7x",
+}
 
 
 def check_vision(config, grad, steps, optimizer, dropout, pretraining, epochs, repeats):
@@ -137,5 +148,8 @@ def test_the_tables_quote_the_paper():
     quoted = {row["experiment"]: row["paper"] for row in rows}
     ours = {name: paper for name, paper in quoted.items() if not name.startswith("table")}
     assert {name: quoted[name] for name in quoted if name not in ours} == PRINTED
+    assert {row["experiment"]: row["speed"] for row in rows if "speed" in row} == SPEED
+    groups = {row["experiment"].split("/")[1].split("_")[0]: row["group"] for row in rows if "group" in row}
+    assert groups == {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "wikitext103": "WikiText-103"}
     assert set(ours.values()) <= {"--"}, "the paper has no number for experiments of our own"
     assert set(quoted) <= set(checks.leaves("experiment"))

@@ -1,0 +1,116 @@
+"""A table prints what the records say: mean, deviation, count and budget; and -- where there is no record."""
+
+import pytest
+
+from phantom.engine import records
+from scripts import report
+
+HEAD = {"title": "T", "metric": "accuracy", "split": "test", "std": "sample"}
+
+
+def record(best: float, last: float, **changes) -> dict:
+    return {
+        "best": {"test": {"accuracy": best}},
+        "final": {"test": {"accuracy": last}},
+        "steps": 100,
+        "num_parameters": 1234567,
+        "times": {"step": {"median": 0.36}},
+        "device": "card",
+        "precision": "fp32",
+        "peak_memory": 2_500_000,
+        "commit": "abcdef0123",
+        "dirty": False,
+    } | changes
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Return a function that commits records of an experiment, in a repository of its own."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+
+    def write(name: str, *found: dict) -> None:
+        for seed, content in enumerate(found):
+            records.write_json(tmp_path / "results" / name / f"seed{seed}.json", content)
+
+    return write
+
+
+def table(*rows: dict, **changes) -> list[dict[str, str]]:
+    """Return the rows of a rendered table by column."""
+    rows = [{"name": row["experiment"], "paper": "90.0", **row} for row in rows]
+    lines = [line for line in report.render({**HEAD, **changes, "rows": rows}).splitlines() if line.startswith("|")]
+    cells = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    assert len({len(line) for line in cells}) == 1 and set(cells[1]) == {"---"}
+    return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+
+
+def test_mean_deviation_and_count(keep):
+    keep("t/a", record(80, 70), record(84, 72), record(88, 74))
+    (row,) = table({"experiment": "t/a"})
+    assert row == {
+        "row": "t/a",
+        "paper": "90.0",
+        "best": "84.00 ± 4.00 (3)",
+        "last": "72.00 ± 2.00 (3)",
+        "budget": "paper, 100 steps",
+        "parameters": "1,234,567",
+        "step ms": "360.0 on card",
+        "peak MB": "2",
+        "commit": "abcdef01",
+    }
+    (row,) = table({"experiment": "t/a"}, std="population")
+    assert row["best"] == "84.00 ± 3.27 (3)"
+
+
+def test_a_missing_run_has_no_number(keep):
+    keep("t/b", record(80, 70))
+    absent, single = table({"experiment": "t/a"}, {"experiment": "t/b"})
+    assert {value for key, value in absent.items() if key not in ("row", "paper")} == {"--"}
+    assert single["best"] == "80.00 (1)"
+
+
+def test_a_smaller_budget_is_labelled_in_its_cell_and_yields_to_a_larger_one(keep):
+    keep("t/a@smoke", record(20, 10, steps=5))
+    (row,) = table({"experiment": "t/a"})
+    assert (row["best"], row["last"], row["budget"]) == ("20.00 (1) [smoke]", "10.00 (1) [smoke]", "smoke, 5 steps")
+    keep("t/a@gpu", record(50, 40))
+    assert table({"experiment": "t/a"})[0]["best"] == "50.00 (1) [gpu]"
+    keep("t/a", record(80, 70))
+    assert table({"experiment": "t/a"})[0]["best"] == "80.00 (1)"
+    keep("t/a@k=3", record(99, 99))
+    assert table({"experiment": "t/a"})[0]["best"] == "80.00 (1)", "another experiment"
+
+
+def test_what_the_paper_does_not_have_ran_in_full(keep):
+    keep("t/a", record(80, 70, precision="tf32", dirty=True, times={}))
+    (row,) = table({"experiment": "t/a", "paper": "--"})
+    assert (row["budget"], row["commit"], row["step ms"]) == ("full, 100 steps, tf32", "abcdef01*", "--")
+
+
+def grouped(*names: str) -> list[dict]:
+    return [{"experiment": name, "group": name[2], "speed": "1.4x"} for name in names]
+
+
+def test_training_time_and_speed_within_a_group(keep):
+    keep("t/a1", record(1, 1, steps=10_000))
+    keep("t/a2", record(1, 1, steps=10_000, times={"step": {"median": 0.2}}), record(1, 1, steps=10_000))
+    keep("t/b1", record(1, 1, times={"step": {"median": 9.0}}))
+    rows = table(*grouped("t/a1", "t/a2", "t/b1"))
+    assert [row["training h"] for row in rows] == ["1.00", "0.78", "0.25"]
+    # the median of 2,000 and 3,600 seconds against 3,600
+    assert [row["speed"] for row in rows] == ["1.0x", "1.3x", "1.0x"]
+    assert {row["paper's speed"] for row in rows} == {"1.4x"}
+
+
+@pytest.mark.parametrize("other", [{"device": "another card"}, {"precision": "bf16"}, {"times": {}}])
+def test_no_speed_between_runs_that_differ_in_more_than_their_method(keep, other):
+    keep("t/a1", record(1, 1))
+    keep("t/a2", record(1, 1, **other))
+    keep("t/a3@smoke", record(1, 1))
+    rows = table(*grouped("t/a1", "t/a2", "t/a3", "t/a4"))
+    assert [row["speed"] for row in rows] == ["1.0x", "--", "--", "--"]
+
+
+def test_unknown_tables_are_refused():
+    with pytest.raises(SystemExit, match=r"no table table9; choose from .*table1"):
+        report.main(["table9"])
