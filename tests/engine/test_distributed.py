@@ -1,0 +1,43 @@
+"""The set-up of one process, and what several need that this machine cannot give."""
+
+import pytest
+import torch
+from torch import nn
+
+from phantom.engine import distributed
+from tests.engine import tiny
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.start("cpu") == (tiny.CPU, 0, 1)
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    model = nn.BatchNorm1d(2)
+    before = model.running_mean.clone()
+    distributed.share_buffers(model)
+    distributed.barrier()
+    distributed.stop()
+    assert distributed.wrap(model, tiny.CPU, 1, sync_batchnorm=True) is model
+    assert torch.equal(model.running_mean, before)
+
+
+def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for available, place in ((False, tiny.CPU), (True, torch.device("cuda", 3))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert distributed.start("auto")[0] == place
+    assert chosen == [3]
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device=cuda, but torch sees no GPU here: use device=cpu"):
+        distributed.start("cuda")
+
+
+def test_synchronised_batch_norm_needs_gpus():
+    with pytest.raises(ValueError, match=r"sync_batchnorm=true needs GPUs"):
+        distributed.wrap(nn.BatchNorm1d(2), tiny.CPU, 2, sync_batchnorm=True)
