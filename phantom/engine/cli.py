@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -34,8 +35,9 @@ from phantom.engine.overrides import (
 __all__ = ["CONFIGS", "change", "expand"]
 
 # what a machine says of its disks and folders, and no defect of the program
+FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(*FULL, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
 
@@ -106,10 +108,11 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
         items = [argument for argument in arguments if argument not in flags]
         try:
             for overrides in expand(items) if flags else [items]:
-                compose(overrides)
+                _make_folder(Path(compose(overrides)[0]["runs"]))
             sys.argv[1:] = [*flags, *to_hydra(items)]
-        except ConfigError as error:
-            sys.exit(f"error: {error}")
+        except (ConfigError, OSError) as error:
+            # every process finds the same mistake
+            sys.exit(1 if int(os.environ.get("RANK", "0")) > 0 else f"error: {message_of(error)}")
     main()
     if failed:
         sys.exit(1)
@@ -117,19 +120,32 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
 
 def is_user_error(error: Exception) -> bool:
     """Return whether the message alone tells the user what to do."""
-    if isinstance(error, OSError):
-        return error.errno in DISK
-    return isinstance(error, (ConfigError, build.DataError, CheckpointError, DivergenceError))
+    return isinstance(error, (ConfigError, build.DataError, CheckpointError, DivergenceError)) or bool(_of_disk(error))
 
 
 def message_of(error: Exception) -> str:
     """Return what a user is told: one line, without a traceback."""
+    found = _of_disk(error)
+    if found is None:
+        return str(error)
+    return (
+        f"{found.filename or 'writing failed'}: {found.strerror}. Free some space, correct the permissions, or name "
+        "another folder with runs=<folder>; what was saved before is kept"
+    )
+
+
+def _of_disk(error: Exception) -> OSError | None:
+    """Return the error of a disk or folder that this one is, or that torch turned into another one while writing."""
     if isinstance(error, OSError):
-        return (
-            f"{error.filename or 'the disk'}: {error.strerror}. Free some space, correct the permissions, or name "
-            "another folder with runs=<folder>; what was saved before is kept"
-        )
-    return str(error)
+        return error if error.errno in DISK else None
+    cause = error.__context__
+    return cause if isinstance(cause, OSError) and cause.errno in FULL else None
+
+
+def _make_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _choices(choices: DictConfig) -> dict[str, Any]:

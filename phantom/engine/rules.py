@@ -13,7 +13,7 @@ from torch import nn
 from phantom import BPTT, DEQ, GradientEstimator, Solver
 from phantom.deq import Regularizer
 from phantom.engine.schedule import share_of_run
-from phantom.solver.base import check_count
+from phantom.solver.base import check_count, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Pretraining:
     def __post_init__(self) -> None:
         check_count("pretraining.steps", self.steps, least=1)
         check_count("pretraining.layers", self.layers, least=1)
+        if self.of_steps is not None:
+            check_count("pretraining.of_steps", self.of_steps, least=1)
 
     def active(self, step: int, total: int) -> bool:
         return step < share_of_run(self.steps, self.of_steps, total)
@@ -59,9 +61,15 @@ class Penalty:
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight={self.weight!r} must be >= 0")
-        if not 0 < self.frequency <= 1:
+        if not is_number(self.weight) or not self.weight >= 0:
+            raise ValueError(f"weight={self.weight!r} must be a number >= 0")
+        if not is_number(self.increment):
+            raise ValueError(f"increment={self.increment!r} must be a number")
+        if self.increment_every is not None:
+            check_count("increment_every", self.increment_every, least=1)
+        if self.stop_step is not None:
+            check_count("stop_step", self.stop_step, least=0)
+        if not is_number(self.frequency) or not 0 < self.frequency <= 1:
             raise ValueError(f"frequency={self.frequency!r} must be in (0, 1]: the share of regularised steps")
 
     def at(self, step: int, seed: int) -> float:
@@ -69,7 +77,7 @@ class Penalty:
             return 0.0
         if _draw("penalty", seed, step).random() >= self.frequency:
             return 0.0
-        stages = step // self.increment_every if self.increment_every else 0
+        stages = 0 if self.increment_every is None else step // self.increment_every
         return self.weight + self.increment * stages
 
 

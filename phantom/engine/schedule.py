@@ -9,6 +9,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from phantom.solver.base import check_count, is_number
+
 
 class Schedule(ABC):
     """A learning rate that the loop evaluates anew at every step; it holds no state, so resuming is exact."""
@@ -45,6 +47,13 @@ class Cosine(Schedule):
     warmup_steps: int = 0
     of_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if not is_number(self.floor) or not 0 <= self.floor < math.inf:
+            raise ValueError(f"floor={self.floor!r} must be a number >= 0")
+        check_count("warmup_steps", self.warmup_steps, least=0)
+        if self.of_steps is not None:
+            check_count("of_steps", self.of_steps, least=1)
+
     def rate(self, t: int, *, base: float, total: int, epoch: int) -> float:
         warmup = share_of_run(self.warmup_steps, self.of_steps, total)
         if t < warmup:
@@ -58,6 +67,14 @@ class EpochSteps(Schedule):
 
     epochs: tuple[int, ...]
     factor: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, (tuple, list)):
+            raise ValueError(f"epochs={self.epochs!r} must be a list of epochs, such as [50]")
+        for epoch in self.epochs:
+            check_count("epochs", epoch, least=0)
+        if not is_number(self.factor) or not 0 <= self.factor < math.inf:
+            raise ValueError(f"factor={self.factor!r} must be a number >= 0")
 
     def rate(self, t: int, *, base: float, total: int, epoch: int) -> float:
         return base * self.factor ** sum(epoch >= start for start in self.epochs)

@@ -64,6 +64,12 @@ BEFORE_DATA = [
     ("pretraining=unrolled pretraining.steps=0", r"steps=0 must be an integer >= 1"),
     ("penalty=jacobian penalty.frequency=2", r"frequency=2 must be in \(0, 1\]"),
     ("monitor=radius monitor.every=0", "every=0 must be an integer >= 1"),
+    ("penalty=jacobian penalty.increment_every=0", "increment_every=0 must be an integer >= 1"),
+    ("penalty=jacobian penalty.weight=x", "weight='x' must be a number >= 0"),
+    ("schedule.floor=-1", "floor=-1 must be a number >= 0"),
+    ("schedule.floor=low", "floor='low' must be a number >= 0"),
+    ("schedule.warmup_steps=-1", "warmup_steps=-1 must be an integer >= 0"),
+    ("schedule=epoch_steps schedule.epochs=3", r"epochs=3 must be a list of epochs, such as \[50\]"),
     # root keys
     ("seed=1.5", r"seed=1\.5 must be an integer >= 0"),
     ("seed=one", "seed='one' must be an integer >= 0"),

@@ -1,12 +1,14 @@
 """What train.py prints and returns: one line for a mistake, a failed job of a sweep, a failed process of several."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from phantom.engine import build, checkpoint, cli, loop
@@ -28,6 +30,12 @@ ERRORS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Let the default folder of runs be one of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(monkeypatch, job, *arguments: str) -> int:
     """Run the command line in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments, *QUIET])
@@ -42,13 +50,45 @@ def run(monkeypatch, job, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize(("error", "line"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
-def test_an_error_of_the_user_is_one_line(error, line, monkeypatch, capsys):
+def test_an_error_of_the_user_is_one_line(error, line, tmp_path, monkeypatch, capsys):
     def job(*_):
         raise error
 
-    assert run(monkeypatch, job) == 1
+    assert run(monkeypatch, job, f"runs={tmp_path}") == 1
     printed = capsys.readouterr().err.strip()
     assert printed.startswith(line) and len(printed.splitlines()) == 1
+
+
+def test_a_full_disk_is_told_from_what_torch_makes_of_it(monkeypatch, capsys):
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def job(*_):
+        torch.save({"weights": torch.zeros(1000)}, Full())
+
+    assert run(monkeypatch, job) == 1
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith("error: writing failed: No space left on device.") and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "k=1,2"]])
+def test_a_folder_of_runs_that_cannot_be_is_refused_first(sweep, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    started = []
+    assert run(monkeypatch, lambda *job: started.append(job), *sweep, f"runs={tmp_path / 'file' / 'runs'}") == 1
+    assert f"error: {tmp_path / 'file' / 'runs'}: Not a directory" in capsys.readouterr().err and not started
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_the_first_process_tells_what_all_find(rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, lambda *job: None, "k=0") == 1
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, capsys):
