@@ -1,35 +1,33 @@
-"""From a config to objects: the only file that meets Hydra, models and data at once.
+"""From a config to a run: the only file that meets models and data at once.
 
 Everything is checked before anything expensive is built: root keys, the fit of data and model, every constructor.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import torch
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from torch import nn
 from torch._functorch import config as functorch_config
 
 from data.errors import DataError
-from data.spec import KINDS, Shard, Source, Spec
+from data.spec import Shard, Source, Spec
 from models.reference import load_reference
 from phantom import DEQ, SHINE, Broyden
 from phantom.engine import checks, distributed, precision, records
-from phantom.engine.checks import ESTIMATOR_KEYS, ConfigError
+from phantom.engine.checks import ConfigError
+from phantom.engine.construct import instantiate, locate, unknown_keys
 from phantom.engine.loop import Budget, Trainer
+from phantom.engine.pairs import check_pair, model_config
 from phantom.engine.rules import Rules
 from phantom.engine.task import Task
 from phantom.engine.tracking import Tracker
 
-__all__ = ["ESTIMATOR_KEYS", "ConfigError", "DataError", "Shard", "Source", "load_reference"]
+__all__ = ["DataError", "Shard", "Source", "load_reference"]
 
 TASKS = {
     "image_classification": "phantom.engine.classification.ImageClassification",
@@ -38,109 +36,6 @@ TASKS = {
     "node_labelling": "phantom.engine.graph_tasks.NodeLabelling",
     "node_classification": "phantom.engine.graph_tasks.NodeClassification",
 }
-# optional groups: absent from the config unless chosen
-OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "monitor")
-
-
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain data, checked for unused estimator keys and for values that are missing.
-
-    `k` and `lam` leave the config when an experiment pinned them for an estimator that was then replaced.
-    """
-    used = str(OmegaConf.to_container(cfg, resolve=False)["grad"])
-    container = OmegaConf.to_container(cfg, resolve=False)
-    for key in ESTIMATOR_KEYS:
-        if key in container and f"${{{key}}}" not in used:
-            del container[key]
-    try:
-        config = OmegaConf.to_container(OmegaConf.create(container), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    # `pretraining=null` on top of an experiment leaves the experiment's numbers without a constructor: that is None too
-    absent = {key: None for key in OPTIONAL if "_target_" not in (config.get(key) or {})}
-    return config | absent
-
-
-def instantiate(config: Any, field: str, **extra: Any) -> Any:
-    """Build the object of a config node; errors name the field and, for an unknown key, the valid ones."""
-    if config is None:
-        return None
-    try:
-        return hydra.utils.instantiate(config, **extra, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        reason = _unknown_keys(config, extra, cause) or " ".join(str(cause).split())
-        raise ConfigError(f"{field}: {reason}") from error
-
-
-def locate(target: str) -> Any:
-    """Return the class of a `_target_`."""
-    try:
-        return hydra.utils.get_class(target)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{target} cannot be imported: {str(error).splitlines()[0]}") from error
-
-
-def _unknown_keys(config: Any, extra: dict[str, Any], cause: Exception) -> str:
-    """Return the sentence on keys that the constructor does not have; nothing where that was not the cause."""
-    if not isinstance(cause, TypeError) or "unexpected keyword" not in str(cause):
-        return ""
-    target = hydra.utils.get_object(config["_target_"])
-    valid = [name for name in inspect.signature(target).parameters if name not in extra and name != "self"]
-    unknown = [key for key in config if not key.startswith("_") and key not in valid]
-    return f"{config['_target_']} has no key {', '.join(unknown)}; valid keys: {', '.join(valid)}" if unknown else ""
-
-
-def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the model's constructor for this kind of task.
-
-    A model leaf is one constructor, or a family: a mapping from kinds of task to constructors.
-
-    Raises:
-        ConfigError: the model does not serve the kind; names the kinds it does.
-    """
-    model = config["model"]
-    if "_target_" in model:
-        kinds = _declared(model["_target_"], "kinds")
-        if kind in kinds:
-            return model
-    else:
-        kinds = [key for key in model if key in KINDS]
-        if kind in kinds:
-            return model[kind]
-    raise ConfigError(
-        f"the model serves {', '.join(kinds)}, the data is {kind}: choose a model for this data "
-        f"({_fitting('model', lambda leaf: kind in _kinds_of_model(leaf))}) or data for this model "
-        f"({_fitting('data', lambda leaf: _kind_of_data(leaf) in kinds)})"
-    )
-
-
-def check_pair(config: dict[str, Any]) -> str:
-    """Return the kind of task of the data, having checked that the model serves it, before building either."""
-    kind = _kind_of_data(config["data"])
-    model_config(config, kind)
-    return kind
-
-
-def _kind_of_data(leaf: dict[str, Any]) -> str:
-    return _declared(leaf["_target_"], "kind")
-
-
-def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
-    return _declared(leaf["_target_"], "kinds") if "_target_" in leaf else list(leaf)
-
-
-def _declared(target: str, name: str) -> Any:
-    found = getattr(locate(target), name, None)
-    if found is None:
-        raise ConfigError(f"{target} declares no `{name}`: the kind of task a data set is, or those a model serves")
-    return found
-
-
-def _fitting(group: str, fits: Any) -> str:
-    files = {name: OmegaConf.load(checks.CONFIGS / group / f"{name}.yaml") for name in checks.leaves(group)}
-    names = [name for name, leaf in files.items() if fits(OmegaConf.to_container(leaf, resolve=False))]
-    return f"{group}=" + "|".join(names) if names else f"no {group} fits"
 
 
 def build_deq(config: dict[str, Any]) -> DEQ:
@@ -179,7 +74,7 @@ def build_optimizer(config: dict[str, Any], parameters: list[nn.Parameter]) -> t
     try:
         return make(parameters)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {_unknown_keys(settings, {}, error) or error}") from error
+        raise ConfigError(f"optimizer: {unknown_keys(settings, {}, error) or error}") from error
 
 
 def build_model(config: dict[str, Any], spec: Spec, deq: DEQ) -> nn.Module:

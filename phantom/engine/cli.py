@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from phantom.engine import build, checks
 from phantom.engine.checkpoint import CheckpointError
 from phantom.engine.checks import CONFIGS, ConfigError
+from phantom.engine.construct import instantiate, resolve
 from phantom.engine.loop import DivergenceError
 from phantom.engine.overrides import (
     change,
@@ -31,6 +32,7 @@ from phantom.engine.overrides import (
     root_keys,
     to_hydra,
 )
+from phantom.engine.pairs import check_pair
 
 __all__ = ["CONFIGS", "change", "expand"]
 
@@ -63,7 +65,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def check(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the resolved config after the checks that need no data: keys, the pair, every cheap constructor."""
     used = str(OmegaConf.to_container(cfg, resolve=False)["grad"])
-    config = build.resolve(cfg)
+    config = resolve(cfg)
     unknown = [key for key in config if key not in root_keys()]
     if unknown:
         near = checks.nearest(unknown[0], sorted(root_keys()))
@@ -73,11 +75,11 @@ def check(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         if key in given and f"${{{key}}}" not in used:
             raise ConfigError(_unused(key))
     checks.check_root(config)
-    checks.check_cuda_graph(config, build.check_pair(config))
+    checks.check_cuda_graph(config, check_pair(config))
     build.build_rules(config, build.build_deq(config))
     build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(2, 2))])
     for name in ("schedule", "clipping", "monitor"):
-        build.instantiate(config[name], name)
+        instantiate(config[name], name)
     return config
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from phantom.engine import build, checkpoint, checks, cli, precision
 from phantom.engine.build import Shard, Source
 from phantom.engine.evaluation import evaluate
+from phantom.engine.pairs import check_pair
 from phantom.engine.task import Task
 
 
@@ -101,7 +102,7 @@ def evaluate_official(path: Path, *, source: str, split: str | None, overrides: 
 
 def _rebuild(config: dict[str, Any], load: Callable[[nn.Module], None], facts: dict[str, Any]) -> Rebuilt:
     checks.check_root(config)
-    kind = build.check_pair(config)
+    kind = check_pair(config)
     precision.set_up(config["precision"], deterministic=config["deterministic"])
     device, rank, world = build.start(config)
     source = build.build_source(config)

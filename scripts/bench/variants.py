@@ -14,7 +14,7 @@ from torch import nn
 from data.spec import Spec
 from phantom import BPTT, UPG, GradientEstimator
 from phantom.deq import _no_clock
-from phantom.engine import build, cli, precision
+from phantom.engine import build, checks, cli, construct, precision
 from phantom.engine.cuda_graph import EAGER, StepGraphs
 from phantom.engine.rules import deqs_of
 from phantom.engine.task import Score
@@ -109,8 +109,8 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
     for job in jobs:
         own = {key: job.get(key, default) for key, default in OWN.items()}
         overrides = {key.lstrip("+"): value for key, value in job.items() if key not in OWN}
-        uses = compose({key: value for key, value in overrides.items() if key not in build.ESTIMATOR_KEYS})
-        overrides = {key: value for key, value in overrides.items() if key not in build.ESTIMATOR_KEYS or key in uses}
+        uses = compose({key: value for key, value in overrides.items() if key not in checks.ESTIMATOR_KEYS})
+        overrides = {key: value for key, value in overrides.items() if key not in checks.ESTIMATOR_KEYS or key in uses}
         config = compose(overrides)
         names = [config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
         names += [f"{key}={config[key]}" for key in ("k",) if key in config]
@@ -131,7 +131,7 @@ def compose(overrides: dict[str, str]) -> dict[str, Any]:
             cfg = hydra.compose("train", overrides=items)
         except Exception as error:
             raise build.ConfigError(" ".join(str(error).split())) from error
-    return build.resolve(cfg)
+    return construct.resolve(cfg)
 
 
 def make(setting: Setting, device: torch.device) -> Variant:
@@ -169,7 +169,7 @@ def make(setting: Setting, device: torch.device) -> Variant:
 
 def kind_of(model: dict[str, Any]) -> str:
     """Return the kind of task a model leaf serves; of a family, the first that has a synthetic batch."""
-    kinds = build.locate(model["_target_"]).kinds if "_target_" in model else list(model)
+    kinds = construct.locate(model["_target_"]).kinds if "_target_" in model else list(model)
     known = [kind for kind in kinds if kind in batches.KINDS]
     if not known:
         raise build.ConfigError(f"the benchmark has batches for {', '.join(batches.KINDS)}, not {', '.join(kinds)}")
