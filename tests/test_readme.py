@@ -16,6 +16,7 @@ import phantom
 from phantom.engine import cli
 from phantom.gradient.adjoint import AdjointEstimator
 from phantom.solve import solve
+from scripts import reproduce
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -80,6 +81,16 @@ def test_evaluation_lines_fit_a_run(command):
     for job in cli.expand(overrides):
         config, _ = cli.compose(["experiment=language/pydocs"])
         assert cli.change(config, job)["eval_solver"]["max_steps"] in (5, 10, 30, 40)
+
+
+def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
+    lines = [shlex.split(line) for line in commands() if line.startswith("python scripts/")]
+    assert len(lines) >= 3 and all((ROOT / line[1]).is_file() for line in lines)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be run"))
+    for line in lines:
+        if line[1].endswith("reproduce.py"):
+            reproduce.main([*line[2:], *([] if "list" in line else ["list"])])
+    assert len(capsys.readouterr().out.splitlines()) > 10
 
 
 def test_the_tree():

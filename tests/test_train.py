@@ -1,6 +1,9 @@
 """train.py from a command line to a record: what a run leaves, and what it does when it is started again."""
 
+import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,12 @@ import torch
 import yaml
 
 import train
-from phantom.engine import cli
+from phantom.engine import checkpoint, cli
 from tests.tiny_run import TINY, rows, tiny_run
 
 ROOT = Path(__file__).parents[1]
+# the logging set-up of Hydra would outlive the test
+QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 FIELDS = {
     *("label", "experiment", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric", "baseline"),
     *("num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
@@ -96,9 +101,53 @@ def test_folders_tell_runs_apart_by_what_they_are(tmp_path):
     assert len(places) == 5 and first["path"] in places, "log_every says how to look, not what to run"
 
 
+def command_line(monkeypatch, *arguments: str) -> str:
+    """Run train.py in this process, which must fail, and return the one line it prints."""
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, *arguments, *QUIET])
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        cli.run_hydra(train.job)
+    assert end.value.code == 1
+    (line,) = errors.getvalue().strip().splitlines()
+    return line
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+
+
+def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, monkeypatch):
+    folder = tiny_run(tmp_path)["path"]
+    (folder / "record.json").unlink()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    config = yaml.safe_load(state["config"]) | {"epochs": 13}
+    for content, message in (
+        (state | {"config": yaml.safe_dump(config)}, "under another config (different: epochs)"),
+        (state | {"model": {"other.weight": torch.zeros(2)}}, "of another model than MDEQ"),
+    ):
+        checkpoint.save(folder / "last.pt", content)
+        before = saved(folder)
+        assert message in command_line(monkeypatch, f"runs={tmp_path}") and saved(folder) == before
+    (folder / "last.pt").write_bytes(before["last.pt"][:1000])
+    before = saved(folder)
+    line = command_line(monkeypatch, f"runs={tmp_path}")
+    assert line.startswith(f"error: the checkpoint {folder / 'last.pt'} is damaged") and "resume=never" in line
+    assert saved(folder) == before and not (folder / "record.json").exists()
+
+
+def test_divergence_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    job = ["optimizer=sgd", "optimizer.lr=1e20", "schedule=constant", "eval_every=1"]
+    line = command_line(monkeypatch, *job, f"runs={tmp_path}")
+    step = int(re.search(r"stopped being finite at step (\d+)", line).group(1))
+    (last,) = tmp_path.rglob("last.pt")
+    assert str(last) in line and "smaller optimizer.lr" in line
+    state = torch.load(last, weights_only=True)
+    assert state["step"] <= step and all(w.isfinite().all() for w in state["model"].values())
+    assert not list(tmp_path.rglob("record.json"))
+
+
 def test_a_sweep_leaves_a_record_of_every_job(tmp_path, monkeypatch):
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-    sweep = ["grad=upg,npg", "k=1,3", "lam=0.5", "steps=1", "test_subset=8", f"runs={tmp_path}", *quiet]
+    sweep = ["grad=upg,npg", "k=1,3", "lam=0.5", "steps=1", "test_subset=8", f"runs={tmp_path}", *QUIET]
     job = [item for item in TINY if item.split("=")[0] not in ("steps", "test_subset")]
     seen = []
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "-m", *job, *sweep])

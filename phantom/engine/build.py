@@ -181,7 +181,10 @@ def build_trainer(
     bare = build_model(config, source.spec, deq).to(device)
     if config["compile"]:
         compile_cell(bare)
-    model = distributed.wrap(bare, device, world, sync_batchnorm=config["sync_batchnorm"])
+    try:
+        model = distributed.wrap(bare, device, world, sync_batchnorm=config["sync_batchnorm"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = records.run_folder(config["runs"], label, overrides, config["seed"]).absolute()
     optimizer = build_optimizer(config, [p for p in bare.parameters() if p.requires_grad])
