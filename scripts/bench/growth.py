@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.bench.measure import Row, _no_phase
 
@@ -40,7 +40,8 @@ def measure_growth(rows: Sequence[Row], steps: int, device: torch.device) -> Non
 
 def _alive(device: torch.device) -> tuple[int, int, int]:
     """Return live tensors, the bytes of their storages, and the memory of the process or the GPU."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # no subclasses: the compiler keeps some that have no storage
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_sparse}
     if device.type == "cuda":
         torch.cuda.synchronize()
