@@ -122,7 +122,10 @@ def run_hydra(job: Callable[[dict[str, Any], list[str], dict[str, Any]], Any]) -
 
 def is_user_error(error: Exception) -> bool:
     """Return whether the message alone tells the user what to do."""
-    return isinstance(error, (ConfigError, build.DataError, CheckpointError, DivergenceError)) or bool(_of_disk(error))
+    return (
+        isinstance(error, (ConfigError, build.DataError, CheckpointError, DivergenceError))
+        or _of_disk(error) is not None
+    )
 
 
 def message_of(error: Exception) -> str:
