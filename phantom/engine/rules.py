@@ -62,7 +62,7 @@ class Penalty:
 
     def __post_init__(self) -> None:
         if not is_number(self.weight) or not self.weight >= 0:
-            raise ValueError(f"weight={self.weight!r} must be a number >= 0")
+            raise ValueError(f"weight={self.weight!r} must be >= 0")
         if not is_number(self.increment):
             raise ValueError(f"increment={self.increment!r} must be a number")
         if self.increment_every is not None:

@@ -65,7 +65,7 @@ BEFORE_DATA = [
     ("penalty=jacobian penalty.frequency=2", r"frequency=2 must be in \(0, 1\]"),
     ("monitor=radius monitor.every=0", "every=0 must be an integer >= 1"),
     ("penalty=jacobian penalty.increment_every=0", "increment_every=0 must be an integer >= 1"),
-    ("penalty=jacobian penalty.weight=x", "weight='x' must be a number >= 0"),
+    ("penalty=jacobian penalty.weight=x", "weight='x' must be >= 0"),
     ("schedule.floor=-1", "floor=-1 must be a number >= 0"),
     ("schedule.floor=low", "floor='low' must be a number >= 0"),
     ("schedule.warmup_steps=-1", "warmup_steps=-1 must be an integer >= 0"),
