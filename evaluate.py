@@ -12,7 +12,6 @@ Prints the metrics, and the cost of the solves, as JSON; of several combinations
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from phantom.engine import cli
 from phantom.engine.checks import ConfigError
 from phantom.engine.evaluate_run import evaluate_official, evaluate_run
+from phantom.engine.records import to_json
 
 # what an item names beside the config, by what is evaluated
 OWN = {"run": ("checkpoint", "split"), "official": ("source", "split")}
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         if not cli.is_user_error(error):
             raise
         sys.exit(f"error: {cli.message_of(error)}")
-    print(json.dumps(found if len(jobs) > 1 else found[0], indent=2))
+    print(to_json(found if len(jobs) > 1 else found[0], indent=2))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -221,7 +221,7 @@ class Trainer:
         """Divide the summed gradients by the global count, check, clip and step."""
         loss = tally.loss_sum
         if self.shard.world > 1:
-            sums = torch.stack((loss, loss.new_tensor(float(tally.count))))
+            sums = torch.stack((loss, loss.new_full((), tally.count)))
             dist.all_reduce(sums)
             loss, count = sums
             scale_gradients(self._parameters, self.shard.world / count)  # DDP has averaged over ranks already

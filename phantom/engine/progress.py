@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -69,14 +70,15 @@ def summary_table(record: Mapping[str, Any]) -> str:
     for split, values in record["final"].items():
         best = record["best"].get(split)
         name = record["metric"]
-        shown = f"{values[name]:.2f} (last)" + (f", {best[name]:.2f} (best, epoch {best['epoch']})" if best else "")
+        shown = f"{_number(values[name])} (last)"
+        shown += f", {_number(best[name])} (best, epoch {best['epoch']})" if best else ""
         if split in record.get("baseline", {}):
             shown += f", {record['baseline'][split]:.2f} (without input)"
         rows.append((f"{split} {name}", shown))
     if "num_evals" in record["train"]:
         rows.append(("evaluations of f per step", f"{record['train']['num_evals']:.1f}"))
         rows.append(("vjps per step", f"{record['train']['num_vjps']:.1f}"))
-        rows.append(("residual", f"{record['train']['residual']:.2e}"))
+        rows.append(("residual", _number(record["train"]["residual"], ".2e")))
     for phase, times in record["times"].items():
         rows.append((f"{phase} time", f"{1e3 * times['median']:.1f} ms per step (median of {times['n']})"))
     if record["items_per_second"]:
@@ -84,3 +86,8 @@ def summary_table(record: Mapping[str, Any]) -> str:
     rows.append(("record", str(record["folder"])))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    """Return a number as text; in a record, null stands for one that was not finite or not measured."""
+    return "--" if value is None or not math.isfinite(value) else format(value, form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -63,7 +64,7 @@ class MetricsLog:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -76,11 +77,24 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
 
 
+def to_json(content: Any, *, indent: int | None = None) -> str:
+    """Return `content` as JSON, which has no NaN and no infinity: a number that is not finite becomes null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path` atomically, readable by a person."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n")
+    temporary.write_text(to_json(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 

@@ -119,6 +119,18 @@ def test_a_record_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, crash):
     assert json.loads(path.read_text()) == {"steps": 1}
 
 
+def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
+    path = tmp_path / "record.json"
+    content = {"loss": float("nan"), "rows": [1.5, float("-inf")], "deep": {"k": (float("inf"), 2)}, "text": "NaN"}
+    records.write_json(path, content)
+    expected = {"loss": None, "rows": [1.5, None], "deep": {"k": [None, 2]}, "text": "NaN"}
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
+    log = MetricsLog(tmp_path / "metrics.jsonl", keep_until=0)
+    log.write({"step": 1, "residual": float("nan")})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "residual": null}\n'
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """Make the program believe that it lives in a fresh repository."""
