@@ -47,7 +47,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
-    best, best_residual = z, torch.where(residual.isfinite(), residual, torch.inf)
+    best, best_residual = z.clone(), torch.where(residual.isfinite(), residual, torch.inf)
     # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
     largest = torch.finfo(length.dtype).max
     limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
@@ -64,7 +64,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         num_steps = num_steps + active
         if stops_early:
             z = torch.where(active[:, None], z, best)
-        g, residual, best, best_residual, active = observe(
+        g, residual, best_residual, active = observe(
             f(z), z, best, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
         )
         num_evals += 1
@@ -93,18 +93,18 @@ def _observe(
     norm: Norm,
     stop: Stop,
     tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return g = f(z) - z, the residual (B,), the best iterate with its residual, and who goes on (B,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return g = f(z) - z, the residual (B,), the best one, and who goes on (B,); the best iterate is kept in `best`."""
     g = fz - z
     length = vector_norm(g, norm)
     residual = residual_norm(fz, length, norm=norm, stop=stop)
     better = residual < best_residual if tol is None else (residual < best_residual) & active
-    best = torch.where(better[:, None], z, best)
+    torch.where(better[:, None], z, best, out=best)  # in place: a state is large, and memory is what binds
     best_residual = torch.where(better, residual, best_residual)
     active = active & (length <= limit)
     if tol is not None:
         active = active & ~(best_residual < tol)
-    return g, residual, best, best_residual, active
+    return g, residual, best_residual, active
 
 
 @contextmanager

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from phantom.engine.build import ConfigError  # noqa: E402
+from phantom.engine.heap import keep_freed_memory  # noqa: E402
 from phantom.engine.records import environment  # noqa: E402
 from scripts.bench import measure, report, variants  # noqa: E402
 from scripts.bench.growth import measure_growth  # noqa: E402
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     clock = Clock(options.clock, device)
     try:
         settings = variants.settings(options.overrides)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from phantom.engine.heap import keep_freed_memory
+
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -35,6 +37,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
         place = torch.device("cuda", local)
     else:
         place = torch.device("cpu")
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return place, (dist.get_rank() if world > 1 else 0), world

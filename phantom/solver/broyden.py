@@ -64,7 +64,7 @@ class Broyden(Solver):
 
     With a_j = <s_j, g> for the n stored steps, applying the factors to g in turn gives
 
-        c_j = (a_j + sum_{l<j} <s_j, s_{l+1}> c_l) / |s_j|^2,  w = g + sum_{l<n-1} c_l s_{l+1},  s = w / (1 - c_{n-1}).
+        c_j = (a_j + sum_{l<j} <s_j, s_{l+1}> c_l) / |s_j|^2,  s = (g + sum_{l<n-1} c_l s_{l+1}) / (1 - c_{n-1}).
 
     c = C a is linear in a. C is lower triangular: a new step adds a row to it, and the oldest leaves with its row and
     column. A factor is dropped (its row of C is zero) where 1 - c is so large or small that it is noise.
@@ -95,22 +95,25 @@ class Broyden(Solver):
         )
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
-        secant, append = (compiled(_secant), compiled(_append)) if self.compile else (_secant, _append)
+        secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
         size = memory.steps.shape[0]
         n, position = min(memory.count, size), memory.count % size
         here, products = memory.positions[position], memory.products
+        # once the ring is full, the place of the new step holds the oldest one, which is still needed
+        step = memory.steps[position] if n < size else torch.empty_like(g)
         if n == 0:
-            step, z = g, z + g
-            square = torch.linalg.vector_norm(g, dim=1).square()
+            step.copy_(g)
         else:
             stored, newest = memory.steps[:n], memory.positions[position - 1]
             memory.products[:, :n] = _project(stored, g)
             weights, scale, products, memory.coefficients = secant(
                 memory.gram, memory.coefficients, memory.products, newest, here
             )
-            w = torch.baddbmm(g[:, None, :], weights[:, None, :n], stored.transpose(0, 1))[:, 0]
-            step, z, square = (compiled(_move) if self.compile else _move)(w, scale, z)
-        memory.steps[position] = step
+            torch.div(g, scale[:, None], out=step)
+            step[:, None, :].baddbmm_(weights[:, None, :n], stored.transpose(0, 1))
+        if n == size:
+            memory.steps[position] = step
+        z, square = move(z, step)
         memory.gram, memory.coefficients = append(memory.gram, memory.coefficients, products, square, here)
         memory.count += 1
         return z
@@ -119,7 +122,7 @@ class Broyden(Solver):
 def _secant(
     gram: Tensor, coefficients: Tensor, a: Tensor, newest: Tensor, here: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weights (B, memory) of the stored steps in w, 1 - c (B,), <s_j, s> (B, memory), and C.
+    """Return the weights (B, memory) of the stored steps in s, 1 - c (B,), <s_j, s> (B, memory), and C.
 
     Args:
         newest, here: (memory,) True at the position of the newest step, and of the one to come.
@@ -132,14 +135,13 @@ def _secant(
     coefficients = coefficients.masked_fill(newest[:, None] & ~sound[:, None, None], 0)
     scale = torch.where(sound, scale, 1.0)
     # c_l weighs the step after l; the one after the newest is not there yet
-    weights = c.roll(1, 1).masked_fill(here, 0)
-    return weights, scale, (a + _times(gram, weights)) / scale[:, None], coefficients
+    weights = c.roll(1, 1).masked_fill(here, 0) / scale[:, None]
+    return weights, scale, a / scale[:, None] + _times(gram, weights), coefficients
 
 
-def _move(w: Tensor, scale: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the step s = w / scale (B, D), z + s, and |s|^2 (B,)."""
-    step = w / scale[:, None]
-    return step, z + step, torch.linalg.vector_norm(step, dim=1).square()
+def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z + s (B, D) and |s|^2 (B,)."""
+    return z + step, torch.linalg.vector_norm(step, dim=1).square()
 
 
 def _append(
@@ -164,3 +166,6 @@ def _project(stored: Tensor, v: Tensor) -> Tensor:
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix * vector[:, None, :]).sum(2)
+
+
+PLAIN = (_secant, _append, _move)

@@ -57,7 +57,7 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
         row.facts |= {"compile_seconds": first} if setting.config["compile"] else trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = clock.phase
-        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, clock.phase))
+        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, clock.phase, deq.graph_dtype))
         floor = replace(row.variant, label=f"floor of {setting.label}", model=model)
         if setting.config["cuda_graph"]:
             row.variant.replay(clock)

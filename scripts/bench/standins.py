@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,16 @@ class Floor(nn.Module):
 
     Args:
         work: per solve of one forward pass, in order.
+        graph_dtype: autocast of the evaluations with a graph, as in `phantom.fixed_point`.
     """
 
     regularizer = None
 
-    def __init__(self, work: Iterable[Work], clock: Clock) -> None:
+    def __init__(self, work: Iterable[Work], clock: Clock, graph_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.work = tuple(work)
         self.clock = clock
+        self.graph_dtype = graph_dtype
         self._call = 0
 
     def forward(self, f: Map, z0: State) -> Solution:
@@ -58,7 +61,11 @@ class Floor(nn.Module):
         with self.clock("solve"), torch.no_grad():
             for _ in range(work.evals):
                 z = f(z)
-        with self.clock("attach"):
+            torch.clear_autocast_cache()  # casts made under no_grad have no graph
+        cast = nullcontext()
+        if self.graph_dtype is not None:
+            cast = torch.autocast((z0[0] if isinstance(z0, tuple) else z0).device.type, dtype=self.graph_dtype)
+        with self.clock("attach"), cast:
             parts = z if isinstance(z, tuple) else (z,)
             # the adjoint family differentiates f to its input even where nothing below it asks for that
             start = tuple(part.detach().requires_grad_(work.vjps > 0) for part in parts)

@@ -1,0 +1,23 @@
+"""How the C library keeps memory for tensors on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory stay with the process, for the next tensor of its size; on other systems than glibc do nothing.
+
+    glibc returns large blocks to the system when they are freed. A training step allocates the same blocks again and
+    again, and every page of them is then mapped and zeroed anew: tens of thousands of page faults a step. The memory of
+    the process stays at its peak instead.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_MMAP_THRESHOLD, 2**30)

@@ -1,0 +1,22 @@
+"""Memory freed on a CPU is there for the next tensor, without a page fault."""
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from phantom.engine.heap import keep_freed_memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_a_tensor_takes_the_place_of_the_last_one():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20 // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    faults()
+    pages = 64 * 2**20 // resource.getpagesize()
+    assert min(faults() for _ in range(3)) < pages / 100
