@@ -94,7 +94,7 @@ def _observe(
     stop: Stop,
     tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return g = f(z) - z, the residual (B,), the best one, and who goes on (B,); the best iterate is kept in `best`."""
+    """Return g = f(z) - z, the residual (B,), the best one and who goes on (B,); `best` keeps the best iterate."""
     g = fz - z
     length = vector_norm(g, norm)
     residual = residual_norm(fz, length, norm=norm, stop=stop)

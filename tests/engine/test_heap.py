@@ -17,6 +17,6 @@ def test_a_tensor_takes_the_place_of_the_last_one():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     keep_freed_memory()
-    faults()
     pages = 64 * 2**20 // resource.getpagesize()
-    assert min(faults() for _ in range(3)) < pages / 100
+    # an aligned block needs a little more than the one before left: the first few grow the heap
+    assert min(faults() for _ in range(12)) < pages / 100
