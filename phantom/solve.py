@@ -55,6 +55,8 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
         active = active & ~(best_residual < solver.tol)
+    # one problem alone (a graph batch) that is asked for at every step goes on whenever the loop does
+    holds = stops_early and (len(active) > 1 or solver.sync_every > 1)
     memory = solver.start(z, g)
     for step in range(1, solver.max_steps + 1):
         if stops_early and (step - 1) % solver.sync_every == 0 and not bool(active.any()):  # device-to-host sync
@@ -62,7 +64,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         with _ieee_products(z.device):
             z = solver.propose(memory, z, g)
         num_steps = num_steps + active
-        if stops_early:
+        if holds:
             z = torch.where(active[:, None], z, best)
         g, residual, best_residual, active = observe(
             f(z), z, best, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
