@@ -55,16 +55,18 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     num_steps = torch.zeros_like(active, dtype=torch.long)
     if stops_early:
         active = active & ~(best_residual < solver.tol)
-    # one problem alone (a graph batch) that is asked for at every step goes on whenever the loop does
-    holds = stops_early and (len(active) > 1 or solver.sync_every > 1)
     memory = solver.start(z, g)
     for step in range(1, solver.max_steps + 1):
-        if stops_early and (step - 1) % solver.sync_every == 0 and not bool(active.any()):  # device-to-host sync
-            break
+        all_go_on = not stops_early
+        if stops_early and (step - 1) % solver.sync_every == 0:
+            number = int(active.sum())  # device-to-host sync
+            if number == 0:
+                break
+            all_go_on = number == len(active)
         with _ieee_products(z.device):
             z = solver.propose(memory, z, g)
         num_steps = num_steps + active
-        if holds:
+        if not all_go_on:
             z = torch.where(active[:, None], z, best)
         g, residual, best_residual, active = observe(
             f(z), z, best, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol

@@ -72,8 +72,10 @@ class Floor(nn.Module):
             value = start if isinstance(z, tuple) else start[0]
             for _ in range(work.graph_evals):
                 value = f(value)
-        with self.clock("backward"):
             outputs = value if isinstance(value, tuple) else (value,)
+            outputs = tuple(out.to(part.dtype) for out, part in zip(outputs, parts, strict=True))
+            value = outputs if isinstance(z, tuple) else outputs[0]
+        with self.clock("backward"):
             u = tuple(part.detach() for part in outputs)
             for _ in range(work.vjps):
                 u = torch.autograd.grad(outputs, start, u, retain_graph=True)
