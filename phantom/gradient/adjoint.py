@@ -85,7 +85,9 @@ class AdjointEstimator(GradientEstimator):
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         check_grad_enabled()
         z = solution.z_star.detach().requires_grad_()
-        fz = f(z)
+        # the backward of a compiled f is one piece: every vjp would compute the gradients of all parameters, too
+        with torch.compiler.set_stance("force_eager"):
+            fz = f(z)
         solution.stats.num_evals += 1
         return _Cotangent.apply(fz, z, self, solution.stats, solution.history)
 
