@@ -185,6 +185,9 @@ def for_peer(setting: Setting) -> Setting:
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
     config |= {"compile": False, "cuda_graph": False, "gradient_precision": None}
+    for solver in (config["solver"], config["adjoint_solver"], config["grad"].get("solver")):
+        if solver is not None:
+            solver["compile"] = False
     config["precision"] = "fp32" if config["precision"] == "fp32" else "tf32"
     return replace(setting, config=config)
 

@@ -53,3 +53,9 @@ def test_growth_counts_what_a_step_leaves_behind():
     facts = [{"label": r.variant.label, "growth": r.facts["growth"]} for r in rows]
     table = report.growth_table({"rows": facts})
     assert table[-1].startswith(f"| {rows[1].variant.label} | 5 | +5 | +20000 | ")
+
+
+def test_every_way_to_run_ours_has_the_same_peer():
+    options = ["grad=implicit", "compile=true,false", "gradient_precision=null,bf16", "precision=fp32"]
+    peers = [variants.for_peer(setting) for setting in variants.settings([*SMALL, *options])]
+    assert len(peers) == 4 and all(peer.config == peers[0].config for peer in peers)
