@@ -76,7 +76,7 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
 
 def _peer_row(setting: v.Setting, device: torch.device, clock: Clock) -> Row:
     variant = v.make(setting, device)
-    hidden = ("precision=", "compile=", "model.channels")
+    hidden = ("precision=", "gradient_precision=", "compile=", "model.channels")
     names = [word for word in setting.label.split() if not word.startswith(hidden)]
     variant.label = " ".join(["torchdeq", *names])
     variant.model = replace_deq(variant.model, TorchDEQ)

@@ -60,16 +60,13 @@ def _speed(result: dict[str, Any]) -> list[str]:
 def _implicit(result: dict[str, Any]) -> list[str]:
     """Return a line per pair of ours, beside the same pair of torchdeq where it was timed."""
     pairs = result["ratios"]["implicit"]
-    theirs = {tuple(_own(item[side]) for side in "ab"): item for item in pairs if item["a"].startswith("torchdeq")}
+    peer_of = {item["b"]: item["a"] for item in result["ratios"]["speedup"]}
+    theirs = {(item["a"], item["b"]): item for item in pairs}
     found = []
     for item in pairs:
         if item["a"].startswith("torchdeq"):
             continue
-        other = theirs.get((item["a"], item["b"]))
+        other = theirs.get((peer_of.get(item["a"]), peer_of.get(item["b"])))
         cells = [interval_cell(x, part) for x in (item, other) for part in ("total", "backward")]
         found.append(" | ".join([item["b"], *cells]))
     return found
-
-
-def _own(label: str) -> str:
-    return label.removeprefix("torchdeq ")
