@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     result = {
         "about": {
             "title": options.title,
-            "command": "python scripts/benchmark.py " + " ".join(arguments),
+            "command": "python scripts/benchmark.py " + shlex.join(arguments),
             "machine": machine(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

@@ -50,7 +50,8 @@ def command(row: dict[str, Any], flags: Sequence[str], *, rehearse: bool, out: P
         flags = ["--repeats", "1", "--clock", "cpu", "--threads", "1", "--device", "cpu"]
         flags += ["--peer", "torchdeq"] if _has_torchdeq() else []
     else:
-        flags += ["--title", row["title"], "--out", str(out / f"{row['name']}.json")]
+        # relative, as benchmark.py runs in ROOT: the command is kept with the numbers
+        flags += ["--title", row["title"], "--out", str(out.relative_to(ROOT) / f"{row['name']}.json")]
     flags += ["--growth", str(row["growth"])] if "growth" in row else []
     pairs = [f"{key}={value}" for key, value in items.items()]
     return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *pairs, *flags]
