@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from phantom.engine import checkpoint as checkpoints
 from phantom.engine import distributed
@@ -112,9 +111,9 @@ class Trainer:
         self._parameters = [p for p in self.bare.parameters() if p.requires_grad]
         self._ema = None
         if self.ema_decay is not None:
-            self._ema = AveragedModel(
-                self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay), use_buffers=True, device=self.device
-            )
+            from timm.utils import ModelEmaV3  # slow to import; torch's AveragedModel asks the device at every step
+
+            self._ema = ModelEmaV3(self.bare, decay=self.ema_decay)
         self._lengths = [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
         self.total = min(sum(self._lengths), self.budget.steps or math.inf)
         self._carries: list[Any] = [None] * self.shard.micro
@@ -236,7 +235,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self._ema is not None:
-            self._ema.update_parameters(self.bare)
+            self._ema.update(self.bare, step=self.step + 1)  # the first one copies
 
     def _after_step(self, micro_batches: list[Any], epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
