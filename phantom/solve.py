@@ -45,6 +45,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     g = fz - z
     length = vector_norm(g, solver.norm)
     residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
+    del fz
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z.clone(), torch.where(residual.isfinite(), residual, torch.inf)
@@ -53,24 +54,27 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
     active = length <= limit
     num_steps = torch.zeros_like(active, dtype=torch.long)
+    batch, going = len(active), None
     if stops_early:
         active = active & ~(best_residual < solver.tol)
+        going = int(active.sum())  # device-to-host sync
     memory = solver.start(z, g)
     for step in range(1, solver.max_steps + 1):
-        all_go_on = not stops_early
-        if stops_early and (step - 1) % solver.sync_every == 0:
-            number = int(active.sum())  # device-to-host sync
-            if number == 0:
-                break
-            all_go_on = number == len(active)
+        if going == 0:
+            break
         with _ieee_products(z.device):
             z = solver.propose(memory, z, g)
         num_steps = num_steps + active
-        if not all_go_on:
+        if stops_early and going != batch:
             z = torch.where(active[:, None], z, best)
-        g, residual, best_residual, active = observe(
-            f(z), z, best, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
+        g, residual, better, best_residual, active = observe(
+            f(z), z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
         )
+        going = improved = None  # unknown to the host
+        if stops_early and step % solver.sync_every == 0:
+            going, improved = _counts(active, better)  # device-to-host sync
+        # no iterate is ever written to, so that the best one needs no copy where all problems have improved
+        best = z if improved == batch else torch.where(better[:, None], z, best)
         num_evals += 1
         trace.append(residual)
     tol = 0.0 if solver.tol is None else solver.tol
@@ -89,7 +93,6 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
 def _observe(
     fz: Tensor,
     z: Tensor,
-    best: Tensor,
     best_residual: Tensor,
     active: Tensor,
     limit: Tensor,
@@ -97,18 +100,24 @@ def _observe(
     norm: Norm,
     stop: Stop,
     tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return g = f(z) - z, the residual (B,), the best one and who goes on (B,); `best` keeps the best iterate."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return g = f(z) - z and, as (B,): the residual, whether it is the best yet, the best one, and who goes on."""
     g = fz - z
     length = vector_norm(g, norm)
     residual = residual_norm(fz, length, norm=norm, stop=stop)
     better = residual < best_residual if tol is None else (residual < best_residual) & active
-    torch.where(better[:, None], z, best, out=best)  # in place: a state is large, and memory is what binds
     best_residual = torch.where(better, residual, best_residual)
     active = active & (length <= limit)
     if tol is not None:
         active = active & ~(best_residual < tol)
-    return g, residual, best_residual, active
+    return g, residual, better, best_residual, active
+
+
+def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
+    """Return how many problems go on, and how many have improved, as one number: the host waits once."""
+    base = len(active) + 1
+    improved, going = divmod(int((active + base * better).sum()), base)
+    return going, improved
 
 
 @contextmanager

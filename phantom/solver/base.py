@@ -52,7 +52,10 @@ class Solver(ABC):
 
     @abstractmethod
     def propose(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
-        """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place."""
+        """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place.
+
+        `z` may be the best iterate so far and is not written to; `g` is not needed afterwards, and may be.
+        """
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from phantom.solver.base import Solver, check_lam
@@ -27,4 +28,4 @@ class FixedPoint(Solver):
         return None
 
     def propose(self, memory: None, z: Tensor, g: Tensor) -> Tensor:
-        return z.add(g, alpha=self.lam)
+        return torch.add(z, g, alpha=self.lam, out=g)

@@ -21,6 +21,15 @@ def test_one_process_needs_no_group(monkeypatch):
     assert torch.equal(model.running_mean, before)
 
 
+def test_a_cpu_takes_denormal_numbers_for_zero(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    torch.set_flush_denormal(False)
+    small = torch.tensor([1e-30])
+    assert (small * 1e-10).item() > 0
+    distributed.start("cpu")
+    assert (small * 1e-10).item() == 0
+
+
 def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     chosen = []
