@@ -73,8 +73,8 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:
             going, improved = _counts(active, better)  # device-to-host sync
-        # no iterate is ever written to, so that the best one needs no copy where all problems have improved
-        best = z if improved == batch else torch.where(better[:, None], z, best)
+        # the best iterate needs no copy where all problems have improved; else it is kept in place: a state is large
+        best = z if improved == batch else torch.where(better[:, None], z, best, out=best)
         num_evals += 1
         trace.append(residual)
     tol = 0.0 if solver.tol is None else solver.tol

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +209,7 @@ class Trainer:
                 loss = loss + penalty_weight * score.tally.count * solution.penalty
         with self.timer.phase("backward"):
             loss.backward()
-        # the states would keep the graph of this step alive
-        solutions = tuple(
-            replace(s, value=s.z_star, penalty=None if s.penalty is None else s.penalty.detach())
-            for s in score.solutions
-        )
-        return Score(score.tally.detach(), solutions, score.carry)
+        return score.detach()
 
     def _update(self, tally: Tally) -> None:
         """Divide the summed gradients by the global count, check, clip and step."""

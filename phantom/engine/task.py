@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.distributed as dist
@@ -59,6 +59,14 @@ class Score(NamedTuple):
     tally: Tally
     solutions: tuple[Solution, ...]
     carry: Any
+
+    def detach(self) -> Score:
+        """Return the score without the graph of its step, which the states would keep alive."""
+        solutions = tuple(
+            replace(s, value=s.z_star, penalty=None if s.penalty is None else s.penalty.detach())
+            for s in self.solutions
+        )
+        return Score(self.tally.detach(), solutions, self.carry)
 
 
 class Task(ABC):

@@ -65,7 +65,9 @@ class Floor(nn.Module):
         cast = nullcontext()
         if self.graph_dtype is not None:
             cast = torch.autocast((z0[0] if isinstance(z0, tuple) else z0).device.type, dtype=self.graph_dtype)
-        with self.clock("attach"), cast:
+        # as in the adjoint estimators: a compiled backward computes the gradients of all parameters with every vjp
+        stance = torch.compiler.set_stance("force_eager") if work.vjps else nullcontext()
+        with self.clock("attach"), cast, stance:
             parts = z if isinstance(z, tuple) else (z,)
             # the adjoint family differentiates f to its input even where nothing below it asks for that
             start = tuple(part.detach().requires_grad_(work.vjps > 0) for part in parts)

@@ -90,7 +90,7 @@ class Variant:
         loss = score.tally.loss_sum / score.tally.count
         with self.phase("backward"):
             loss.backward()
-        return score._replace(tally=score.tally.detach())
+        return score.detach()
 
     def graph_evals(self) -> int:
         """Return how often f is evaluated with a graph, per solve."""

@@ -15,6 +15,7 @@ from phantom.engine.classification import ImageClassification
 from phantom.engine.cuda_graph import EAGER, StepGraphs
 from phantom.engine.task import Score
 from phantom.engine.timing import StepTimer
+from scripts import benchmark
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -199,3 +200,13 @@ def test_solver_products_stay_float32(precision):
 def _linear(matrix: torch.Tensor, x: torch.Tensor):
     # elementwise, so that f itself is exact under every precision
     return lambda z: (z[:, None, :] * matrix).sum(-1) + x
+
+
+@pytest.mark.parametrize("options", [[], ["compile=true"]], ids=str)
+def test_the_benchmark_replays_its_steps(options):
+    """A step before the capture must leave no graph alive: its nodes belong to another stream."""
+    sizes = ["batch=4", "size=16", "k=2", "lam=0.5", "solver.max_steps=4", "adjoint_solver.max_steps=4"]
+    ours = ["model=mdeq_tiny", "grad=upg,implicit", "cuda_graph=true", "precision=tf32", *sizes, *options]
+    rows = benchmark.main([*ours, "--repeats", "2"])["rows"]
+    assert len(rows) == 4, "each with its floor"
+    assert all(row["seconds"][phase]["low"] > 0 for row in rows for phase in ("solve", "backward"))
