@@ -45,7 +45,6 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     g = fz - z
     length = vector_norm(g, solver.norm)
     residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
-    del fz
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z.clone(), torch.where(residual.isfinite(), residual, torch.inf)
@@ -63,12 +62,14 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         if going == 0:
             break
         with _ieee_products(z.device):
-            z = solver.propose(memory, z, g)
+            z = solver.propose(memory, z, fz, g)
+        del fz  # a state is large
         num_steps = num_steps + active
         if stops_early and going != batch:
             z = torch.where(active[:, None], z, best)
+        fz = f(z)
         g, residual, better, best_residual, active = observe(
-            f(z), z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
+            fz, z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
         )
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:
@@ -109,15 +110,14 @@ def _observe(
     best_residual = torch.where(better, residual, best_residual)
     active = active & (length <= limit)
     if tol is not None:
-        active = active & ~(best_residual < tol)
+        active = active & (best_residual >= tol)
     return g, residual, better, best_residual, active
 
 
 def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
-    """Return how many problems go on, and how many have improved, as one number: the host waits once."""
-    base = len(active) + 1
-    improved, going = divmod(int((active + base * better).sum()), base)
-    return going, improved
+    """Return how many problems go on, and how many have improved; the host waits once."""
+    flags = torch.cat((active, better)).tolist()
+    return sum(flags[: len(active)]), sum(flags[len(active) :])
 
 
 @contextmanager

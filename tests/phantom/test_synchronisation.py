@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phantom.solve import solve
@@ -27,14 +29,26 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Lists(TorchFunctionMode):
+    """Count the calls of `tolist`, which waits as well; on a CPU it dispatches no operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.waiting += func is Tensor.tolist
+        return func(*args, **(kwargs or {}))
+
+
 @each(FEW_STEPS)
 def test_a_fixed_budget_never_waits_for_the_device(solver):
     """On tensors of a GPU that have no values, reading one raises; no GPU is needed for that."""
-    with FakeTensorMode(), Syncs() as syncs:
+    with FakeTensorMode(), Syncs() as syncs, Lists() as lists:
         x = torch.zeros(2, 5, device="cuda")
         z, stats, _ = solve(lambda z: 0.5 * z + x, torch.zeros_like(x), solver)
     assert z.device.type == "cuda" and stats.num_evals == 8
-    assert syncs.waiting == 0 and syncs.uploading == 0
+    assert syncs.waiting == lists.waiting == 0 and syncs.uploading == 0
 
 
 @each(FEW_STEPS)
@@ -42,17 +56,18 @@ def test_a_fixed_budget_never_waits_for_the_device(solver):
 def test_a_tolerance_waits_at_the_start_and_once_every_n_steps(solver, every):
     x = randn(2, 5, seed=3)
     solver = type(solver)(**{**vars(solver), "tol": 0.0, "max_steps": 12, "sync_every": every})
-    with Syncs() as syncs:
+    with Syncs() as syncs, Lists() as lists:
         _, stats, _ = solve(lambda z: torch.cos(z) + x, torch.zeros_like(x), solver)
     assert stats.num_evals == 13, "the solve must not stop early for the count to be right"
-    assert 0 < syncs.waiting <= 1 + 12 // every and syncs.uploading == 0
+    assert 0 < syncs.waiting + lists.waiting <= 1 + 12 // every and syncs.uploading == 0
 
 
 def test_the_counter_counts():
     x = torch.ones(3)
-    with Syncs() as syncs:
+    with Syncs() as syncs, Lists() as lists:
         bool(x.any())
+        x.tolist()
         x[[0, 1]] = 2.0
-    assert syncs.waiting == 1 and syncs.uploading > 0
+    assert syncs.waiting == lists.waiting == 1 and syncs.uploading > 0
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         bool(torch.ones(3, device="cuda").any())
