@@ -45,6 +45,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     g = fz - z
     length = vector_norm(g, solver.norm)
     residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
+    del fz  # a state is large
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
     best, best_residual = z.clone(), torch.where(residual.isfinite(), residual, torch.inf)
@@ -62,14 +63,12 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         if going == 0:
             break
         with _ieee_products(z.device):
-            z = solver.propose(memory, z, fz, g)
-        del fz  # a state is large
+            z = solver.propose(memory, z, g)
         num_steps = num_steps + active
         if stops_early and going != batch:
             z = torch.where(active[:, None], z, best)
-        fz = f(z)
         g, residual, better, best_residual, active = observe(
-            fz, z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
+            f(z), z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
         )
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:

@@ -56,7 +56,7 @@ class Anderson(Solver):
         shape = (size, *z.shape)
         return Window(g.new_empty(shape), g.new_empty(shape), g.new_zeros((z.shape[0], size, size)))
 
-    def propose(self, memory: Window, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(self, memory: Window, z: Tensor, g: Tensor) -> Tensor:
         size = memory.z.shape[0]
         position = memory.count % size
         memory.z[position], memory.g[position] = z, g

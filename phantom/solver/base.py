@@ -51,10 +51,11 @@ class Solver(ABC):
         """Return the memory of a solve that begins at `z` (B, D) with residual vector g = f(z) - z."""
 
     @abstractmethod
-    def propose(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        """Return the next iterate (B, D) from the current one, f(z) and g = f(z) - z, updating `memory` in place.
+    def propose(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
+        """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place.
 
-        `z` may be the best iterate so far and is not written to; `g` is not needed afterwards, and may be.
+        The next iterate is memory of the solver's own: f may reuse what it returns, and the loop writes to iterates.
+        `z` may be the best one so far and is not written to; `g` is not needed afterwards, and may be.
         """
 
 

@@ -94,7 +94,7 @@ class Broyden(Solver):
             positions=torch.eye(size, dtype=torch.bool, device=g.device),
         )
 
-    def propose(self, memory: Steps, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
         secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
         size = memory.steps.shape[0]
         n, position = min(memory.count, size), memory.count % size

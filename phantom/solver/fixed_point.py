@@ -27,5 +27,5 @@ class FixedPoint(Solver):
     def start(self, z: Tensor, g: Tensor) -> None:
         return None
 
-    def propose(self, memory: None, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        return fz if self.lam == 1 else torch.add(z, g, alpha=self.lam, out=g)
+    def propose(self, memory: None, z: Tensor, g: Tensor) -> Tensor:
+        return torch.add(z, g, alpha=self.lam, out=g)

@@ -50,9 +50,9 @@ def test_low_precision_products_stay_out_of_the_solver(solver):
     inside, outside = set(), set()
 
     class Watched(type(solver)):
-        def propose(self, memory, z, fz, g):
+        def propose(self, memory, z, g):
             inside.add(backend.fp32_precision)
-            return super().propose(memory, z, fz, g)
+            return super().propose(memory, z, g)
 
     def f(z: Tensor) -> Tensor:
         outside.add(backend.fp32_precision)

@@ -172,3 +172,17 @@ def test_settings_are_keyword_only_known_and_frozen():
         Broyden(max_steps=5)
     with pytest.raises(AttributeError):
         FixedPoint(max_steps=5, tol=None).tol = 1.0
+
+
+@each(FEW_STEPS | {"to_tolerance": FixedPoint(max_steps=7, tol=1e-30)})
+def test_f_may_reuse_what_it_returns(solver):
+    """The memory of an output belongs to f: the solve neither keeps it nor writes to it."""
+    problem = tanh_contraction()
+    expected, stats, _ = solve(problem.f, problem.z0, solver)
+    output = torch.empty_like(problem.z0)
+    z, others, _ = solve(lambda z: output.copy_(problem.f(z)), problem.z0, solver)
+    torch.testing.assert_close(z, expected, rtol=0, atol=0)
+    torch.testing.assert_close(others.trace, stats.trace, rtol=0, atol=0)
+    constant = torch.arange(6.0).reshape(2, 3)
+    solve(lambda z: constant, torch.zeros(2, 3), solver)
+    assert torch.equal(constant, torch.arange(6.0).reshape(2, 3))
