@@ -164,11 +164,11 @@ def propagate(inputs: Tensor, weight: Tensor, graph: GraphInput) -> Tensor:
 
 def node_map(weight: Tensor, injection: Tensor, graph: GraphInput) -> NodeMap:
     """Return f(X) = relu(A^T X W^T + B) on states (1, N, m)."""
-    adjacency, transposed = graph.adjacency, weight.T
+    adjacency, transposed = graph.adjacency, weight.T.contiguous()
 
     def f(x: Tensor) -> Tensor:
         message = multiply(adjacency, x.squeeze(0), transposed=True)
-        return torch.addmm(injection, message, transposed).relu_().unsqueeze(0)
+        return torch.mm(message, transposed).add_(injection).relu_().unsqueeze(0)
 
     return f
 
