@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ def _state_sums(solutions: Sequence[Solution]) -> dict[str, Tensor]:
     sums = {}
     for i, solution in enumerate(solutions):
         z = solution.z_star
-        sums[f"{SQUARES}/{i}"] = z.float().square().sum()
+        sums[f"{SQUARES}/{i}"] = torch.linalg.vector_norm(z.float()).square()
         sums[f"{ENTRIES}/{i}"] = z.new_tensor(float(z.numel()))
     return sums
 
