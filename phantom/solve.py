@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,18 +51,17 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     largest = torch.finfo(length.dtype).max
     limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
     active = length <= limit
-    num_steps = torch.zeros_like(active, dtype=torch.long)
     batch, going = len(active), None
     if stops_early:
         active = active & ~(best_residual < solver.tol)
         going = int(active.sum())  # device-to-host sync
+    moved = [torch.zeros_like(active)]
     memory = solver.start(z, g)
     for step in range(1, solver.max_steps + 1):
         if going == 0:
             break
-        with _ieee_products(z.device):
-            z = solver.propose(memory, z, g)
-        num_steps = num_steps + active
+        z = _propose(solver, memory, z, g)
+        moved.append(active)
         if stops_early and going != batch:
             z = torch.where(active[:, None], z, best)
         g, residual, better, best_residual, active = observe(
@@ -80,7 +77,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
     tol = 0.0 if solver.tol is None else solver.tol
     converged = best_residual < tol
     stats = Stats(
-        num_steps=num_steps,
+        num_steps=torch.stack(moved).sum(dim=0),
         num_evals=num_evals,
         residual=best_residual,
         converged=converged,
@@ -115,17 +112,16 @@ def _observe(
 
 def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
     """Return how many problems go on, and how many have improved; the host waits once."""
-    flags = torch.cat((active, better)).tolist()
-    return sum(flags[: len(active)]), sum(flags[len(active) :])
+    going, improved = torch.stack((active, better)).tolist()
+    return sum(going), sum(improved)
 
 
-@contextmanager
-def _ieee_products(device: torch.device) -> Iterator[None]:
+def _propose(solver: Solver, memory: Any, z: Tensor, g: Tensor) -> Tensor:
     """Keep TF32 and bfloat16 shortcuts out of a solver's own matrix products; f keeps what the user has set."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backend = torch.backends.cuda.matmul if z.device.type == "cuda" else torch.backends.mkldnn.matmul
     kept = backend.fp32_precision
     backend.fp32_precision = "ieee"
     try:
-        yield
+        return solver.propose(memory, z, g)
     finally:
         backend.fp32_precision = kept
