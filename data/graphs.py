@@ -112,7 +112,7 @@ def check_parts(shard: Shard, count: int) -> list[range]:
     """Return this rank's index ranges of a batch of `count` graphs or nodes; raise where ranks would have none."""
     parts = shard.parts(count)
     if not parts:
-        raise ValueError(
+        raise DataError(
             f"a batch of {count} cannot be shared by {shard.world} processes: raise the batch size or use fewer of them"
         )
     return parts

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.errors import DataError
 from phantom.engine import distributed
 from phantom.engine.meters import SolveMeter
 from phantom.engine.precision import autocast
@@ -49,5 +50,5 @@ def evaluate(
     finally:
         model.train(was_training)
     if not all(distributed.gather(total is not None)):
-        raise ValueError(f"the split {split!r} has no batch for one of the processes: use fewer processes or more data")
+        raise DataError(f"the split {split!r} has no batch for one of the processes: use fewer processes or more data")
     return {**task.report(total.all_reduce()), **meter.report()}
