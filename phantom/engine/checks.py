@@ -111,6 +111,9 @@ def check_rates(settings: dict[str, Any]) -> None:
         value = settings.get(key, 0.0)
         if not (is_number(value) and math.isfinite(value) and value >= 0):
             raise ConfigError(f"optimizer.{key}={value!r} must be a number >= 0")
+    momentum = settings.get("momentum", 0.0)
+    if momentum >= 1:
+        raise ConfigError(f"optimizer.momentum={momentum!r} must be in [0, 1): past steps must fade")
 
 
 def _check_integer(key: str, value: Any, *, least: int, otherwise: str = "") -> None:

@@ -58,6 +58,7 @@ BEFORE_DATA = [
     ("solver.stop=abs", "stop='abs' is not known; choose one of relative, absolute"),
     ("optimizer.lr=-1", r"optimizer\.lr=-1 must be a number >= 0"),
     ("optimizer.lr=fast", r"optimizer\.lr='fast' must be a number >= 0"),
+    ("optimizer.momentum=2", r"optimizer\.momentum=2 must be in \[0, 1\)"),
     ("optimizer.weight_decay=-1", r"optimizer\.weight_decay=-1 must be a number >= 0"),
     ("optimizer=adam optimizer.betas=[2,1]", "optimizer: Invalid beta parameter"),
     ("clipping=total clipping.max_norm=0", "clipping: max_norm=0 must be > 0"),
