@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import DataError
 from phantom.engine import distributed
+from phantom.engine.checks import ConfigError
 from phantom.engine.meters import SolveMeter
 from phantom.engine.precision import autocast
 from phantom.engine.task import Tally, Task
@@ -50,5 +50,5 @@ def evaluate(
     finally:
         model.train(was_training)
     if not all(distributed.gather(total is not None)):
-        raise DataError(f"the split {split!r} has no batch for one of the processes: use fewer processes or more data")
+        raise ConfigError(f"the split {split!r} has no batch for one of the processes: use fewer of them, or more data")
     return {**task.report(total.all_reduce()), **meter.report()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.errors import DataError
 from phantom.engine import distributed
+from phantom.engine.checks import ConfigError
 from phantom.engine.evaluation import evaluate
 from phantom.engine.loop import Trainer
 from phantom.engine.optim import ClipTotal
@@ -80,7 +80,7 @@ def too_few(folder: Path, rank: int, world: int) -> None:
     """One example to evaluate on: one of the ranks has none, and both must say so."""
     run = trainer(folder, rank, world, noisy=False, count=1)
     options = {"shard": run.shard, "device": tiny.CPU, "precision": "fp32"}
-    with pytest.raises(DataError, match="'test' has no batch for one of the processes"):
+    with pytest.raises(ConfigError, match="'test' has no batch for one of the processes"):
         evaluate(run.bare, run.task, run.source, "test", **options)
     (folder / f"rank{rank}").touch()
 
