@@ -62,10 +62,7 @@ def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str]) -> Rebuil
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
     config = cli.change(yaml.safe_load(state["config"]), overrides)
-    weights = state["model"]
-    if state["ema"] is not None:
-        averaged = "module."
-        weights = {name.removeprefix(averaged): w for name, w in state["ema"].items() if name.startswith(averaged)}
+    weights = state["model"] if state["ema"] is None else state["ema"]
     return _rebuild(config, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
 
 

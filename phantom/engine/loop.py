@@ -328,7 +328,7 @@ class Trainer:
             return
         state = {
             "model": self.bare.state_dict(),
-            "ema": None if self._ema is None else self._ema.state_dict(),
+            "ema": None if self._ema is None else self._ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
@@ -350,8 +350,8 @@ class Trainer:
             )
         checkpoints.load_weights(self.bare, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self._ema is not None and state["ema"] is not None:
-            self._ema.load_state_dict(state["ema"])
+        if self._ema is not None:
+            checkpoints.load_weights(self._ema.module, state["ema"], path)
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
         own = state["ranks"][self.shard.rank]

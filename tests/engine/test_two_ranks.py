@@ -77,10 +77,7 @@ def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
     assert tiny.same(ranks[0]["buffers"], ranks[1]["buffers"])
     state = checkpoint.load(folder / "last.pt")
     alone = two_ranks.trainer(folder, 0, 1, noisy=True)
-    weights = state["model"]
-    if ema is not None:
-        weights = {name.removeprefix("module."): value for name, value in state["ema"].items() if "module." in name}
-    alone.bare.load_state_dict(weights)
+    alone.bare.load_state_dict(state["model"] if ema is None else state["ema"])
     for split in ("valid", "test"):
         metrics = evaluate(
             alone.bare, alone.task, alone.source, split, shard=alone.shard, device=tiny.CPU, precision="fp32"
