@@ -143,9 +143,11 @@ def test_a_run_is_the_same_under_every_speed_option(tmp_path, options):
         losses[name] = [row["loss"] for row in rows if row["kind"] == "train"]
         assert {"solve", "attach", "backward", "optimizer", "step"} <= set(trainer.timer.summary())
     assert len(losses["fast"]) == 16
-    # rounding differs, and training amplifies it
+    # rounding differs: at blank pixels ReLU has ties, and the first gradient in float32 is 0.4 % off that in float64,
+    # eager too. Training amplifies it
+    assert losses["fast"][0] == pytest.approx(losses["plain"][0], rel=1e-5)
+    assert losses["fast"][:5] == pytest.approx(losses["plain"][:5], rel=2e-2)
     assert losses["fast"] == pytest.approx(losses["plain"], rel=0.1)
-    assert losses["fast"][:5] == pytest.approx(losses["plain"][:5], rel=1e-3)
 
 
 def make_trainer(folder, *options: str):
