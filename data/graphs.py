@@ -76,13 +76,15 @@ class Graph:
         features: (N, p).
         adjacency: (N, N).
         radius: an upper bound of the spectral radius of |adjacency|.
-        pooling: (G, N) with a one where node n belongs to graph g; None outside graph classification.
+        pooling: (G, N) sum over the nodes of each of G graphs; None outside graph classification.
+        multiplicity: (N,) how many nodes of the original graph a node stands for (see `data.quotient`); None: one.
     """
 
     features: Tensor
     adjacency: SparseMatrix
     radius: float
     pooling: SparseMatrix | None = None
+    multiplicity: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -97,6 +99,7 @@ class Graph:
             features=self.features.to(device, non_blocking=non_blocking),
             adjacency=self.adjacency.to(device, non_blocking),
             pooling=None if self.pooling is None else self.pooling.to(device, non_blocking),
+            multiplicity=None if self.multiplicity is None else self.multiplicity.to(device, non_blocking=non_blocking),
         )
 
 
@@ -179,13 +182,11 @@ def normalized_adjacency(
     return sparse_matrix(pairs, (degree[pairs[0]] * degree[pairs[1]]).rsqrt(), (num_nodes, num_nodes))
 
 
-def membership(sizes: Sequence[int], dtype: torch.dtype) -> SparseMatrix:
-    """Return the (G, N) matrix that sums the nodes of each of G consecutive graphs."""
-    counts = torch.tensor(list(sizes))
-    graph = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+def membership(sizes: Sequence[int], multiplicity: Tensor) -> SparseMatrix:
+    """Return the (G, N) matrix that sums the nodes of each of G consecutive graphs, each `multiplicity` (N,) times."""
+    graph = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
     nodes = torch.arange(graph.numel())
-    ones = torch.ones(graph.numel(), dtype=dtype)
-    return sparse_matrix(torch.stack([graph, nodes]), ones, (len(sizes), graph.numel()))
+    return sparse_matrix(torch.stack([graph, nodes]), multiplicity, (len(sizes), graph.numel()))
 
 
 def union(graphs: Sequence[Graph]) -> Graph:
@@ -193,12 +194,17 @@ def union(graphs: Sequence[Graph]) -> Graph:
     rows = _stack([graph.adjacency.rows for graph in graphs])
     shared = all(graph.adjacency.columns is graph.adjacency.rows for graph in graphs)
     columns = rows if shared else _stack([graph.adjacency.columns for graph in graphs])
-    features = torch.cat([graph.features for graph in graphs])
+    ones = [graph.features.new_ones(graph.num_nodes) for graph in graphs]
+    counts = [
+        one if graph.multiplicity is None else graph.multiplicity for one, graph in zip(ones, graphs, strict=True)
+    ]
+    multiplicity = torch.cat(counts)
     return Graph(
-        features=features,
+        features=torch.cat([graph.features for graph in graphs]),
         adjacency=SparseMatrix(rows, columns),
         radius=max(graph.radius for graph in graphs),
-        pooling=membership([graph.num_nodes for graph in graphs], features.dtype),
+        pooling=membership([graph.num_nodes for graph in graphs], multiplicity),
+        multiplicity=multiplicity,
     )
 
 

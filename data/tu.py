@@ -17,6 +17,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
 from data.graphs import Graph, check_parts, normalized_adjacency, union, without_deprecations
+from data.quotient import quotient
 from data.root import data_root, root_hint
 from data.seeding import generator
 from data.spec import Shard, Source, Spec
@@ -56,6 +57,8 @@ class TUGraphs(Source):
         shuffle: draw a new order every epoch; the official code keeps one.
         validation: share of the training graphs held out.
         eval_adjacency: `same` as in training, or `doubled`: 2A + I, as the official evaluation has it.
+        merge_nodes: compute nodes that message passing cannot tell apart once (`data.quotient`): exact, and a third of
+            COX2's nodes.
         split_seed: of stratified folds, their training order and the validation graphs: the same for all ten folds.
         seed: of the order of every epoch, with `shuffle`.
         download: fetch the files into `root` when they are absent; where they are, nothing is fetched or written.
@@ -78,6 +81,7 @@ class TUGraphs(Source):
         shuffle: bool,
         validation: float,
         eval_adjacency: Adjacency,
+        merge_nodes: bool,
         split_seed: int,
         seed: int,
         download: bool,
@@ -97,13 +101,15 @@ class TUGraphs(Source):
             raise ValueError(f"validation={validation!r} must be in [0, 1): a share of the training graphs")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer >= 1")
+        if not isinstance(merge_nodes, bool):
+            raise ValueError(f"merge_nodes={merge_nodes!r} must be true or false")
         self.root = data_root(root, name)
         self.name, self.folds, self.fold, self.split_seed, self.seed = name, folds, fold, split_seed, seed
         self.batch_size, self.shuffle, self.validation = batch_size, shuffle, validation
         self.scaling = {"train": "symmetric", "eval": "doubled" if eval_adjacency == "doubled" else "symmetric"}
-        self.download = download
+        self.merge_nodes, self.download = merge_nodes, download
         self.splits = ("train", "valid", "test") if validation > 0 else ("train", "test")
-        self._graphs: dict[str, list[Graph]] = {}
+        self._graphs: dict[tuple[str, int], Graph] = {}
         self._batches: dict[Any, Batch] = {}
         self._raw: Raw | None = None
         self._ids: dict[str, list[int]] | None = None
@@ -182,13 +188,17 @@ class TUGraphs(Source):
         key = (use, *ids)
         if key in self._batches:
             return self._batches[key]
-        if self.scaling[use] not in self._graphs:
-            self._graphs[self.scaling[use]] = self.raw.graphs(self.scaling[use])
-        graphs = self._graphs[self.scaling[use]]
-        batch = _move((union([graphs[i] for i in ids]), self.raw.labels[list(ids)]), self._device)
+        graphs = [self._graph(self.scaling[use], i) for i in ids]
+        batch = _move((union(graphs), self.raw.labels[list(ids)]), self._device)
         if keep:
             self._batches[key] = batch
         return batch
+
+    def _graph(self, scaling: str, index: int) -> Graph:
+        if (scaling, index) not in self._graphs:
+            graph = self.raw.graph(index, scaling)
+            self._graphs[scaling, index] = quotient(graph) if self.merge_nodes else graph
+        return self._graphs[scaling, index]
 
 
 class Raw:
@@ -205,15 +215,11 @@ class Raw:
         self.features, self.edges, self.nodes, self.arcs, self.labels = features, edges, nodes, arcs, labels
         self.facts = Facts(features.shape[1], int(labels.max()) + 1, labels.numel())
 
-    def graphs(self, scaling: str) -> list[Graph]:
-        """Return every graph with its normalised adjacency."""
-        result = []
-        for g in range(self.labels.numel()):
-            features = self.features[self.nodes[g] : self.nodes[g + 1]]
-            edges = self.edges[:, self.arcs[g] : self.arcs[g + 1]]
-            adjacency = normalized_adjacency(edges, features.shape[0], scaling)
-            result.append(Graph(features=features, adjacency=adjacency, radius=1.0))
-        return result
+    def graph(self, index: int, scaling: str) -> Graph:
+        """Return one graph with its normalised adjacency."""
+        features = self.features[self.nodes[index] : self.nodes[index + 1]]
+        edges = self.edges[:, self.arcs[index] : self.arcs[index + 1]]
+        return Graph(features=features, adjacency=normalized_adjacency(edges, features.shape[0], scaling), radius=1.0)
 
 
 def read_tu(root: Path, name: str, *, download: bool) -> Raw:

@@ -22,6 +22,7 @@ SETTINGS = {
     "shuffle": False,
     "validation": 0.0,
     "eval_adjacency": "doubled",
+    "merge_nodes": False,
     "split_seed": 42,
     "seed": 0,
     "download": False,
@@ -176,6 +177,7 @@ def test_the_evaluation_adjacency_is_a_switch(toy):
         ({"eval_adjacency": "half"}, "eval_adjacency='half'"),
         ({"name": "MUTAG"}, "folds=stratified"),
         ({"validation": 1.0}, "validation=1.0"),
+        ({"merge_nodes": "yes"}, "merge_nodes='yes' must be true or false"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
@@ -232,7 +234,8 @@ def test_graphs_without_edges_and_isolated_nodes(toy):
     bare = {node for graph in (10, 39) for node in range(first[graph], first[graph + 1])} | {first[5] + 1}
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if not bare & set(map(int, line.split(",")))) + "\n")
-    graphs = toy_source(toy).raw.graphs("symmetric")
+    raw = toy_source(toy).raw
+    graphs = [raw.graph(index, "symmetric") for index in range(40)]
     assert [graph.num_nodes for graph in graphs] == sizes
     for empty in (10, 39):
         assert torch.equal(graphs[empty].adjacency.to_dense(), torch.eye(sizes[empty]))

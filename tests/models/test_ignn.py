@@ -30,6 +30,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.float64)
+
+
 def directed_graph(nodes: int = 9, features: int = 4, seed: int = 0) -> Graph:
     weights = randn(nodes, nodes, seed=seed).clamp_min(0) * (randn(nodes, nodes, seed=seed + 1) > 0.3)
     edges = weights.nonzero().T
@@ -39,7 +43,7 @@ def directed_graph(nodes: int = 9, features: int = 4, seed: int = 0) -> Graph:
         features=randn(nodes, features, seed=seed + 2),
         adjacency=adjacency,
         radius=spectral_radius(adjacency),
-        pooling=membership([4, nodes - 4], torch.float64),
+        pooling=membership([4, nodes - 4], ones(nodes)),
     )
 
 
@@ -225,12 +229,12 @@ def test_a_batch_of_graphs_is_each_graph():
         features=torch.cat([one.features, two.features]),
         adjacency=sparse_matrix(torch.cat([first, second], dim=1), torch.cat([a, b]), (15, 15)),
         radius=radius,
-        pooling=membership([6, 9], torch.float64),
+        pooling=membership([6, 9], ones(15)),
     )
     model = graph_model().eval()
     together, _ = model(both)
     for i, graph in enumerate((one, two)):
-        pooling = membership([graph.num_nodes], torch.float64)
+        pooling = membership([graph.num_nodes], ones(graph.num_nodes))
         alone, _ = model(Graph(graph.features, graph.adjacency, radius, pooling))
         assert (alone[0] - together[i]).abs().max() < 1e-10
 
@@ -249,10 +253,10 @@ def test_a_graph_without_edges_and_an_isolated_node():
 
     edges = torch.tensor([[0, 1], [1, 0]])  # node 2 is isolated
     adjacency = normalized_adjacency(edges, 3, "symmetric", torch.float64)
-    graph = Graph(features=randn(3, 4), adjacency=adjacency, radius=1.0, pooling=membership([2, 1], torch.float64))
+    graph = Graph(features=randn(3, 4), adjacency=adjacency, radius=1.0, pooling=membership([2, 1], ones(3)))
     logits, _ = graph_model()(graph)
     alone = normalized_adjacency(none, 1, "symmetric", torch.float64)
-    single = Graph(graph.features[2:], alone, 1.0, membership([1], torch.float64))
+    single = Graph(graph.features[2:], alone, 1.0, membership([1], ones(1)))
     assert logits.isfinite().all() and (graph_model()(single)[0][0] - logits[1]).abs().max() < 1e-10
 
 
