@@ -23,6 +23,8 @@ class Tracker:
 
     def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._run = None
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         if mode == "disabled":
             return
         try:
@@ -30,8 +32,6 @@ class Tracker:
         except ImportError:
             log.warning("wandb is not installed: metrics go to metrics.jsonl only (wandb=disabled says so silently)")
             return
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         options = {
             "project": project,
             "name": name,
