@@ -194,11 +194,12 @@ def union(graphs: Sequence[Graph]) -> Graph:
     rows = _stack([graph.adjacency.rows for graph in graphs])
     shared = all(graph.adjacency.columns is graph.adjacency.rows for graph in graphs)
     columns = rows if shared else _stack([graph.adjacency.columns for graph in graphs])
-    ones = [graph.features.new_ones(graph.num_nodes) for graph in graphs]
-    counts = [
-        one if graph.multiplicity is None else graph.multiplicity for one, graph in zip(ones, graphs, strict=True)
-    ]
-    multiplicity = torch.cat(counts)
+    multiplicity = torch.cat(
+        [
+            graph.features.new_ones(graph.num_nodes) if graph.multiplicity is None else graph.multiplicity
+            for graph in graphs
+        ]
+    )
     return Graph(
         features=torch.cat([graph.features for graph in graphs]),
         adjacency=SparseMatrix(rows, columns),

@@ -57,8 +57,7 @@ class TUGraphs(Source):
         shuffle: draw a new order every epoch; the official code keeps one.
         validation: share of the training graphs held out.
         eval_adjacency: `same` as in training, or `doubled`: 2A + I, as the official evaluation has it.
-        merge_nodes: compute nodes that message passing cannot tell apart once (`data.quotient`): exact, and a third of
-            COX2's nodes.
+        merge_nodes: compute nodes that message passing cannot tell apart once (`data.quotient`): exact, on fewer nodes.
         split_seed: of stratified folds, their training order and the validation graphs: the same for all ten folds.
         seed: of the order of every epoch, with `shuffle`.
         download: fetch the files into `root` when they are absent; where they are, nothing is fetched or written.

@@ -226,6 +226,20 @@ def test_the_real_sets(name, nodes, positives):
     assert all(torch.equal(graph.features.sum(dim=1), torch.ones(graph.num_nodes)) for graph, _ in batches)
 
 
+def test_merged_nodes_count_as_often_as_they_were(toy):
+    """A ring of n nodes with one marked has n // 2 + 1 classes; features and labels of a graph sum as before."""
+    for first in (
+        lambda source: next(source.train(epoch=0, start=0, shard=Shard()))[0],
+        lambda source: next(source.evaluate("test", shard=Shard())),
+    ):
+        (graph, labels), (fewer, same) = (first(toy_source(toy, merge_nodes=merge)) for merge in (False, True))
+        pooling, merged = graph.pooling.to_dense(), fewer.pooling.to_dense()
+        sizes = pooling.sum(dim=1)
+        assert fewer.num_nodes == int((sizes // 2 + 1).sum()) < graph.num_nodes
+        assert torch.equal(merged.sum(dim=1), sizes) and torch.equal(labels, same)
+        assert torch.equal(merged @ fewer.features, pooling @ graph.features)
+
+
 def test_graphs_without_edges_and_isolated_nodes(toy):
     """A node without edges keeps its self-loop, in a graph of others or in one where no node has any, the last too."""
     path = toy / "raw" / "TOY_A.txt"
