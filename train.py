@@ -9,10 +9,13 @@ torchrun --nproc-per-node 8 train.py experiment=table3/imagenet_upg    # many GP
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
-from phantom.engine import build, cli, distributed
-from phantom.engine.run import run
+gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
+
+from phantom.engine import build, cli, distributed  # noqa: E402
+from phantom.engine.run import run  # noqa: E402
 
 
 def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
@@ -20,6 +23,7 @@ def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -
     trainer, facts = build.build_trainer(
         config, label=build.label_of(config, choices), overrides=overrides, choices=choices
     )
+    gc.enable()
     return run(trainer, facts, resume=config["resume"] == "auto")
 
 

@@ -68,6 +68,8 @@ class CIFAR10(InMemoryImages):
         root = self._root
         if all((root / split).is_dir() for split in COUNTS):
             log.info("CIFAR-10: image-folder tree in %s", root)
+            if any(path.suffix.lower() in (".jpg", ".jpeg") for path in (root / "test" / CLASSES[0]).glob("*")):
+                log.warning("CIFAR-10: these are JPEG copies, not the canonical pixels; they cost points of accuracy")
             sets = {split: read_split(root / split, CLASSES, (32, 32)) for split in COUNTS}
         elif (root / "cifar-10-batches-py").is_dir() or self._download:
             log.info("CIFAR-10: canonical files in %s", root)

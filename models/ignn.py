@@ -158,7 +158,7 @@ class ChainsIGNN(nn.Module):
 
 def solve(deq: DEQ, layer: GraphLayer, injection: Tensor, start: Tensor, graph: GraphInput) -> Solution:
     """Return the equilibrium of `layer` (1, N, m) from `start` (N, m)."""
-    return deq(layer.bind(injection, graph), start.detach().unsqueeze(0))
+    return deq(layer.bind(injection, graph), start.detach().unsqueeze(0), in_place=True)
 
 
 def make_layers(layer: LayerFactory, sizes: Sequence[int]) -> nn.ModuleList:

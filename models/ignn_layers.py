@@ -34,7 +34,7 @@ class GraphInput(Protocol):
 
 
 class GraphLayer(Protocol):
-    """A layer whose equilibrium the models solve for."""
+    """A layer whose equilibrium the models solve for; its map returns new memory at every call, and keeps none."""
 
     def inject(self, inputs: Tensor, graph: GraphInput) -> Tensor: ...
 

@@ -30,6 +30,7 @@ def fixed_point(
     grad: GradientEstimator,
     regularizer: Regularizer | None = None,
     graph_dtype: torch.dtype | None = None,
+    in_place: bool = False,
     clock: Clock = _no_clock,
 ) -> Solution:
     """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
@@ -42,6 +43,8 @@ def fixed_point(
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
         graph_dtype: autocast of the evaluations of f with a graph, and so of their backward; None keeps the caller's.
             bfloat16 there costs the gradient little, and in the solve, which keeps the caller's, much.
+        in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
+            Of a tuple state that is so in any case.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
     Returns:
@@ -54,7 +57,7 @@ def fixed_point(
         if differentiate and not grad.needs_equilibrium:
             z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
         else:
-            z_star, stats, history = solve(flat_f, flat_z0, solver)
+            z_star, stats, history = solve(flat_f, flat_z0, solver, in_place=in_place or packing.joins)
             # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
             torch.clear_autocast_cache()
     keep = history if grad.needs_history else None
@@ -115,7 +118,8 @@ class DEQ(nn.Module):
         self.graph_dtype = graph_dtype
         self.clock: Clock = _no_clock
 
-    def forward(self, f: Map, z0: State) -> Solution:
+    def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
+        """Return the equilibrium of `f` from `z0`; see `fixed_point`."""
         solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
         return fixed_point(
             f,
@@ -124,6 +128,7 @@ class DEQ(nn.Module):
             grad=self.grad,
             regularizer=self.regularizer,
             graph_dtype=self.graph_dtype,
+            in_place=in_place,
             clock=self.clock,
         )
 

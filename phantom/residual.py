@@ -20,14 +20,17 @@ def vector_norm(v: Tensor, norm: Norm) -> Tensor:
     return length if norm == "l2" else length / v.shape[1] ** 0.5
 
 
-def residual_norm(fz: Tensor, length: Tensor, *, norm: Norm, stop: Stop) -> Tensor:
-    """Return |f(z) - z| (absolute) or |f(z) - z| / |f(z)| (relative), per problem.
+def residual_of(
+    fz: Tensor, z: Tensor, *, norm: Norm, stop: Stop, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return g = f(z) - z (B, D), its norm (B,), and the residual (B,): |g| (absolute) or |g| / |f(z)| (relative).
 
     Args:
         fz: (B, D) f(z).
-        length: (B,) `vector_norm` of f(z) - z.
+        in_place: leave g in the memory of `fz`, which saves the half of a pass that makes room for another state.
     """
-    if stop == "absolute":
-        return length
     # where f(z) = 0 both agree on 0 at the fixed point z = 0; elsewhere the relative one is huge or infinite
-    return length / vector_norm(fz, norm).clamp_min(torch.finfo(fz.dtype).tiny)
+    scale = None if stop == "absolute" else vector_norm(fz, norm).clamp_min(torch.finfo(fz.dtype).tiny)
+    g = fz.sub_(z) if in_place else fz - z
+    length = vector_norm(g, norm)
+    return g, length, length if scale is None else length / scale

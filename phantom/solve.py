@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phantom.residual import Norm, Stop, residual_norm, vector_norm
+from phantom.residual import Norm, Stop, residual_of
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
 from phantom.state import FlatMap
@@ -18,7 +19,9 @@ DIVERGENCE = 1e6
 
 
 @torch.no_grad()
-def solve(f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None) -> tuple[Tensor, Stats, Any]:
+def solve(
+    f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None, in_place: bool = False
+) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
     A problem whose residual falls below `tol`, or diverges, is held at its best iterate while the others go on. The
@@ -28,21 +31,26 @@ def solve(f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None) 
         f: closed map of (B, D) tensors.
         z0: (B, D) initial guess.
         fz0: f(z0) where it is known already; saves one evaluation.
+        in_place: f returns memory of its own at every call, which the loop may write to.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
     with torch.autocast(z0.device.type, enabled=False):
-        return _loop(f, z0.detach(), solver, fz0)
+        return _loop(f, z0.detach(), solver, fz0, in_place)
 
 
-def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Tensor, Stats, Any]:
+def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, in_place: bool) -> tuple[Tensor, Stats, Any]:
     stops_early = solver.tol is not None
-    observe = compiled(_observe) if solver.compile else _observe
+    observe = partial(
+        compiled(_observe) if solver.compile else _observe,
+        norm=solver.norm,
+        stop=solver.stop,
+        tol=solver.tol,
+        in_place=in_place and not solver.compile,  # a fused pass gains nothing by it
+    )
     fz = f(z) if fz0 is None else fz0
     num_evals = int(fz0 is None)
-    g = fz - z
-    length = vector_norm(g, solver.norm)
-    residual = residual_norm(fz, length, norm=solver.norm, stop=solver.stop)
+    g, length, residual = residual_of(fz, z, norm=solver.norm, stop=solver.stop)
     del fz  # a state is large
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
@@ -64,9 +72,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None) -> tuple[Te
         moved.append(active)
         if stops_early and going != batch:
             z = torch.where(active[:, None], z, best)
-        g, residual, better, best_residual, active = observe(
-            f(z), z, best_residual, active, limit, norm=solver.norm, stop=solver.stop, tol=solver.tol
-        )
+        g, residual, better, best_residual, active = observe(f(z), z, best_residual, active, limit)
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:
             going, improved = _counts(active, better)  # device-to-host sync
@@ -97,11 +103,10 @@ def _observe(
     norm: Norm,
     stop: Stop,
     tol: float | None,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return g = f(z) - z and, as (B,): the residual, whether it is the best yet, the best one, and who goes on."""
-    g = fz - z
-    length = vector_norm(g, norm)
-    residual = residual_norm(fz, length, norm=norm, stop=stop)
+    g, length, residual = residual_of(fz, z, norm=norm, stop=stop, in_place=in_place)
     better = residual < best_residual if tol is None else (residual < best_residual) & active
     best_residual = torch.where(better, residual, best_residual)
     active = active & (length <= limit)

@@ -36,6 +36,7 @@ class Packing:
                 f"the parts of z0 must share dtype and device, got {[(str(p.dtype), str(p.device)) for p in parts]}"
             )
         self.is_tuple = isinstance(z0, tuple)
+        self.joins = len(parts) > 1  # packing is a concatenation, into new memory
         self.dtype = parts[0].dtype
         self.device = parts[0].device
         self.flat_dtype = torch.promote_types(self.dtype, torch.float32)

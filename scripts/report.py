@@ -56,8 +56,7 @@ def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
     mine, theirs = training_seconds(records), training_seconds(reference)
     if mine is None or theirs is None or scale != other:
         return "--"
-    alike = ("device", "precision")
-    if len({tuple(record[key] for key in alike) for record in (*records, *reference)}) > 1:
+    if len({(record["device"], precision(record)) for record in (*records, *reference)}) > 1:
         return "--"
     return f"{theirs / mine:.1f}x"
 
@@ -97,12 +96,18 @@ def render(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def precision(record: dict[str, Any]) -> str:
+    """Return the precision of a run, and that of its gradient part where it has another one."""
+    own = record["gradient_precision"]
+    return record["precision"] + (f" (gradient part {own})" if own else "")
+
+
 def budget(row: dict[str, Any], scale: str, records: list[dict[str, Any]]) -> str:
     """Return the scale, the steps and a precision other than float32; what the paper does not have ran in `full`."""
     if not records:
         return "--"
     name = "full" if scale == "paper" and row["paper"] == "--" else scale
-    precisions = {record["precision"] for record in records} - {"fp32"}
+    precisions = {precision(record) for record in records} - {"fp32"}
     return ", ".join([name, f"{records[0]['steps']} steps", *sorted(precisions)])
 
 

@@ -24,7 +24,7 @@ FIELDS = {
     *("num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
     *("precision", "gradient_precision", "compile", "cuda_graph"),
     *("device", "versions", "commit", "dirty", "started", "finished"),
-    *("steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),
+    *("wall_seconds", "steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),
 }
 
 
@@ -55,7 +55,7 @@ def test_the_record(record):
     assert record["num_parameters"] == sum(record["parameter_groups"].values())
     assert {"step", "solve", "attach", "backward", "optimizer"} <= set(record["times"])
     assert torch.__version__.startswith(record["versions"]["torch"])
-    for key in ("items_per_second", "peak_memory"):
+    for key in ("items_per_second", "peak_memory", "wall_seconds"):
         assert record[key] > 0
     assert record["started"] <= record["finished"]
     assert record["train"]["num_evals"] == 4 + 5, "three steps cost four evaluations, and UPG has k = 5 more"

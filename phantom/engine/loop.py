@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,9 @@ class Trainer:
         progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
+
+    `seconds` is the wall clock of `fit` with its evaluations, over all processes that took turns at the run; what a
+    killed one did after its last checkpoint is done again, and not counted.
     """
 
     model: nn.Module
@@ -95,6 +99,7 @@ class Trainer:
     make_tracker: Callable[[], Tracker]
 
     step: int = 0
+    seconds: float = 0.0
     best: dict[str, dict[str, float]] = field(default_factory=dict)
     final: dict[str, dict[str, float]] = field(default_factory=dict)
     train_report: dict[str, float] = field(default_factory=dict)
@@ -119,6 +124,7 @@ class Trainer:
         self._carries: list[Any] = [None] * self.shard.micro
         if resume and (self.folder / "last.pt").exists():
             self._load(self.folder / "last.pt")
+        self._since = time.monotonic() - self.seconds
         main = self.shard.rank == 0
         self.timer = StepTimer(self.device)
         for deq in self._deqs:
@@ -324,6 +330,7 @@ class Trainer:
         # the weights are the same on all ranks, random state and carries are not
         own = {"rng": checkpoints.rng_state(self.device), "carries": batch_to(self._carries, torch.device("cpu"))}
         ranks = distributed.gather(own)
+        self.seconds = time.monotonic() - self._since
         if self.shard.rank > 0:
             return
         state = {
@@ -331,6 +338,7 @@ class Trainer:
             "ema": None if self._ema is None else self._ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "seconds": self.seconds,
             "best": self.best,
             "final": self.final,
             "train_report": self.train_report,
@@ -352,7 +360,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._ema is not None:
             checkpoints.load_weights(self._ema.module, state["ema"], path)
-        for name in ("step", "best", "final", "train_report"):
+        for name in ("step", "seconds", "best", "final", "train_report"):
             setattr(self, name, state[name])
         own = state["ranks"][self.shard.rank]
         self._carries = batch_to(own["carries"], self.device)

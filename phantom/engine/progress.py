@@ -83,6 +83,7 @@ def summary_table(record: Mapping[str, Any]) -> str:
         rows.append((f"{phase} time", f"{1e3 * times['median']:.1f} ms per step (median of {times['n']})"))
     if record["items_per_second"]:
         rows.append(("throughput", f"{record['items_per_second']:.0f} {record['unit']}/s"))
+    rows.append(("wall clock", f"{record['wall_seconds']:.0f} s, evaluations included"))
     rows.append(("record", str(record["folder"])))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

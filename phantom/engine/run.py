@@ -40,6 +40,7 @@ def run(trainer: Trainer, facts: dict[str, Any], *, resume: bool) -> dict[str, A
         **records.environment(trainer.device),
         "started": started,
         "finished": records.now(),
+        "wall_seconds": round(trainer.seconds, 1),
         "steps": trainer.step,
         "final": trainer.final,
         "best": trainer.best,

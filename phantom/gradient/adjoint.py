@@ -141,7 +141,7 @@ class Implicit(AdjointEstimator):
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         # at u = 0 the map is g itself: no vjp needed to know that
-        u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g)
+        u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g, in_place=True)
         # where nothing beat u = 0, a zero gradient would pass for an answer, and hide a cotangent that is not finite
         progress = stats.adjoint.residual < stats.adjoint.trace[0]
         return torch.where(progress[:, None], u, g)

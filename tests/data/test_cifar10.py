@@ -85,6 +85,16 @@ def test_a_folder_tree_gives_the_pictures_and_labels(tree, caplog):
     assert source.spec.inputs == {"in_channels": 3, "num_classes": 10}
 
 
+def test_jpeg_copies_are_told_from_the_release(tree, caplog):
+    make(tree)
+    assert "JPEG" not in caplog.text
+    for path in (tree / "test").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    make(tree)
+    assert "JPEG copies, not the canonical pixels" in caplog.text
+
+
 def test_decoded_pictures_are_kept_until_the_tree_changes(tree, cache):
     make(tree)
     kept = sorted(cache.rglob("*.npy"))

@@ -1,6 +1,7 @@
 """One optimiser step does what the formula says, and a run looks, saves and selects when its budget says."""
 
 import json
+import time
 from copy import deepcopy
 
 import pytest
@@ -30,6 +31,19 @@ def plain_sgd(model, *, rate: float = 0.1) -> torch.optim.SGD:
 def batches(source: tiny.Vectors, epochs: int = 2) -> list:
     """Return the whole batches of a run in their order."""
     return [batch for epoch in range(epochs) for (batch,) in source.train(epoch=epoch, start=0, shard=tiny.Shard())]
+
+
+def test_the_wall_clock_is_that_of_all_processes(tmp_path):
+    begin = time.monotonic()
+    first = tiny.trainer(tmp_path, budget=tiny.budget(steps=2))
+    first.fit(resume=False)
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert 0 < state["seconds"] == first.seconds < time.monotonic() - begin
+    checkpoint.save(tmp_path / "last.pt", state | {"seconds": 3600.0})
+    begin = time.monotonic()
+    resumed = tiny.trainer(tmp_path)
+    resumed.fit(resume=True)
+    assert 3600 < resumed.seconds < 3600 + time.monotonic() - begin
 
 
 @pytest.mark.parametrize("micro", [2, 4])

@@ -19,6 +19,7 @@ RECORD = {
     "times": {"solve": {"median": 0.0123, "n": 40}},
     "items_per_second": 812.6,
     "unit": "images",
+    "wall_seconds": 727.9,
     "folder": "table1/upg/default/seed0",
 }
 
@@ -67,6 +68,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
         "residual                   1.23e-04",
         "solve time                 12.3 ms per step (median of 40)",
         "throughput                 813 images/s",
+        "wall clock                 728 s, evaluations included",
         "record                     table1/upg/default/seed0",
     ],
 )

@@ -1,5 +1,7 @@
 """Every option that makes a solve or a step faster gives the same numbers, within the tolerance stated here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from phantom.diagnostics import cosine, norm_ratio
 from phantom.engine.build import compile_cell
 from phantom.solve import solve
 from tests.phantom.problems import linear_nonsymmetric, randn, tanh_contraction
+from tests.phantom.solvers import FEW_STEPS, each
+from tests.phantom.solvers import SOLVERS as SOLVERS_TO_TOL
 
 FUSED = 1e-9  # between fused and separate arithmetic in float64, over solves that amplify rounding
 ESTIMATORS = {
@@ -43,6 +47,33 @@ def test_a_fused_loop_takes_the_same_steps(solver_class):
     fused, own, _ = solve(problem.f, problem.z0, solver_class(max_steps=9, tol=None, compile=True))
     torch.testing.assert_close(fused, z, rtol=FUSED, atol=FUSED)
     torch.testing.assert_close(own.trace, stats.trace, rtol=1e-6, atol=FUSED)
+
+
+@each(FEW_STEPS | SOLVERS_TO_TOL)
+@pytest.mark.parametrize("stop", ["relative", "absolute"])
+def test_a_solve_in_place_takes_the_same_steps(solver, stop):
+    problem, solver = tanh_contraction(), replace(solver, stop=stop)
+    z, stats, _ = solve(problem.f, problem.z0, solver)
+    again, own, _ = solve(problem.f, problem.z0, solver, in_place=True)
+    assert torch.equal(again, z) and torch.equal(own.trace, stats.trace)
+
+
+@each(FEW_STEPS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_f_returns_is_left_alone_unless_it_is_given_away(solver, parts):
+    """A map may keep what it returned, or return a tensor that it needs again."""
+    target, returned = randn(4, 6, seed=8), []
+
+    def f(z):
+        states = [0.5 * (part + target) for part in z] if parts > 1 else [0.5 * (z + target)]
+        returned.extend((state, state.clone()) for state in states)
+        return tuple(states) if parts > 1 else states[0]
+
+    z0 = tuple(torch.zeros(4, 6, dtype=target.dtype) for _ in range(parts))
+    fixed_point(f, z0 if parts > 1 else z0[0], solver=solver, grad=NPG(k=2, lam=0.5))
+    assert len(returned) == 9 * parts
+    for state, copy in returned:
+        assert torch.equal(state, copy)
 
 
 def tiny(grad, *, compiled: bool = False, channels_last: bool = True) -> MDEQ:

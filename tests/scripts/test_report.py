@@ -17,6 +17,7 @@ def record(best: float, last: float, **changes) -> dict:
         "times": {"step": {"median": 0.36}},
         "device": "card",
         "precision": "fp32",
+        "gradient_precision": None,
         "peak_memory": 2_500_000,
         "commit": "abcdef0123",
         "dirty": False,
@@ -85,6 +86,8 @@ def test_what_the_paper_does_not_have_ran_in_full(keep):
     keep("t/a", record(80, 70, precision="tf32", dirty=True, times={}))
     (row,) = table({"experiment": "t/a", "paper": "--"})
     assert (row["budget"], row["commit"], row["step ms"]) == ("full, 100 steps, tf32", "abcdef01*", "--")
+    keep("t/b", record(80, 70, gradient_precision="bf16"))
+    assert table({"experiment": "t/b"})[0]["budget"] == "paper, 100 steps, fp32 (gradient part bf16)"
 
 
 def grouped(*names: str) -> list[dict]:
@@ -102,7 +105,9 @@ def test_training_time_and_speed_within_a_group(keep):
     assert {row["paper's speed"] for row in rows} == {"1.4x"}
 
 
-@pytest.mark.parametrize("other", [{"device": "another card"}, {"precision": "bf16"}, {"times": {}}])
+@pytest.mark.parametrize(
+    "other", [{"device": "another card"}, {"precision": "bf16"}, {"gradient_precision": "bf16"}, {"times": {}}]
+)
 def test_no_speed_between_runs_that_differ_in_more_than_their_method(keep, other):
     keep("t/a1", record(1, 1))
     keep("t/a2", record(1, 1, **other))
