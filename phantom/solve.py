@@ -76,8 +76,7 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, in_place: b
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:
             going, improved = _counts(active, better)  # device-to-host sync
-        # the best iterate needs no copy where all problems have improved; else it is kept in place: a state is large
-        best = z if improved == batch else torch.where(better[:, None], z, best, out=best)
+        best = _keep(best, z, better, improved)
         num_evals += 1
         trace.append(residual)
     tol = 0.0 if solver.tol is None else solver.tol
@@ -119,6 +118,18 @@ def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
     """Return how many problems go on, and how many have improved; the host waits once."""
     going, improved = torch.stack((active, better)).tolist()
     return sum(going), sum(improved)
+
+
+def _keep(best: Tensor, z: Tensor, better: Tensor, improved: int | None) -> Tensor:
+    """Return the best iterate, in the memory of `best` unless all problems have improved: a state is large."""
+    if improved == len(better):
+        return z
+    new, kept, row = z, best, z.shape[1] * z.element_size()
+    if z.device.type == "cpu" and row % 16 == 0 and z.is_contiguous() and best.is_contiguous():
+        # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
+        new, kept = z.view(torch.complex128), best.view(torch.complex128)
+    torch.where(better[:, None], new, kept, out=kept)
+    return best
 
 
 def _propose(solver: Solver, memory: Any, z: Tensor, g: Tensor) -> Tensor:

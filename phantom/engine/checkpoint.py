@@ -21,7 +21,7 @@ from torch import nn
 from phantom.engine.records import differences
 
 # 2: one entry of random state and carries per rank; 3: averaged weights named as those of the model
-FORMAT = 4
+FORMAT = 3
 
 
 # what reading a file of arbitrary bytes raises, in zipfile, pickle and torch

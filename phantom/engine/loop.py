@@ -360,8 +360,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._ema is not None:
             checkpoints.load_weights(self._ema.module, state["ema"], path)
-        for name in ("step", "seconds", "best", "final", "train_report"):
+        for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
+        self.seconds = state.get("seconds", 0.0)  # which early checkpoints do not know
         own = state["ranks"][self.shard.rank]
         self._carries = batch_to(own["carries"], self.device)
         checkpoints.set_rng_state(own["rng"], self.device)
