@@ -52,7 +52,7 @@ class TorchDEQ(nn.Module):
         self._solve = self._deq.f_solver
         self._deq.f_solver = self._timed_solve
 
-    def forward(self, f: Map, z0: State) -> Solution:
+    def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
         many = isinstance(z0, tuple)
         with self.clock("attach"):
             out, _ = self._deq((lambda *z: list(f(z))) if many else f, list(z0) if many else z0)

@@ -54,7 +54,7 @@ class Floor(nn.Module):
         self.graph_dtype = graph_dtype
         self._call = 0
 
-    def forward(self, f: Map, z0: State) -> Solution:
+    def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
         work = self.work[self._call % len(self.work)]
         self._call += 1
         z = z0
@@ -94,12 +94,12 @@ class Traced(nn.Module):
         self.inner = inner
         self._tracer = tracer
 
-    def forward(self, f: Map, z0: State) -> Solution:
+    def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
         def marked(z: State) -> State:
             with self._tracer.evaluation():
                 return f(z)
 
-        return self.inner(marked, z0)
+        return self.inner(marked, z0, in_place=in_place)
 
 
 def replace_deq(model: nn.Module, make: Callable[[DEQ], nn.Module]) -> nn.Module:
