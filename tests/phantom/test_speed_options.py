@@ -78,12 +78,14 @@ def test_what_f_returns_is_left_alone_unless_it_is_given_away(solver, parts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 6, 8])
-@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("order", ["rows", "columns", "offset"])
 def test_the_best_iterate_is_kept_to_the_bit(dtype, width, order):
     z, best = randn(3, width, seed=9).to(dtype), randn(3, width, seed=10).to(dtype)
     z[0, 0], z[1, -1], best[1, 0] = torch.nan, torch.inf, -0.0
     if order == "columns":
         z, best = z.T.contiguous().T, best.T.contiguous().T
+    if order == "offset":
+        z = torch.cat([z.new_zeros(1), z.flatten()])[1:].view(z.shape)
     expected = torch.stack([best[0], z[1], best[2]])
     kept = _keep(best, z, torch.tensor([False, True, False]), None)
     assert kept is best
