@@ -76,7 +76,8 @@ def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, in_place: b
         going = improved = None  # unknown to the host
         if stops_early and step % solver.sync_every == 0:
             going, improved = _counts(active, better)  # device-to-host sync
-        best = _keep(best, z, better, improved)
+        # where all problems have improved the best iterate needs no copy, else it keeps its memory: a state is large
+        best = z if improved == batch else replace_rows(best, z, better)
         num_evals += 1
         trace.append(residual)
     tol = 0.0 if solver.tol is None else solver.tol
@@ -120,17 +121,15 @@ def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
     return sum(going), sum(improved)
 
 
-def _keep(best: Tensor, z: Tensor, better: Tensor, improved: int | None) -> Tensor:
-    """Return the best iterate, in the memory of `best` unless all problems have improved: a state is large."""
-    if improved == len(better):
-        return z
-    new, kept, row = z, best, z.shape[1] * z.element_size()
-    plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in (z, best))
-    if z.device.type == "cpu" and plain and row % 16 == 0:
+def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
+    """Write into `kept` (B, D) those rows of `new` (B, D) for which `rows` (B,) is true, and return it."""
+    wide = [kept, new]
+    plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide)
+    if kept.device.type == "cpu" and plain and kept.shape[1] * kept.element_size() % 16 == 0:
         # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
-        new, kept = z.view(torch.complex128), best.view(torch.complex128)
-    torch.where(better[:, None], new, kept, out=kept)
-    return best
+        wide = [t.view(torch.complex128) for t in wide]
+    torch.where(rows[:, None], wide[1], wide[0], out=wide[0])
+    return kept
 
 
 def _propose(solver: Solver, memory: Any, z: Tensor, g: Tensor) -> Tensor:

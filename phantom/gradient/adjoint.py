@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution, Stats
-from phantom.solve import solve
+from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver, check_count, check_lam
 from phantom.state import FlatMap
 
@@ -144,4 +144,4 @@ class Implicit(AdjointEstimator):
         u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g, in_place=True)
         # where nothing beat u = 0, a zero gradient would pass for an answer, and hide a cotangent that is not finite
         progress = stats.adjoint.residual < stats.adjoint.trace[0]
-        return torch.where(progress[:, None], u, g)
+        return replace_rows(u, g, ~progress)
