@@ -57,7 +57,7 @@ def test_resumed_ranks_are_the_unbroken_ones(folder, step):
     first, second = expected["ranks"]
     assert not tiny.same(first["rng"], second["rng"]) and not tiny.same(first["carries"], second["carries"])
     found = checkpoint.load(folder / f"interrupted{step}" / "last.pt")
-    for key in expected:
+    for key in expected.keys() - {"seconds"}:
         assert tiny.same(found[key], expected[key]), key
     assert tiny.rows(folder / f"interrupted{step}") == tiny.rows(folder / "interruptedNone")
 
