@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
+if __name__ == "__main__":
+    gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
 
 from phantom.engine import build, cli, distributed  # noqa: E402
 from phantom.engine.run import run  # noqa: E402

@@ -49,7 +49,7 @@ def test_a_fused_loop_takes_the_same_steps(solver_class):
     torch.testing.assert_close(own.trace, stats.trace, rtol=1e-6, atol=FUSED)
 
 
-@each(FEW_STEPS | SOLVERS_TO_TOL)
+@each(FEW_STEPS | {f"{name}_to_tol": solver for name, solver in SOLVERS_TO_TOL.items()})
 @pytest.mark.parametrize("stop", ["relative", "absolute"])
 def test_a_solve_in_place_takes_the_same_steps(solver, stop):
     problem, solver = tanh_contraction(), replace(solver, stop=stop)
