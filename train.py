@@ -15,8 +15,8 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
 
-from phantom.engine import build, cli, distributed  # noqa: E402
-from phantom.engine.run import run  # noqa: E402
+from phantom.engine import build, cli, distributed
+from phantom.engine.run import run
 
 
 def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
