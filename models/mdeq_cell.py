@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.group_norm import GroupNorm
 from phantom import WeightNorm, variational_mask
 from phantom.layers import check_dropout
 
@@ -46,21 +47,6 @@ class Bound(NamedTuple):
 
     blocks: tuple[tuple[BoundBlock, ...], ...]
     post_fuse: tuple[Tensor, ...]
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation that keeps the memory format of its input, as torch's kernel does on a CPU.
-
-    On a GPU that kernel returns the contiguous format, and every convolution would turn it back.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        return (
-            super()
-            .forward(x)
-            .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        )
 
 
 class ResidualBlock(nn.Module):
