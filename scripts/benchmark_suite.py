@@ -1,6 +1,6 @@
 """Run every benchmark of a suite, one process each, and keep the tables.
 
-    python scripts/benchmark_suite.py cpu                        # configs/benchmark/cpu.yaml, about half an hour
+    python scripts/benchmark_suite.py cpu                        # configs/benchmark/cpu.yaml, about an hour
     python scripts/benchmark_suite.py gpu --deadline 600         # skip what would begin after ten minutes
     python scripts/benchmark_suite.py gpu --rehearse             # every row in small, on any machine: does it run?
 
