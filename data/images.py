@@ -5,6 +5,7 @@ N images of C channels and H x W pixels, as one uint8 tensor; batches are normal
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -29,6 +30,12 @@ class ImageSet(NamedTuple):
     def take(self, indices: Tensor) -> ImageSet:
         """Return the images at `indices`."""
         return ImageSet(self.images[indices], self.labels[indices])
+
+    def digest(self) -> str:
+        """Return a short hash of pixels and labels that does not depend on the order of the images."""
+        pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
+        each = sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs)
+        return hashlib.sha256(b"".join(each)).hexdigest()[:16]
 
 
 class InMemoryImages(Source):
@@ -69,6 +76,7 @@ class InMemoryImages(Source):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.augment, self.seed = augment, seed
         train, test = self.load()
+        digests = {"train": train.digest(), "test": test.digest()}
         order = torch.randperm(len(train.labels), generator=generator("hold out"))
         self._sets = {"train": train, "test": test}
         self._scale = torch.tensor([self.mean, self.std])[:, :, None, None]
@@ -84,6 +92,7 @@ class InMemoryImages(Source):
             kind=self.kind,
             inputs={"in_channels": train.images.shape[1], "num_classes": self.num_classes},
             sizes={name: len(images.labels) for name, images in self._sets.items()},
+            digests=digests,
         )
 
     num_classes: int

@@ -29,12 +29,14 @@ class Spec:
         inputs: constructor keywords the model takes from the data, such as `{"in_channels": 3, "num_classes": 10}`.
         sizes: number of examples (images, graphs, tokens) per split.
         baseline: the headline metric, per split, of a model that ignores its input; for records and reports.
+        digests: what was read, per split, as a short hash of the content; for records. Empty where none is made.
     """
 
     kind: str
     inputs: dict[str, int]
     sizes: dict[str, int]
     baseline: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 FIELDS = {
     *("label", "experiment", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric", "baseline"),
-    *("num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
+    *("data_digests", "num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
     *("precision", "gradient_precision", "compile", "cuda_graph"),
     *("device", "versions", "commit", "dirty", "started", "finished"),
     *("wall_seconds", "steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),

@@ -227,6 +227,7 @@ def build_trainer(
         "kind": kind,
         "metric": trainer.task.metric,
         "baseline": source.spec.baseline,
+        "data_digests": source.spec.digests,
         "num_parameters": sum(p.numel() for p in bare.parameters()),
         "parameter_groups": groups,
         # where the original counts otherwise, such as a shared weight twice

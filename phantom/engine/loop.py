@@ -283,9 +283,9 @@ class Trainer:
         row["gradient_norm"] = float(self._norm_sum) / self._updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         self.train_report = dict(row)
-        times = {f"time/{name}": seconds for name, seconds in self.timer.latest().items()}
-        speed = self.timer.throughput()
-        row |= times | ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
+        times, speed = self.timer.recent()
+        row |= {f"time/{name}": seconds for name, seconds in times.items()}
+        row |= ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
         self._write(row, epoch)
         self._progress.train_row(row)
         self._reset_window()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,7 @@ class StepTimer:
         self._open_steps: list[tuple[list[tuple[str, object, object]], int]] = []
         # a bounded window: the record of a long run describes its last steps
         self._steps: deque[tuple[dict[str, float], int]] = deque(maxlen=WINDOW)
+        self._recent: list[tuple[dict[str, float], int]] = []
         self._count = 0
 
     @contextmanager
@@ -59,10 +60,19 @@ class StepTimer:
         """Forget phases timed outside a step, such as those of an evaluation."""
         self._marks = []
 
-    def latest(self) -> dict[str, float]:
-        """Return the seconds of the most recent step by phase (reads events: call it where a sync is due anyway)."""
+    def recent(self) -> tuple[dict[str, float], float | None]:
+        """Return mean seconds by phase, and items per second, of the timed steps since the last call.
+
+        A phase is averaged over the steps that have it; without a step, the answer is {} and None. Reads events: call
+        it where a sync is due anyway.
+        """
         self._read()
-        return self._steps[-1][0] if self._steps else {}
+        steps, self._recent = self._recent, []
+        found = defaultdict(list)
+        for seconds, _ in steps:
+            for name, value in seconds.items():
+                found[name].append(value)
+        return {name: statistics.fmean(values) for name, values in found.items()}, _items_per_second(steps)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return per phase the median, the 10th and the 90th percentile in seconds, and n."""
@@ -83,8 +93,7 @@ class StepTimer:
     def throughput(self) -> float | None:
         """Return items per second of step time over the timed steps; None before the warm-up is over."""
         self._read()
-        seconds = sum(step["step"] for step, _ in self._steps if "step" in step)
-        return sum(items for _, items in self._steps) / seconds if seconds else None
+        return _items_per_second(self._steps)
 
     def _now(self) -> object:
         if not self._cuda:
@@ -108,4 +117,10 @@ class StepTimer:
             self._count += 1
             if self._count > self._warmup:
                 self._steps.append((dict(seconds), items))
+                self._recent.append(self._steps[-1])
         self._open_steps = []
+
+
+def _items_per_second(steps: Iterable[tuple[dict[str, float], int]]) -> float | None:
+    seconds = sum(step["step"] for step, _ in steps if "step" in step)
+    return sum(items for _, items in steps) / seconds if seconds else None

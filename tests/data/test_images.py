@@ -37,6 +37,23 @@ def epoch_of(source, *, epoch=0, start=0, shard=Shard()):  # noqa: B008 - a froz
     return list(source.train(epoch=epoch, start=start, shard=shard))
 
 
+def test_a_digest_tells_pixels_and_labels_and_not_their_order():
+    images = torch.randint(0, 256, (5, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    digest = ImageSet(images, labels).digest()
+    assert len(digest) == 16
+    assert ImageSet(images, labels).take(torch.tensor([3, 0, 4, 1, 2])).digest() == digest
+    assert ImageSet(images, labels.roll(1)).digest() != digest
+    images[2, 1, 0, 1] ^= 1
+    assert ImageSet(images, labels).digest() != digest
+    assert ImageSet(images[:4], labels[:4]).digest() != digest
+
+
+def test_digests_are_of_the_sets_as_loaded():
+    assert make().spec.digests == make(validation=10, subset=5, test_subset=5).spec.digests
+    assert make().spec.digests.keys() == {"train", "test"}
+
+
 def test_an_epoch_visits_every_image_once_and_keeps_the_short_last_batch():
     steps = epoch_of(make())
     assert [len(batch[0]) for [batch] in steps] == [8, 8, 8, 8, 8, 5]

@@ -37,20 +37,42 @@ def timer(warmup: int = 0) -> StepTimer:
 def test_phases_of_a_step(clock):
     watch = timer()
     step(watch, clock, 2.0)
-    assert watch.latest() == {"solve": 2.0, "backward": 1.0, "step": 3.0}
+    assert watch.recent() == ({"solve": 2.0, "backward": 1.0, "step": 3.0}, 4 / 3)
+
+
+def test_recent_is_the_mean_since_the_last_call(clock):
+    watch = timer(warmup=1)
+    step(watch, clock, 90.0)
+    assert watch.recent() == ({}, None)
+    for solve, items in ((2.0, 10), (3.0, 10), (7.0, 7)):
+        step(watch, clock, solve, items=items)
+    assert watch.recent() == ({"solve": 4.0, "backward": 1.0, "step": 5.0}, 27 / 15)
+    step(watch, clock, 1.0)
+    assert watch.recent() == ({"solve": 1.0, "backward": 1.0, "step": 2.0}, 2.0)
+    assert watch.recent() == ({}, None)
+    assert watch.summary()["solve"]["n"] == 4  # the record still has them all
+
+
+def test_a_phase_is_averaged_over_the_steps_that_have_it(clock):
+    watch = timer()
+    step(watch, clock, 2.0)
+    with watch.phase("step"):
+        clock(1.0)
+    watch.end_step(4)
+    assert watch.recent() == ({"solve": 2.0, "backward": 1.0, "step": 2.0}, 2.0)
 
 
 def test_a_phase_entered_several_times_adds_up(clock):
     watch = timer()
     step(watch, clock, 2.0, solves=3)
-    assert watch.latest() == {"solve": 6.0, "backward": 1.0, "step": 7.0}
+    assert watch.recent()[0] == {"solve": 6.0, "backward": 1.0, "step": 7.0}
 
 
 def test_warm_up_is_left_out(clock):
     watch = timer(warmup=2)
     for solve in (100.0, 50.0):
         step(watch, clock, solve)
-        assert watch.latest() == {} and watch.throughput() is None and watch.summary() == {}
+        assert watch.recent() == ({}, None) and watch.throughput() is None and watch.summary() == {}
     step(watch, clock, 3.0)
     assert watch.summary()["solve"] == {"median": 3.0, "p10": 3.0, "p90": 3.0, "n": 1}
 
@@ -85,7 +107,7 @@ def test_phases_outside_a_step_are_forgotten(clock):
         clock(100.0)  # an evaluation
     watch.reset_marks()
     step(watch, clock, 2.0)
-    assert watch.latest()["solve"] == 2.0
+    assert watch.recent()[0]["solve"] == 1.5
 
 
 def test_a_phase_that_fails_is_still_timed(clock):
@@ -94,7 +116,7 @@ def test_a_phase_that_fails_is_still_timed(clock):
         clock(3.0)
         raise RuntimeError
     watch.end_step(1)
-    assert watch.latest() == {"solve": 3.0}
+    assert watch.recent() == ({"solve": 3.0}, None)
 
 
 def test_a_long_run_describes_its_last_steps(clock, monkeypatch):
@@ -115,4 +137,4 @@ def test_marks_can_be_kept_and_counted_again(clock):
         clock(1.0)
     watch.add_marks(marks)
     watch.end_step(1)
-    assert watch.latest() == {"optimizer": 1.0, "solve": 2.0}
+    assert watch.recent()[0] == {"optimizer": 1.0, "solve": 2.0}
