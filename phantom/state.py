@@ -82,9 +82,21 @@ class Packing:
 
         def flat_f(z: Tensor) -> Tensor:
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                return self.pack(f(self.unpack(z)))
+                return self.pack(f(self._arguments(z)))
 
-        return flat_f if enabled else lambda z: self.pack(f(self.unpack(z)))
+        return flat_f if enabled else lambda z: self.pack(f(self._arguments(z)))
+
+    def _arguments(self, z: Tensor) -> State:
+        """Return `z` as f shall see it: with a graph, each part in memory of its own, where there are several.
+
+        The parts of a tuple are slices, which a convolution copies; one that is kept for the backward would be copied
+        in every vjp anew.
+        """
+        parts = self.unpack(z)
+        if not self.joins or not torch.is_grad_enabled():
+            return parts
+        formats = (torch.channels_last if last else torch.contiguous_format for last in self._channels_last)
+        return tuple(part.contiguous(memory_format=kind) for part, kind in zip(parts, formats, strict=True))
 
 
 def _is_channels_last(part: Tensor) -> bool:
