@@ -47,6 +47,23 @@ def test_channels_last_is_kept_without_a_copy(alone):
     assert torch.equal(packing.pack(other), flat)
 
 
+def test_f_sees_slices_in_a_solve_and_dense_parts_with_a_graph():
+    z = (torch.randn(3, 4, 5, 2).contiguous(memory_format=torch.channels_last), torch.randn(3, 6))
+    packing, seen = Packing(z), []
+    flat_f = packing.wrap(lambda parts: seen.append(parts) or parts)
+    flat = packing.pack(z).requires_grad_()
+    with torch.no_grad():
+        flat_f(flat)
+    value = flat_f(flat)
+    solve, graph = seen
+    home = flat.untyped_storage().data_ptr()
+    assert all(part.untyped_storage().data_ptr() == home for part in solve)
+    assert graph[0].is_contiguous(memory_format=torch.channels_last) and graph[1].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(graph, z, strict=True))
+    weights = torch.randn_like(flat)
+    assert torch.equal(torch.autograd.grad(value, flat, weights)[0], weights)
+
+
 @pytest.mark.parametrize(
     ("dtype", "solver_dtype"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
