@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phantom.engine import cli
-from phantom.engine.checks import ConfigError
-from phantom.engine.evaluate_run import evaluate_official, evaluate_run
-from phantom.engine.records import to_json
+from models.official.load import load_reference
+from phantom.engine import command
+from phantom.engine.artifacts.records import to_json
+from phantom.engine.errors import ConfigError
+from phantom.engine.rebuild import evaluate_official, evaluate_run
 
 # what an item names beside the config, by what is evaluated
 OWN = {"run": ("checkpoint", "split"), "official": ("source", "split")}
@@ -33,12 +34,12 @@ def main(arguments: list[str]) -> None:
         return
     try:
         named, overrides = split_arguments(arguments)
-        jobs = cli.expand(overrides)
+        jobs = command.expand(overrides)
         found = [{**({"overrides": job} if len(jobs) > 1 else {}), **evaluate_one(named, job)} for job in jobs]
     except Exception as error:
-        if not cli.is_user_error(error):
+        if not command.is_user_error(error):
             raise
-        sys.exit(f"error: {cli.message_of(error)}")
+        sys.exit(f"error: {command.message_of(error)}")
     print(to_json(found if len(jobs) > 1 else found[0], indent=2))
 
 
@@ -69,7 +70,13 @@ def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Return the metrics of what `named` names, with one set of overrides."""
     split = named.get("split")
     if "official" in named:
-        return evaluate_official(Path(named["official"]), source=named["source"], split=split, overrides=overrides)
+        return evaluate_official(
+            Path(named["official"]),
+            source=named["source"],
+            split=split,
+            overrides=overrides,
+            load_reference=load_reference,
+        )
     which = named.get("checkpoint", "last")
     return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides)
 

@@ -15,7 +15,8 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
 
-from phantom.engine import build, cli, distributed
+from phantom.engine import build, command
+from phantom.engine.machine import distributed
 from phantom.engine.run import run
 
 
@@ -29,5 +30,5 @@ def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -
 
 
 if __name__ == "__main__":
-    cli.run_hydra(job)
+    command.run_hydra(job)
     distributed.stop()

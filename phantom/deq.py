@@ -134,3 +134,8 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, grad={self.grad}, eval_solver={self.eval_solver}, regularizer={self.regularizer}"
+
+
+def deqs_of(model: nn.Module) -> list[DEQ]:
+    """Return the DEQ layers inside `model`."""
+    return [module for module in model.modules() if isinstance(module, DEQ)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.solver.base import check_count
 from phantom.state import Map, Packing, State
+from phantom.validate import check_count
 
 
 @dataclass(frozen=True, kw_only=True)

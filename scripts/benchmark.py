@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from phantom.engine.build import ConfigError  # noqa: E402
-from phantom.engine.heap import keep_freed_memory  # noqa: E402
-from phantom.engine.records import environment  # noqa: E402
+from phantom.engine.artifacts.records import environment  # noqa: E402
+from phantom.engine.errors import ConfigError  # noqa: E402
+from phantom.engine.machine.allocator import keep_freed_memory  # noqa: E402
 from scripts.bench import measure, report, variants  # noqa: E402
 from scripts.bench.growth import measure_growth  # noqa: E402
 from scripts.bench.instruments import Clock  # noqa: E402

@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.folds import NUM_FOLDS  # noqa: E402
-from phantom.engine import records  # noqa: E402
+from data.graphs.folds import NUM_FOLDS  # noqa: E402
+from phantom.engine.artifacts import records  # noqa: E402
 from scripts import training  # noqa: E402
 
 PER_FOLD = ("seed", "config_hash", "commit", "dirty", "cpu_seconds", "peak_memory", "started", "finished")

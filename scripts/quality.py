@@ -36,12 +36,13 @@ from phantom import (  # noqa: E402
     Solution,
     Solver,
 )
+from phantom.deq import deqs_of  # noqa: E402
 from phantom.diagnostics import best_damping, damped_radius, ritz_values  # noqa: E402
-from phantom.engine import cli, records  # noqa: E402
-from phantom.engine.evaluate_run import Rebuilt, rebuild_run  # noqa: E402
-from phantom.engine.evaluation import batch_to  # noqa: E402
-from phantom.engine.monitor import Monitor, capture  # noqa: E402
-from phantom.engine.rules import deqs_of  # noqa: E402
+from phantom.engine import command  # noqa: E402
+from phantom.engine.artifacts import records  # noqa: E402
+from phantom.engine.measure.monitor import Monitor, capture  # noqa: E402
+from phantom.engine.rebuild import Rebuilt, rebuild_run  # noqa: E402
+from phantom.engine.training.evaluation import batch_to  # noqa: E402
 from phantom.solve import solve  # noqa: E402
 from phantom.state import Packing  # noqa: E402
 from scripts.bench.instruments import Clock  # noqa: E402
@@ -191,12 +192,12 @@ def main(arguments: list[str]) -> None:
     except KeyError:
         sys.exit("error: name a run folder with run=<folder>")
     except Exception as error:
-        if not cli.is_user_error(error):
+        if not command.is_user_error(error):
             raise
         sys.exit(f"error: {error}")
     shown = [*(f"{key}={value}" for key, value in own.items() if key != "run"), *records.meaningful(overrides)]
-    command = " ".join(["python scripts/quality.py run=<run folder>", *shown])
-    about = {"title": options.title, "command": command, **run.facts, **records.environment(run.device)}
+    line = " ".join(["python scripts/quality.py run=<run folder>", *shown])
+    about = {"title": options.title, "command": line, **run.facts, **records.environment(run.device)}
     result = about | measure(run, int(own.get("images", 16)))
     text = render(result)
     print(text)

@@ -22,7 +22,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from phantom.engine import build, checks, cli, records  # noqa: E402
+from phantom.engine import build, command  # noqa: E402
+from phantom.engine.artifacts import records  # noqa: E402
+from phantom.engine.config import values  # noqa: E402
+from phantom.engine.errors import ConfigError  # noqa: E402
 
 # overrides of train.py under which a run still is a run of its row; the table shows a precision
 SAME_ROW = ("experiment", "scale", "precision", "gradient_precision", "deterministic")
@@ -43,8 +46,8 @@ def jobs_of(row: str, overrides: Sequence[str]) -> Iterator[Job]:
         ConfigError: the overrides do not compose, or set the seed.
     """
     if any(item.startswith("seed=") for item in overrides):
-        raise checks.ConfigError("seed is set by this script, from 0 to repeats - 1; use train.py for another one")
-    config, choices = cli.compose([f"experiment={row}", *overrides])
+        raise ConfigError("seed is set by this script, from 0 to repeats - 1; use train.py for another one")
+    config, choices = command.compose([f"experiment={row}", *overrides])
     label = build.label_of(config, choices)
     items = [f"experiment={row}", *(item for item in overrides if not item.startswith("repeats="))]
     other = [item for item in items if item.split("=")[0] not in SAME_ROW]
@@ -57,11 +60,11 @@ def jobs_of(row: str, overrides: Sequence[str]) -> Iterator[Job]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run a table: its name first, then rows=..., list, and overrides of train.py."""
-    tables = sorted({name.split("/")[0] for name in checks.leaves("experiment")})
+    tables = sorted({name.split("/")[0] for name in values.leaves("experiment")})
     if not arguments or arguments[0] not in tables:
         sys.exit(f"error: name a table first, one of {', '.join(tables)}\n{__doc__}")
     table, *rest = arguments
-    known = [name.removeprefix(f"{table}/") for name in checks.leaves("experiment") if name.startswith(f"{table}/")]
+    known = [name.removeprefix(f"{table}/") for name in values.leaves("experiment") if name.startswith(f"{table}/")]
     named = [row for item in rest if item.startswith("rows=") for row in item.removeprefix("rows=").split(",")]
     unknown = [row for row in named if row not in known]
     if unknown:
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     overrides = [item for item in rest if item != "list" and not item.startswith("rows=")]
     try:
         jobs = [job for row in named or known for job in jobs_of(f"{table}/{row}", overrides)]
-    except checks.ConfigError as error:
+    except ConfigError as error:
         sys.exit(f"error: {error}")
     for job in jobs:
         print(shlex.join(["python", "train.py", *job.overrides]), flush=True)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phantom.engine import build, cli, records
+from phantom.engine import build, command
+from phantom.engine.artifacts import records
+from phantom.engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str, Path]:
     """Return (resolved config, label, run folder) of `train.py <overrides>`; a mistake in them ends the script."""
     try:
-        config, choices = cli.compose(overrides)
-    except build.ConfigError as error:
+        config, choices = command.compose(overrides)
+    except ConfigError as error:
         sys.exit(f"error: {error}")
     label = build.label_of(config, choices)
     return config, label, ROOT / records.run_folder(config["runs"], label, overrides, config["seed"])

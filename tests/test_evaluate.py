@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import evaluate
-from phantom.engine import build, cli
-from phantom.engine import evaluation as engine
+from phantom.engine import build, command
+from phantom.engine.training import evaluation as engine
 from tests.models.test_reference import official_state
 from tests.tiny_run import MODEL, tiny_run
 
@@ -119,7 +119,7 @@ OFFICIAL = [*MODEL, "data=digits", "test_subset=20", "solver.max_steps=3", "solv
 
 @pytest.fixture(scope="module")
 def model():
-    config, _ = cli.compose(OFFICIAL)
+    config, _ = command.compose(OFFICIAL)
     torch.manual_seed(5)
     return build.build_model(config, build.build_source(config).spec, build.build_deq(config))
 
@@ -129,7 +129,7 @@ def test_official_weights(model, wrapped, tmp_path, capsys):
     state = {f"module.{name}": tensor for name, tensor in official_state(model).items()}
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "official.pth")
     found = answer(capsys, f"official={tmp_path / 'official.pth'}", "source=phantom_grad", *OFFICIAL)
-    config, _ = cli.compose(OFFICIAL)
+    config, _ = command.compose(OFFICIAL)
     options = {"shard": build.Shard(), "device": torch.device("cpu"), "precision": "fp32"}
     task = build.build_task("image_classification")
     expected = engine.evaluate(model, task, build.build_source(config), "test", **options)

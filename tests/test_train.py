@@ -13,7 +13,8 @@ import torch
 import yaml
 
 import train
-from phantom.engine import checkpoint, cli
+from phantom.engine import command
+from phantom.engine.artifacts import checkpoint
 from tests.tiny_run import TINY, rows, tiny_run
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def test_the_files(record):
     folder = record["path"]
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert names == {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "record.json"}
-    config, _ = cli.compose([*TINY, f"runs={folder.parents[2]}"])
+    config, _ = command.compose([*TINY, f"runs={folder.parents[2]}"])
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
     for name in ("last.pt", "best.pt"):
         state = torch.load(folder / name, weights_only=True)
@@ -106,7 +107,7 @@ def command_line(monkeypatch, *arguments: str) -> str:
     errors = io.StringIO()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, *arguments, *QUIET])
     with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-        cli.run_hydra(train.job)
+        command.run_hydra(train.job)
     assert end.value.code == 1
     (line,) = errors.getvalue().strip().splitlines()
     return line
@@ -151,7 +152,7 @@ def test_a_sweep_leaves_a_record_of_every_job(tmp_path, monkeypatch):
     job = [item for item in TINY if item.split("=")[0] not in ("steps", "test_subset")]
     seen = []
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "-m", *job, *sweep])
-    cli.run_hydra(lambda *found: seen.append(train.job(*found)))
+    command.run_hydra(lambda *found: seen.append(train.job(*found)))
     assert [(r["choices"]["grad"], [i for i in r["overrides"] if i[:2] == "k="]) for r in seen] == [
         (grad, [f"k={k}"]) for grad in ("upg", "npg") for k in (1, 3)
     ]

@@ -10,31 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from data.errors import DataError
-from data.spec import Shard, Source, Spec
-from models.reference import load_reference
 from phantom import DEQ, SHINE, Broyden
-from phantom.engine import checks, distributed, precision, records
-from phantom.engine.checks import ConfigError
-from phantom.engine.construct import instantiate, locate, unknown_keys
-from phantom.engine.loop import Budget, Trainer
-from phantom.engine.pairs import check_pair, model_config
-from phantom.engine.rules import Rules
-from phantom.engine.task import Task
-from phantom.engine.tracking import Tracker
-
-__all__ = ["DataError", "Shard", "Source", "load_reference"]
+from phantom.engine.artifacts import records
+from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.config import values
+from phantom.engine.config.compatibility import check_pair, model_config
+from phantom.engine.config.instantiate import instantiate, locate, unknown_keys
+from phantom.engine.errors import ConfigError
+from phantom.engine.machine import distributed, precision
+from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.tasks.base import Task
+from phantom.engine.training.loop import Budget, Trainer
+from phantom.engine.training.rules import Rules
 
 TASKS = {
-    "image_classification": "phantom.engine.classification.ImageClassification",
-    "language_modelling": "phantom.engine.language_task.LanguageModelling",
-    "graph_classification": "phantom.engine.graph_tasks.GraphClassification",
-    "node_labelling": "phantom.engine.graph_tasks.NodeLabelling",
-    "node_classification": "phantom.engine.graph_tasks.NodeClassification",
+    "image_classification": "phantom.engine.tasks.images.ImageClassification",
+    "language_modelling": "phantom.engine.tasks.language.LanguageModelling",
+    "graph_classification": "phantom.engine.tasks.graphs.GraphClassification",
+    "node_labelling": "phantom.engine.tasks.graphs.NodeLabelling",
+    "node_classification": "phantom.engine.tasks.graphs.NodeClassification",
 }
 
 
@@ -69,7 +67,7 @@ def build_optimizer(config: dict[str, Any], parameters: list[nn.Parameter]) -> t
         ConfigError: an unknown key, or a value the optimiser refuses.
     """
     settings = config["optimizer"]
-    checks.check_rates(settings)
+    values.check_rates(settings)
     make = instantiate(settings, "optimizer")
     try:
         return make(parameters)
@@ -206,7 +204,7 @@ def build_trainer(
         cuda_graph=config["cuda_graph"],
         progress=config["progress"],
         folder=folder,
-        config=OmegaConf.to_yaml(OmegaConf.create(config)),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         make_tracker=lambda: Tracker(
             mode=config["wandb"],
             project=config["wandb_project"],

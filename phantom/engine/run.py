@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from phantom.engine import distributed, records
-from phantom.engine.loop import Trainer
-from phantom.engine.progress import UNITS, summary_table
+from phantom.engine.artifacts import records
+from phantom.engine.artifacts.progress import UNITS, summary_table
+from phantom.engine.machine import distributed
+from phantom.engine.training.loop import Trainer
 
 log = logging.getLogger(__name__)
 

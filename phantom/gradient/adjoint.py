@@ -18,8 +18,9 @@ from torch.autograd.function import FunctionCtx
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
-from phantom.solver.base import Solver, check_count, check_lam
+from phantom.solver.base import Solver
 from phantom.state import FlatMap
+from phantom.validate import check_count, check_lam
 
 Vjp = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution
-from phantom.solver.base import check_count, check_lam
 from phantom.state import FlatMap
+from phantom.validate import check_count, check_lam
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.solver.base import Solver, check_count, compiled
+from phantom.solver.base import Solver, compiled
+from phantom.validate import check_count
 
 # Outside these bounds of |1 - c| the secant factor carries rounding noise rather than curvature.
 MOST, LEAST = 1e3, 1e-3

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.solver.base import Solver, check_lam
+from phantom.solver.base import Solver
+from phantom.validate import check_lam
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.graphs import Graph, normalized_adjacency, union
+from data.graphs.graph import Graph, normalized_adjacency, union
 
 KINDS = ("image_classification", "language_modelling", "graph_classification")
 NODE_LABELS = 35  # as many as COX2 has

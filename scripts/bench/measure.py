@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.engine.rules import deqs_of
+from phantom.deq import deqs_of
 from scripts.bench import variants as v
 from scripts.bench.instruments import Clock, Tracer
 from scripts.bench.peer_torchdeq import TorchDEQ, has_counterpart

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.relative_attention import causal_mask, explicit_attention, fused_attention, relative_shift
-from models.transformer_cell import CellMasks, TransformerCell
+from models.deq_transformer.attention import causal_mask, explicit_attention, fused_attention, relative_shift
+from models.deq_transformer.cell import CellMasks, TransformerCell
 
 
 class UnhoistedCell(nn.Module):

@@ -11,13 +11,15 @@ import hydra
 import torch
 from torch import nn
 
-from data.spec import Spec
 from phantom import BPTT, UPG, GradientEstimator
-from phantom.deq import _no_clock
-from phantom.engine import build, checks, cli, construct, precision
-from phantom.engine.cuda_graph import EAGER, StepGraphs
-from phantom.engine.rules import deqs_of
-from phantom.engine.task import Score
+from phantom.deq import _no_clock, deqs_of
+from phantom.engine import build, command
+from phantom.engine.config import instantiate, values
+from phantom.engine.errors import ConfigError
+from phantom.engine.machine import precision
+from phantom.engine.source import Spec
+from phantom.engine.tasks.base import Score
+from phantom.engine.training.cuda_graph import EAGER, StepGraphs
 from scripts.bench import batches
 from scripts.bench.standins import Work
 from scripts.bench.unhoisted import UnhoistedCell
@@ -103,14 +105,14 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
     Raises:
         ConfigError: an unknown key or an impossible value.
     """
-    jobs = [dict(item.split("=", 1) for item in job) for job in cli.expand(arguments)]
+    jobs = [dict(item.split("=", 1) for item in job) for job in command.expand(arguments)]
     varying = [key for key in jobs[0] if len({job[key] for job in jobs}) > 1]
     found: dict[str, Setting] = {}
     for job in jobs:
         own = {key: job.get(key, default) for key, default in OWN.items()}
         overrides = {key.lstrip("+"): value for key, value in job.items() if key not in OWN}
-        uses = compose({key: value for key, value in overrides.items() if key not in checks.ESTIMATOR_KEYS})
-        overrides = {key: value for key, value in overrides.items() if key not in checks.ESTIMATOR_KEYS or key in uses}
+        uses = compose({key: value for key, value in overrides.items() if key not in values.ESTIMATOR_KEYS})
+        overrides = {key: value for key, value in overrides.items() if key not in values.ESTIMATOR_KEYS or key in uses}
         config = compose(overrides)
         names = [config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
         names += [f"{key}={config[key]}" for key in ("k",) if key in config]
@@ -126,12 +128,12 @@ def compose(overrides: dict[str, str]) -> dict[str, Any]:
     """Return the resolved config of train.py without data, with a fixed budget unless `overrides` say otherwise."""
     fixed = [f"{key}=null" for key in FIXED if key not in overrides]
     items = [*(f"{key}={value}" for key, value in overrides.items()), *fixed, "~data"]
-    with hydra.initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+    with hydra.initialize_config_dir(str(command.CONFIGS), version_base="1.3"):
         try:
             cfg = hydra.compose("train", overrides=items)
         except Exception as error:
-            raise build.ConfigError(" ".join(str(error).split())) from error
-    return construct.resolve(cfg)
+            raise ConfigError(" ".join(str(error).split())) from error
+    return instantiate.resolve(cfg)
 
 
 def make(setting: Setting, device: torch.device) -> Variant:
@@ -147,7 +149,7 @@ def make(setting: Setting, device: torch.device) -> Variant:
     carry = batches.full_memory(model, batch) if kind == "language_modelling" else None
     if not setting.hoist:
         if kind != "language_modelling" or config["compile"]:
-            raise build.ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
+            raise ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
         model.cell = UnhoistedCell(model.cell)
     if config["compile"]:
         build.compile_cell(model)
@@ -169,10 +171,10 @@ def make(setting: Setting, device: torch.device) -> Variant:
 
 def kind_of(model: dict[str, Any]) -> str:
     """Return the kind of task a model leaf serves; of a family, the first that has a synthetic batch."""
-    kinds = construct.locate(model["_target_"]).kinds if "_target_" in model else list(model)
+    kinds = instantiate.locate(model["_target_"]).kinds if "_target_" in model else list(model)
     known = [kind for kind in kinds if kind in batches.KINDS]
     if not known:
-        raise build.ConfigError(f"the benchmark has batches for {', '.join(batches.KINDS)}, not {', '.join(kinds)}")
+        raise ConfigError(f"the benchmark has batches for {', '.join(batches.KINDS)}, not {', '.join(kinds)}")
     return known[0]
 
 
@@ -200,11 +202,11 @@ def work_of(variant: Variant, score: Score) -> list[Work]:
 
 def _count(key: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
-        raise build.ConfigError(f"{key}={value} must be an integer >= 1")
+        raise ConfigError(f"{key}={value} must be an integer >= 1")
     return int(value)
 
 
 def _flag(key: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
-        raise build.ConfigError(f"{key}={value} must be true or false")
+        raise ConfigError(f"{key}={value} must be true or false")
     return value.lower() == "true"

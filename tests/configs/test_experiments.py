@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from phantom import UPG
-from phantom.engine import build, checks, cli, records
+from phantom.engine import build, command
+from phantom.engine.artifacts import records
+from phantom.engine.config import values
 from phantom.engine.run import run
 from tests.configs.tiny_data import spec, tiny
 
-NAMES = checks.leaves("experiment")
+NAMES = values.leaves("experiment")
 # measured on the official classes; models of our own size are not listed
 PARAMETERS = {
     ("mdeq_tiny", "cifar10"): 158_986,
@@ -34,7 +36,7 @@ def test_there_are_experiments_of_every_table():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_at_paper_scale(name):
-    config, choices = cli.compose([f"experiment={name}"])
+    config, choices = command.compose([f"experiment={name}"])
     assert config["scale"] == "paper" and build.label_of(config, choices) == name
     deq = build.build_deq(config)
     source = spec(choices["data"])
@@ -49,7 +51,7 @@ def test_builds_at_paper_scale(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_upg_on_top(name):
-    config, choices = cli.compose([f"experiment={name}", "grad=upg", "k=3", "lam=0.7"])
+    config, choices = command.compose([f"experiment={name}", "grad=upg", "k=3", "lam=0.7"])
     assert build.instantiate(config["grad"], "grad") == UPG(k=3, lam=0.7) and choices["experiment"] == name
 
 
@@ -60,7 +62,7 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     small = tiny(leaf.get(name.split("/")[0], name.split("/")[0]), tmp_path / "data")
     job = [f"experiment={name}", "scale=smoke", "smoke_steps=1", *small, f"runs={tmp_path}", "wandb=disabled"]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, facts = build.build_trainer(config, label="step", overrides=job, choices=choices)
     before = [p.detach().clone() for p in trainer.bare.parameters()]
     record = run(trainer, facts, resume=False)
@@ -81,8 +83,8 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     "name", ["table1/implicit", "table3/imagenet_upg", "table3/wikitext103_preln_upg", "table4/ppi_implicit"]
 )
 def test_scale_changes_the_budget_alone(name, scale):
-    paper, _ = cli.compose([f"experiment={name}"])
-    other, choices = cli.compose([f"experiment={name}", f"scale={scale}"])
+    paper, _ = command.compose([f"experiment={name}"])
+    other, choices = command.compose([f"experiment={name}", f"scale={scale}"])
     assert other["scale"] == scale and build.label_of(other, choices) == f"{name}@{scale}"
     budget = {"epochs", "steps", "repeats", "subset", "test_subset", "scale"}
     assert {"scale", "epochs", "steps"} <= set(records.differences(paper, other)) <= budget | {"data"}
@@ -91,21 +93,21 @@ def test_scale_changes_the_budget_alone(name, scale):
 
 
 def test_a_changed_gradient_leaves_no_pinned_number_behind():
-    config, _ = cli.compose(["experiment=table1/upg_k9_lam0.5_dropout", "grad=implicit"])
+    config, _ = command.compose(["experiment=table1/upg_k9_lam0.5_dropout", "grad=implicit"])
     assert "k" not in config and "lam" not in config
 
 
 def test_null_leaves_a_group_out():
-    config, choices = cli.compose(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
+    config, choices = command.compose(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
     assert config["pretraining"] is None and config["clipping"] is None
-    plain, _ = cli.compose(["experiment=table1/implicit_no_pretraining"])
+    plain, _ = command.compose(["experiment=table1/implicit_no_pretraining"])
     assert not records.differences(config, plain)
-    config, choices = cli.compose(["experiment=null"])
+    config, choices = command.compose(["experiment=null"])
     assert build.label_of(config, choices) == "mdeq_tiny-digits-upg"
 
 
 def test_the_command_line_of_the_paper():
-    config, choices = cli.compose(["model=mdeq_small", "data=imagenet", "grad=upg", "k=5", "lam=0.6"])
+    config, choices = command.compose(["model=mdeq_small", "data=imagenet", "grad=upg", "k=5", "lam=0.6"])
     assert build.build_deq(config).grad == UPG(k=5, lam=0.6)
     with torch.device("meta"):
         model = build.build_model(config, spec("imagenet"), build.build_deq(config))

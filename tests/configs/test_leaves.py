@@ -6,9 +6,11 @@ import hydra.utils
 import pytest
 import torch
 
-from data.spec import Shard
-from phantom.engine import build, checks, cli
-from phantom.engine.overrides import groups
+from phantom.engine import build, command
+from phantom.engine.config import values
+from phantom.engine.config.overrides import groups
+from phantom.engine.errors import ConfigError
+from phantom.engine.source import Shard
 from tests.configs.tiny_data import INPUTS, spec, tiny
 
 # what has to be chosen besides, for the leaf to be of use
@@ -36,12 +38,12 @@ LEAVES = [
     (group, leaf)
     for group in groups()
     if group not in ("experiment", "scale", "model")
-    for leaf in checks.leaves(group)
+    for leaf in values.leaves(group)
 ]
 
 
 def test_nothing_is_forgotten():
-    assert set(SERVED) == set(checks.leaves("model")) and set(INPUTS) == set(checks.leaves("data"))
+    assert set(SERVED) == set(values.leaves("model")) and set(INPUTS) == set(values.leaves("data"))
     assert {"solver", "adjoint_solver", "eval_solver", "grad", "optimizer", "schedule"} <= {
         group for group, _ in LEAVES
     }
@@ -58,7 +60,7 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
     more = [*WITH.get(group, []), *WITH.get(f"{group}/{leaf}", [])]
     if group == "data" and leaf != "ppi":
         more += tiny(leaf, tmp_path / "data")
-    node = cli.compose([f"{group}={leaf}", *more])[0][group]
+    node = command.compose([f"{group}={leaf}", *more])[0][group]
     target = hydra.utils.get_object(node["_target_"])
     made = build.instantiate(node, group)
     if node.get("_partial_"):
@@ -75,16 +77,16 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
                 assert getattr(made, key) == (tuple(value) if isinstance(getattr(made, key), tuple) else value), key
         refused = functools.partial(build.instantiate, {**node, "nonsense": 1}, group)
     if leaf != "timm":  # hands every keyword on
-        with pytest.raises(build.ConfigError, match=rf"{group}: .* has no key nonsense; valid keys: "):
+        with pytest.raises(ConfigError, match=rf"{group}: .* has no key nonsense; valid keys: "):
             refused()
 
 
-@pytest.mark.parametrize("leaf", checks.leaves("data"))
+@pytest.mark.parametrize("leaf", values.leaves("data"))
 def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     source = build.build_source(
-        cli.compose([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")])[0]
+        command.compose([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")])[0]
     )
     expected = spec(leaf)
     assert source.spec.kind == expected.kind == source.kind and source.spec.inputs.keys() == expected.inputs.keys()
@@ -97,10 +99,10 @@ def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("leaf", "data"), [(leaf, data) for leaf, many in SERVED.items() for data in many])
 def test_a_model_serves_its_data(leaf, data):
-    config, _ = cli.compose([f"model={leaf}", f"data={data}"])
+    config, _ = command.compose([f"model={leaf}", f"data={data}"])
     with torch.device("meta"):
         model = build.build_model(config, spec(data), build.build_deq(config))
     chosen = config["model"] if "_target_" in config["model"] else config["model"][spec(data).kind]
     assert type(model) is hydra.utils.get_class(chosen["_target_"])
-    with pytest.raises(build.ConfigError, match=r"model: .* has no key nonsense; valid keys: "):
+    with pytest.raises(ConfigError, match=r"model: .* has no key nonsense; valid keys: "):
         build.build_model({**config, "model": {**chosen, "nonsense": 1}}, spec(data), build.build_deq(config))

@@ -5,8 +5,9 @@ import torch
 import yaml
 
 from phantom import NPG, UPG, Broyden, FixedPoint, Implicit
-from phantom.engine import build, checks, cli
-from phantom.engine.rules import Pretraining
+from phantom.engine import build, command
+from phantom.engine.config import values
+from phantom.engine.training.rules import Pretraining
 
 ADAM, SGD = ("Adam", 1e-3, 0.0), ("SGD", 0.1, 1e-4)
 PRE = Pretraining(steps=3000, layers=10, of_steps=19_550)
@@ -104,14 +105,14 @@ def check_vision(config, grad, steps, optimizer, dropout, pretraining, epochs, r
 @pytest.mark.parametrize("row", TABLE1)
 def test_table1(row):
     grad, optimizer, dropout, pretraining = TABLE1[row]
-    config, choices = cli.compose([f"experiment=table1/{row}"])
+    config, choices = command.compose([f"experiment=table1/{row}"])
     assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_tiny", "cifar10", "none")
     check_vision(config, grad, 22, optimizer, dropout, pretraining, 50, 6)
 
 
 @pytest.mark.parametrize("row", TABLE3)
 def test_table3(row):
-    config, choices = cli.compose([f"experiment=table3/{row}"])
+    config, choices = command.compose([f"experiment=table3/{row}"])
     check_vision(config, *TABLE3[row])
     if row.startswith("cifar10"):
         assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_large", "cifar10", "crop_flip")
@@ -127,7 +128,7 @@ def test_table3(row):
 @pytest.mark.parametrize("data", TABLE4)
 @pytest.mark.parametrize("row", LAMS)
 def test_table4(data, row):
-    config, choices = cli.compose([f"experiment=table4/{data}_{row}"])
+    config, choices = command.compose([f"experiment=table4/{data}_{row}"])
     assert (choices["model"], choices["data"], config["seed"]) == ("ignn", data, 42)
     deq = build.build_deq(config)
     assert deq.solver == FixedPoint(max_steps=300, tol=3e-6, stop="absolute", norm="max")
@@ -143,7 +144,7 @@ def test_table4(data, row):
 
 
 def test_the_tables_quote_the_paper():
-    files = [checks.CONFIGS / "report" / f"{name}.yaml" for name in checks.leaves("report")]
+    files = [values.CONFIGS / "report" / f"{name}.yaml" for name in values.leaves("report")]
     rows = [row for file in files for row in yaml.safe_load(file.read_text())["rows"]]
     quoted = {row["experiment"]: row["paper"] for row in rows}
     ours = {name: paper for name, paper in quoted.items() if not name.startswith("table")}
@@ -152,4 +153,4 @@ def test_the_tables_quote_the_paper():
     groups = {row["experiment"].split("/")[1].split("_")[0]: row["group"] for row in rows if "group" in row}
     assert groups == {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "wikitext103": "WikiText-103"}
     assert set(ours.values()) <= {"--"}, "the paper has no number for experiments of our own"
-    assert set(quoted) <= set(checks.leaves("experiment"))
+    assert set(quoted) <= set(values.leaves("experiment"))

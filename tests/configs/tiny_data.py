@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.cifar10 import CLASSES
-from data.spec import Spec
+from data.images.cifar10 import CLASSES
+from phantom.engine.source import Spec
 
 # the numbers a model is built from; None where they follow from the text or the files alone
 INPUTS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.chains import Chains
-from data.spec import Shard
+from data.graphs.chains import Chains
+from phantom.engine.source import Shard
 
 FILE = Path(os.environ.get("PHANTOM_REFERENCE") or ".") / "ignn_layer.npz"
 SETTINGS = {

@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision import datasets
 
 from data import cifar10
-from data.cifar10 import CIFAR10, CLASSES
-from data.errors import DataError
-from data.spec import Shard
+from data.images.cifar10 import CIFAR10, CLASSES
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 SETTINGS = dict(
     download=False,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from data.errors import DataError
-from data.graphs import Graph, normalized_adjacency, sparse_matrix, spectral_radius, union
-from data.spec import Shard
+from data.graphs.graph import Graph, normalized_adjacency, sparse_matrix, spectral_radius, union
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 
 def matrix_of(dense: torch.Tensor):
@@ -114,7 +114,7 @@ def test_bad_edges_are_named_before_normalising():
 
 
 def test_shards_cover_every_item_once():
-    from data.graphs import check_parts
+    from data.graphs.graph import check_parts
 
     covered = [i for rank in range(3) for part in check_parts(Shard(rank=rank, world=3, micro=2), 7) for i in part]
     assert covered == list(range(7))

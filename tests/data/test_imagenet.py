@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.errors import DataError
-from data.imagenet import ImageNet
-from data.spec import Shard
+from data.images.imagenet import ImageNet
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 SETTINGS = dict(
     batch_size=3,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from data.digits import Digits
-from data.images import PADDING, ImageSet, InMemoryImages, crop_flip
-from data.spec import Shard
+from data.images.base import PADDING, ImageSet, InMemoryImages, crop_flip
+from data.images.digits import Digits
+from phantom.engine.source import Shard
 
 SETTINGS = dict(batch_size=8, eval_batch_size=7, augment="none", validation=0, subset=None, test_subset=None, seed=3)
 

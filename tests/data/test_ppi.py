@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DataError
-from data.ppi import NODES, PPI, labelled_graph
-from data.ppi_synthetic import SyntheticPPI
-from data.spec import Shard
+from data.graphs.ppi import NODES, PPI, labelled_graph
+from data.graphs.ppi_synthetic import SyntheticPPI
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 BATCHES = {"batch_size": 1, "eval_batch_size": 2, "seed": 0}
 

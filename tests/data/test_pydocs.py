@@ -5,8 +5,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from data.pydocs import PyDocs
-from data.spec import Shard
+from data.text.pydocs import PyDocs
+from phantom.engine.source import Shard
 
 
 def make() -> PyDocs:

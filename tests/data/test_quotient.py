@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from data.graphs import Graph, normalized_adjacency, sparse_matrix, union
-from data.quotient import node_classes, quotient
-from models.ignn import GraphIGNN
-from models.ignn_layers import ImplicitGraphLayer
+from data.graphs.graph import Graph, normalized_adjacency, sparse_matrix, union
+from data.graphs.quotient import node_classes, quotient
+from models.ignn.layers import ImplicitGraphLayer
+from models.ignn.model import GraphIGNN
 from phantom import DEQ, NPG, UPG, FixedPoint, Implicit
 
 EXACT = FixedPoint(max_steps=500, tol=1e-14, stop="absolute", norm="max")

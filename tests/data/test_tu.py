@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import DataError
-from data.folds import official_fold
-from data.root import data_root
-from data.spec import Shard
-from data.tu import FACTS, TUGraphs
+from data.graphs.folds import official_fold
+from data.graphs.tu import FACTS, TUGraphs
+from data.paths import data_root
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 SETTINGS = {
     "root": None,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DataError
-from data.spec import Shard
-from data.streams import Corpus, TokenStreams, unigram_perplexity
-from data.vocabulary import Vocabulary, read_words
-from data.wikitext import WikiText103
+from data.text.streams import Corpus, TokenStreams, unigram_perplexity
+from data.text.vocabulary import Vocabulary, read_words
+from data.text.wikitext import WikiText103
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard
 
 TRAIN = " = A title = \n\nthe cat sat on\u00a0the mat <unk>\nthe dog and the cat and the bird ran on and on\n" * 6
 VALID = "the cat ran\n\nthe bird sat\non the mat <unk> dog\n" * 4

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from phantom.engine import checkpoint
-from phantom.engine.checkpoint import CheckpointError
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.errors import CheckpointError
 from tests.engine import tiny
 
 STATE = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "step": 3, "best": {"test": {"loss": 0.5}}, "ema": None}
@@ -42,7 +42,7 @@ def test_a_crash_while_writing_leaves_the_old_file(path, monkeypatch, at):
             args[1].write(b"the first half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"phantom.engine.checkpoint.{at}", crash)
+    monkeypatch.setattr(f"phantom.engine.artifacts.checkpoint.{at}", crash)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(path, {**STATE, "step": 4})
     monkeypatch.undo()

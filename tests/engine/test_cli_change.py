@@ -2,7 +2,8 @@
 
 import pytest
 
-from phantom.engine import build, cli
+from phantom.engine import command
+from phantom.engine.errors import ConfigError
 
 
 def config() -> dict:
@@ -21,7 +22,7 @@ def config() -> dict:
     ],
 )
 def test_values(item, path, value):
-    found = cli.change(config(), [item])
+    found = command.change(config(), [item])
     for key in path:
         found = found[key]
     assert found == value and type(found) is type(value)
@@ -37,5 +38,5 @@ def test_values(item, path, value):
     ],
 )
 def test_mistakes(item, message):
-    with pytest.raises(build.ConfigError, match=message):
-        cli.change(config(), [item])
+    with pytest.raises(ConfigError, match=message):
+        command.change(config(), [item])

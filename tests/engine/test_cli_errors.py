@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from phantom.engine import build, cli
+from phantom.engine import build, command
+from phantom.engine.errors import ConfigError
 
 ON_DIGITS = ["model=mdeq_tiny", "data=digits"]
 UNUSED = "it belongs to grad="
@@ -97,8 +98,8 @@ BEFORE_DATA = [
 
 @pytest.mark.parametrize(("line", "message"), BEFORE_DATA, ids=[line for line, _ in BEFORE_DATA])
 def test_refused_before_data_is_looked_for(line, message):
-    with pytest.raises(build.ConfigError, match=message) as error:
-        cli.compose(line.split())
+    with pytest.raises(ConfigError, match=message) as error:
+        command.compose(line.split())
     assert "\n" not in str(error.value)
 
 
@@ -117,20 +118,20 @@ WHILE_BUILDING = [
 def start(overrides: list[str], runs) -> None:
     """Build all that a run needs, as train.py does before its first step."""
     items = [*overrides, f"runs={runs}", "wandb=disabled"]
-    config, choices = cli.compose(items)
+    config, choices = command.compose(items)
     build.build_trainer(config, label="refused", overrides=items, choices=choices)
 
 
 @pytest.mark.parametrize(("line", "message"), WHILE_BUILDING, ids=[line for line, _ in WHILE_BUILDING])
 def test_refused_before_the_first_step(line, message, tmp_path):
-    with pytest.raises(build.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         start(line.split(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(build.ConfigError, match=r"device=cuda.*no GPU.*device=cpu"):
+    with pytest.raises(ConfigError, match=r"device=cuda.*no GPU.*device=cpu"):
         start(["device=cuda"], tmp_path)
 
 
@@ -139,7 +140,7 @@ def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
 )
 def test_a_missing_root_names_the_folder_and_the_two_ways_to_name_another(data, name, tmp_path):
     model = "deq_transformer_small" if data == "wikitext103" else "mdeq_tiny"
-    with pytest.raises(build.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         start([f"data={data}", f"model={model}", f"data.root={tmp_path / 'nowhere'}"], tmp_path / "runs")
     for part in (
         str(tmp_path / "nowhere"),
@@ -152,7 +153,7 @@ def test_a_missing_root_names_the_folder_and_the_two_ways_to_name_another(data, 
 def test_a_wrong_layout_names_what_was_expected_and_what_is_there(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cats").mkdir(parents=True)
-    with pytest.raises(build.ConfigError, match=r"must hold one folder for each of airplane, .*; it holds cats"):
+    with pytest.raises(ConfigError, match=r"must hold one folder for each of airplane, .*; it holds cats"):
         start(["data=cifar10", f"data.root={tmp_path}"], tmp_path / "runs")
 
 
@@ -167,9 +168,9 @@ def test_a_corrupt_picture_is_named(tmp_path, monkeypatch):
     broken = tmp_path / "train" / "cat" / "0.png"
     broken.write_bytes(broken.read_bytes()[:40])
     job = ["data=cifar10", f"data.root={tmp_path}", "data.allow_partial=true"]
-    with pytest.raises(build.ConfigError, match=rf"{broken} is damaged and cannot be decoded"):
+    with pytest.raises(ConfigError, match=rf"{broken} is damaged and cannot be decoded"):
         start(job, tmp_path / "runs")
     Image.new("RGB", (32, 32)).save(broken)
-    with pytest.raises(build.ConfigError, match=r"has 10 train images, expected 50000.*allow_partial=true"):
+    with pytest.raises(ConfigError, match=r"has 10 train images, expected 50000.*allow_partial=true"):
         start(job[:2], tmp_path / "runs")
     start(job, tmp_path / "runs")

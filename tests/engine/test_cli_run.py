@@ -11,17 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from phantom.engine import build, checkpoint, cli, loop
+from phantom.engine import command
+from phantom.engine.errors import CheckpointError, ConfigError, DataError, DivergenceError
 
 ROOT = Path(__file__).parents[2]
 # the logging set-up of Hydra would outlive the test
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 ERRORS = [
-    (build.ConfigError("k=0 must be an integer >= 1"), "error: k=0 must be an integer >= 1"),
-    (build.DataError("the picture a.png is damaged"), "error: the picture a.png is damaged"),
-    (checkpoint.CheckpointError("last.pt is damaged"), "error: last.pt is damaged"),
-    (loop.DivergenceError("not finite at step 3"), "error: not finite at step 3"),
+    (ConfigError("k=0 must be an integer >= 1"), "error: k=0 must be an integer >= 1"),
+    (DataError("the picture a.png is damaged"), "error: the picture a.png is damaged"),
+    (CheckpointError("last.pt is damaged"), "error: last.pt is damaged"),
+    (DivergenceError("not finite at step 3"), "error: not finite at step 3"),
     (
         OSError(errno.ENOSPC, "No space left on device", "/full/last.pt"),
         "error: /full/last.pt: No space left on device",
@@ -40,7 +41,7 @@ def run(monkeypatch, job, *arguments: str) -> int:
     """Run the command line in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments, *QUIET])
     try:
-        cli.run_hydra(job)
+        command.run_hydra(job)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -106,7 +107,7 @@ def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monk
     def job(config, overrides, choices):
         seen.append((choices["grad"], config["k"], config["lam"]))
         if config["k"] == 1:
-            raise loop.DivergenceError(f"diverged with {choices['grad']}")
+            raise DivergenceError(f"diverged with {choices['grad']}")
 
     assert run(monkeypatch, job, "-m", "grad=upg,npg", "k=1,3", "lam=0.5", f"runs={tmp_path}") == 1
     assert seen == [(grad, k, 0.5) for grad in ("upg", "npg") for k in (1, 3)]
@@ -118,7 +119,7 @@ def test_null_is_the_same_on_the_command_line_and_in_the_record(tmp_path, monkey
     job = ["experiment=table1/implicit", "pretraining=null", f"runs={tmp_path}"]
     assert run(monkeypatch, lambda *found: seen.append(found), *job) == 0
     ((config, overrides, _),) = seen
-    assert overrides == job and config == cli.compose(job)[0] and config["pretraining"] is None
+    assert overrides == job and config == command.compose(job)[0] and config["pretraining"] is None
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, ca
 
     def job(config, *_):
         seen.append(config["seed"])
-        raise build.DataError("damaged")
+        raise DataError("damaged")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(monkeypatch, job, "-m", "seed=0,1", f"runs={tmp_path}") == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from phantom.engine import distributed
+from phantom.engine.machine import distributed
 from tests.engine import tiny
 
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from phantom.engine import checkpoint
-from phantom.engine.classification import ImageClassification
-from phantom.engine.loop import DivergenceError
-from phantom.engine.monitor import Monitor
-from phantom.engine.task import Score, Tally
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.errors import DivergenceError
+from phantom.engine.measure.monitor import Monitor
+from phantom.engine.tasks.base import Score, Tally
+from phantom.engine.tasks.images import ImageClassification
 from tests.engine import tiny
 
 BAD = 5  # the step, counted from 1, whose batch is broken; epochs have three steps

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from data.chains import Chains
-from data.ppi_synthetic import SyntheticPPI
-from data.spec import Shard
-from models.ignn import ChainsIGNN, NodeIGNN
-from models.ignn_layers import ImplicitGraphLayer
+from data.graphs.chains import Chains
+from data.graphs.ppi_synthetic import SyntheticPPI
+from models.ignn.layers import ImplicitGraphLayer
+from models.ignn.model import ChainsIGNN, NodeIGNN
 from phantom import DEQ, UPG, FixedPoint
-from phantom.engine.graph_tasks import GraphClassification, NodeClassification, NodeLabelling
+from phantom.engine.source import Shard
+from phantom.engine.tasks.graphs import GraphClassification, NodeClassification, NodeLabelling
 
 SOLVER = FixedPoint(max_steps=300, tol=1e-6)
 

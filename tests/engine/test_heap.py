@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from phantom.engine.heap import keep_freed_memory
+from phantom.engine.machine.allocator import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")

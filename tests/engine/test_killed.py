@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from phantom.engine import build, checkpoint, cli
+from phantom.engine import build, command
+from phantom.engine.artifacts import checkpoint
 from phantom.engine.run import run
 from tests.engine import tiny
 
@@ -26,7 +27,7 @@ SECONDS = 200
 def finish(runs: Path) -> Path:
     """Train to the end in this process and return the run folder."""
     job = [*JOB, f"runs={runs}"]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, facts = build.build_trainer(config, label="tiny", overrides=JOB, choices=choices)
     trainer.folder = runs / "run"
     run(trainer, facts, resume=True)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from data.spec import Spec
 from phantom import NPG, UPG, Anderson, Broyden, Implicit
-from phantom.engine import build, cli, records
+from phantom.engine import build, command
+from phantom.engine.artifacts import records
 from phantom.engine.run import run
+from phantom.engine.source import Spec
 
 ROWS = ("postln_implicit", "postln_upg", "preln_implicit", "preln_upg", "preln_upg_steps")
 SMALL = ("language/pydocs", *(f"language/wikitext_test_split_{grad}" for grad in ("implicit", "upg", "npg")))
@@ -14,7 +15,7 @@ TEXT = "the cat sat on the mat <unk> \n\n the dog and the bird ran on \n" * 12
 
 
 def compose(row: str, *overrides: str) -> tuple[dict, dict]:
-    return cli.compose([f"experiment=table3/wikitext103_{row}", *overrides])
+    return command.compose([f"experiment=table3/wikitext103_{row}", *overrides])
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -84,8 +85,8 @@ def test_what_tells_the_rows_apart(row, solver, evals, grad, mem_len):
 
 @pytest.mark.parametrize(("grad", "estimator"), [("implicit", Implicit), ("upg", UPG), ("npg", NPG)])
 def test_the_small_rows_differ_in_the_gradient_alone(grad, estimator):
-    config, _ = cli.compose([f"experiment=language/wikitext_test_split_{grad}"])
-    other, _ = cli.compose(["experiment=language/wikitext_test_split_upg"])
+    config, _ = command.compose([f"experiment=language/wikitext_test_split_{grad}"])
+    other, _ = command.compose(["experiment=language/wikitext_test_split_upg"])
     assert set(records.differences(config, other)) <= {"grad", "k", "lam"}
     assert type(build.build_deq(config).grad) is estimator
     assert config["data"]["files"] == {"train": "wiki.test.tokens", "valid": "wiki.valid.tokens", "test": None}
@@ -115,7 +116,7 @@ def test_every_experiment_trains_at_a_smoke_budget(name, tmp_path):
     ]
     if name == "language/pydocs":
         overrides = [item for item in overrides if not item.startswith("data.")] + ["data.segment=64"]
-    config, choices = cli.compose(overrides)
+    config, choices = command.compose(overrides)
     assert config["steps"] == (480 if name in SMALL and "wikitext" in name else 20)
     trainer, facts = build.build_trainer(config, label="small", overrides=overrides, choices=choices)
     record = run(trainer, facts, resume=False)

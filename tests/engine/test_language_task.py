@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import evaluate as evaluate_script
-from data.pydocs import PyDocs
-from data.spec import Shard
-from models.deq_transformer import DEQTransformer
+from data.text.pydocs import PyDocs
+from models.deq_transformer.model import DEQTransformer
 from phantom import DEQ, UPG, Broyden
-from phantom.engine import build, cli, evaluate_run, loop, records
-from phantom.engine.evaluation import evaluate
-from phantom.engine.language_task import LanguageModelling
+from phantom.engine import build, command, rebuild
+from phantom.engine.artifacts import records
 from phantom.engine.run import run as run_to_record
-from phantom.engine.task import Tally
+from phantom.engine.source import Shard
+from phantom.engine.tasks.base import Tally
+from phantom.engine.tasks.language import LanguageModelling
+from phantom.engine.training import loop
+from phantom.engine.training.evaluation import evaluate
 
 TINY = (
     "model=deq_transformer_small",
@@ -144,7 +146,7 @@ def test_shares_of_the_streams_add_up_to_the_whole(world, micro):
 def train(folder: Path, steps: int, *overrides: str, stop: int | None = None) -> dict:
     """Train for `steps`; with `stop`, leave after so many, as if the process had ended there."""
     job = [*TINY, f"steps={steps}", "epochs=2", f"runs={folder}", *overrides]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if stop is not None:
@@ -212,11 +214,11 @@ def test_evaluation_of_a_run_gives_its_own_perplexity(tmp_path, grad):
     run = train(tmp_path, 3, f"grad={grad}")
     trainer = run["trainer"]
     options = {"which": "last", "split": None}
-    metrics = evaluate_run.evaluate_run(trainer.folder, overrides=[], **options)
+    metrics = rebuild.evaluate_run(trainer.folder, overrides=[], **options)
     assert metrics["perplexity"] == trainer.final["test"]["perplexity"]
     assert metrics["num_evals"] == 6
     other = ["eval_solver.max_steps=9", "model.eval_mem_len=48"]
-    changed = evaluate_run.evaluate_run(trainer.folder, overrides=other, **options)
+    changed = rebuild.evaluate_run(trainer.folder, overrides=other, **options)
     assert changed["num_evals"] == 10
     assert changed["perplexity"] != metrics["perplexity"]
 
@@ -249,7 +251,7 @@ def test_best_is_the_evaluation_at_which_the_first_split_was_best(tmp_path, monk
 
 def test_the_record_has_the_unigram_perplexity_and_both_parameter_counts(tmp_path, capsys):
     job = [*TINY, "steps=1", f"runs={tmp_path}"]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, facts = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
     record = run_to_record(trainer, facts, resume=False)
     assert record["baseline"] == PyDocs(streams=4, eval_streams=4, segment=16).spec.baseline

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phantom.engine import checkpoint
-from phantom.engine.optim import ClipTotal
-from phantom.engine.rules import Penalty, Rules
-from phantom.engine.schedule import Constant, Cosine
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.training.clipping import ClipTotal
+from phantom.engine.training.rules import Penalty, Rules
+from phantom.engine.training.schedule import Constant, Cosine
 from tests.engine import tiny
 from tests.engine.two_ranks import activity
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phantom import DEQ, FixedPoint, Implicit, Solution
-from phantom.engine.meters import SolveMeter
+from phantom.engine.measure.solves import SolveMeter
 from phantom.solution import Stats
 from tests.phantom.problems import DTYPE, TanhMap, randn
 

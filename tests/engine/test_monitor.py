@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from phantom import NPG, UPG, FixedPoint, Implicit, JacobianRegularizer
-from phantom.engine.classification import ImageClassification
-from phantom.engine.monitor import Monitor
+from phantom.engine.measure.monitor import Monitor
+from phantom.engine.tasks.images import ImageClassification
 from tests.engine import tiny
 
 EXACT = FixedPoint(max_steps=500, tol=1e-13)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from phantom.engine.optim import ClipEach, ClipTotal, gradient_norm, scale_gradients
+from phantom.engine.training.clipping import ClipEach, ClipTotal, gradient_norm, scale_gradients
 from tests.phantom.problems import DTYPE, randn
 
 SHAPES = [(3, 4), (5,), (2, 2, 2)]

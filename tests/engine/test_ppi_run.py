@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from phantom.engine import build, checkpoint, cli
-from phantom.engine.loop import DivergenceError
+from phantom.engine import build, command
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.errors import DivergenceError
 
 SMALL = [
     *("data.scale=0.01", "model.node_labelling.widths=[8,6]", "epochs=1", "steps=2", "data.batch_size=10"),
@@ -15,7 +16,7 @@ SMALL = [
 
 def trainer(folder, *overrides: str):
     job = [*SMALL, f"runs={folder}", *overrides]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     return build.build_trainer(config, label="ppi", overrides=job, choices=choices)[0]
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from phantom.engine import precision
-from phantom.engine.precision import autocast, set_up
+from phantom.engine.machine import precision
+from phantom.engine.machine.precision import autocast, set_up
 from tests.engine import tiny
 
 

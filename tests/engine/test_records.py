@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from phantom.engine import build, cli, records
-from phantom.engine.records import PLACES, MetricsLog, config_hash, differences, run_folder
+from phantom.engine import build, command
+from phantom.engine.artifacts import records
+from phantom.engine.artifacts.records import PLACES, MetricsLog, config_hash, differences, run_folder
 from phantom.engine.run import run
 
 CONFIG = {
@@ -192,7 +193,7 @@ JOB = [
 
 def train(runs: Path, *overrides: str, resume: bool = True) -> tuple[dict, Path]:
     job = [*JOB, *overrides, f"runs={runs}"]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, facts = build.build_trainer(config, label=build.label_of(config, choices), overrides=job, choices=choices)
     return run(trainer, facts, resume=resume), trainer.folder
 
@@ -217,7 +218,7 @@ def test_the_record_of_a_run(tmp_path, capsys):
     assert record["started"] <= record["finished"] and record["started"].endswith("+00:00")
     assert record["num_parameters"] == sum(record["parameter_groups"].values())
     assert 10**7 < record["peak_memory"] < 10**11
-    saved = cli.OmegaConf.to_container(cli.OmegaConf.load(path / "config.yaml"))
+    saved = command.OmegaConf.to_container(command.OmegaConf.load(path / "config.yaml"))
     assert saved["seed"] == 7 and config_hash(saved) == record["config_hash"]
     table = capsys.readouterr().out
     for part in ("test accuracy", "evaluations of f per step", "solve time", "backward time", "images/s"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from phantom import JacobianRegularizer
-from phantom.engine import checkpoint
-from phantom.engine.rules import Jitter, Penalty, Rules
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.training.rules import Jitter, Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing
 

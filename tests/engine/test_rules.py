@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from phantom import BPTT, DEQ, UPG, FixedPoint, JacobianRegularizer
-from phantom.engine.rules import Jitter, Penalty, Pretraining, Rules
+from phantom.engine.training.rules import Jitter, Penalty, Pretraining, Rules
 from tests.engine import tiny
 
 SOLVER = FixedPoint(max_steps=12, tol=None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from phantom.engine.schedule import Constant, Cosine, EpochSteps, share_of_run
+from phantom.engine.training.schedule import Constant, Cosine, EpochSteps, share_of_run
 
 BASE, TOTAL = 0.2, 30
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from phantom.engine.classification import ImageClassification
-from phantom.engine.evaluation import batch_to, evaluate
-from phantom.engine.task import Tally
+from phantom.engine.tasks.base import Tally
+from phantom.engine.tasks.images import ImageClassification
+from phantom.engine.training.evaluation import batch_to, evaluate
 from tests.engine import tiny
 from tests.phantom.problems import DTYPE, randn
 

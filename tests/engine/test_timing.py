@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from phantom.engine import timing
-from phantom.engine.timing import StepTimer
+from phantom.engine.measure import timing
+from phantom.engine.measure.timing import StepTimer
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from phantom import FixedPoint
-from phantom.engine import tracking
-from phantom.engine.monitor import Monitor
-from phantom.engine.tracking import Tracker
+from phantom.engine.artifacts import tracking
+from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.measure.monitor import Monitor
 from tests.engine import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_a_failed_run_is_closed_as_failed(wandb, tmp_path):
 def test_disabled_imports_nothing(tmp_path):
     """In a process of its own, since another test may have imported the real one."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom phantom.engine.tracking import Tracker\n"
+        "import sys\nfrom pathlib import Path\nfrom phantom.engine.artifacts.tracking import Tracker\n"
         "t = Tracker(mode='disabled', project='p', name='n', folder=Path('.'), config={})\n"
         "t.log({'kind': 'train', 'step': 1, 'loss': 1.0}); t.finish({}); t.abort()\n"
         "assert 'wandb' not in sys.modules"

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from phantom.engine import checkpoint
-from phantom.engine.checkpoint import CheckpointError
-from phantom.engine.evaluation import evaluate
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.errors import CheckpointError
+from phantom.engine.training.evaluation import evaluate
 from tests.engine import tiny, two_ranks
 
 EQUAL = 1e-10

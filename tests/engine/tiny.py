@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.spec import Shard, Source, Spec
 from phantom import DEQ, UPG, FixedPoint, Solution
-from phantom.engine.classification import ImageClassification
-from phantom.engine.loop import Budget, Trainer
-from phantom.engine.rules import Rules
-from phantom.engine.schedule import Cosine
-from phantom.engine.task import Score, Tally, Task
-from phantom.engine.tracking import Tracker
+from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.tasks.base import Score, Tally, Task
+from phantom.engine.tasks.images import ImageClassification
+from phantom.engine.training.loop import Budget, Trainer
+from phantom.engine.training.rules import Rules
+from phantom.engine.training.schedule import Cosine
 from tests.phantom.problems import DTYPE, TanhMap, randn
 
 CLASSES = 3

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phantom.engine import distributed
-from phantom.engine.checks import ConfigError
-from phantom.engine.evaluation import evaluate
-from phantom.engine.loop import Trainer
-from phantom.engine.optim import ClipTotal
-from phantom.engine.rules import Penalty, Rules
+from phantom.engine.errors import ConfigError
+from phantom.engine.machine import distributed
+from phantom.engine.training.clipping import ClipTotal
+from phantom.engine.training.evaluation import evaluate
+from phantom.engine.training.loop import Trainer
+from phantom.engine.training.rules import Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing, Shard
 

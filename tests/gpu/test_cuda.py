@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
-from models.mdeq import MDEQ
+from models.mdeq.model import MDEQ
 from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit
-from phantom.engine import build, cli
-from phantom.engine.classification import ImageClassification
-from phantom.engine.cuda_graph import EAGER, StepGraphs
-from phantom.engine.task import Score
-from phantom.engine.timing import StepTimer
+from phantom.engine import build, command
+from phantom.engine.measure.timing import StepTimer
+from phantom.engine.tasks.base import Score
+from phantom.engine.tasks.images import ImageClassification
+from phantom.engine.training.cuda_graph import EAGER, StepGraphs
 from scripts import benchmark
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -157,7 +157,7 @@ def make_trainer(folder, *options: str):
         *("wandb=disabled", "progress=false", f"runs={folder}", "optimizer.lr=0.01", "subset=500"),
         *options,
     ]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
     trainer.folder.mkdir(parents=True)
     return trainer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from models.deq_transformer.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 
 V, D, CUTOFFS = 30, 16, (6, 14)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import models.transformer_cell as transformer_cell
-from models.deq_transformer import DEQTransformer
-from models.relative_attention import causal_mask, relative_shift, sinusoids
-from models.transformer_cell import CellMasks, TransformerCell
+import models.deq_transformer.cell as transformer_cell
+from models.deq_transformer.attention import causal_mask, relative_shift, sinusoids
+from models.deq_transformer.cell import CellMasks, TransformerCell
+from models.deq_transformer.model import DEQTransformer
 from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.diagnostics import cosine
 from phantom.engine.build import compile_cell

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.deq_transformer import DEQTransformer, Masks
-from models.reference import load_reference
-from models.reference_deq_transformer import rename_deq_transformer
-from models.relative_attention import sinusoids
-from models.transformer_cell import CellMasks
+from models.deq_transformer.attention import sinusoids
+from models.deq_transformer.cell import CellMasks
+from models.deq_transformer.model import DEQTransformer, Masks
+from models.official.deq_transformer import rename_deq_transformer
+from models.official.load import load_reference
 from phantom import BPTT, DEQ, UPG, Anderson, Broyden, FixedPoint, Implicit
 from phantom.diagnostics import dense_jacobian, spectral_radius
-from phantom.engine.optim import ClipTotal, gradient_norm
+from phantom.engine.training.clipping import ClipTotal, gradient_norm
 
 FOLDER = os.environ.get("PHANTOM_REFERENCE")
 FILE = Path(FOLDER or ".") / "deq_transformer_postln.npz"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.group_norm import GroupNorm
+from models.mdeq.group_norm import GroupNorm
 
 
 def make(channels: int, groups: int, dtype: torch.dtype) -> GroupNorm:

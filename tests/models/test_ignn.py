@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.graphs import Graph, membership, normalized_adjacency, sparse_matrix, spectral_radius
-from models.ignn import ChainsIGNN, GraphIGNN, NodeIGNN, solve
-from models.ignn_layers import ImplicitGraphLayer, SpectralGraphLayer, SpectralWeight, project_rows
-from models.reference import load_reference
-from models.sparse import multiply
+from data.graphs.graph import Graph, membership, normalized_adjacency, sparse_matrix, spectral_radius
+from models.ignn.layers import ImplicitGraphLayer, SpectralGraphLayer, SpectralWeight, project_rows
+from models.ignn.model import ChainsIGNN, GraphIGNN, NodeIGNN, solve
+from models.ignn.sparse import multiply
+from models.official.load import load_reference
 from phantom import DEQ, NPG, UPG, FixedPoint, GradientEstimator, Implicit, JacobianRegularizer
 from phantom.diagnostics import dense_jacobian, exact_adjoint
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.graphs import Graph, normalized_adjacency, sparse_matrix, spectral_radius
-from models.ignn import ChainsIGNN, solve
-from models.ignn_layers import ImplicitGraphLayer, project_rows
-from models.reference import load_reference
+from data.graphs.graph import Graph, normalized_adjacency, sparse_matrix, spectral_radius
+from models.ignn.layers import ImplicitGraphLayer, project_rows
+from models.ignn.model import ChainsIGNN, solve
+from models.official.load import load_reference
 from phantom import DEQ, NPG, UPG, FixedPoint, Implicit
 
 FOLDER = os.environ.get("PHANTOM_REFERENCE")

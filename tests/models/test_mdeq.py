@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.mdeq import MDEQ
-from models.mdeq_cell import MDEQCell
+from models.mdeq.cell import MDEQCell
+from models.mdeq.model import MDEQ
 from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, WeightNorm
 
 CIFAR = dict(in_channels=3, num_classes=10, num_downsamples=0, init="normal")

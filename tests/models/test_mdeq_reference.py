@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.mdeq import MDEQ
-from models.reference import load_reference
-from models.reference_mdeq import rename_mdeq
+from models.mdeq.model import MDEQ
+from models.official.load import load_reference
+from models.official.mdeq import rename_mdeq
 from phantom import DEQ, NPG, UPG, Broyden, FixedPoint, GradientEstimator, Implicit, fixed_point
 
 FOLDER = os.environ.get("PHANTOM_REFERENCE")

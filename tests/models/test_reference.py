@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from models.mdeq import MDEQ
-from models.reference import REFERENCES, load_reference
-from models.reference_mdeq import rename_mdeq
+from models.mdeq.model import MDEQ
+from models.official.load import REFERENCES, load_reference
+from models.official.mdeq import rename_mdeq
 from phantom import DEQ, UPG, Broyden
 
 

@@ -70,21 +70,33 @@ def test_models_import_torch_and_the_method(path):
     assert not any(within(name, "phantom.engine") for name in imports(path))
 
 
+# the engine's contract with data, and the checks of arguments
+KNOWN_TO_DATA = {
+    *("phantom.engine.source", "phantom.engine.errors", "phantom.engine.errors.DataError", "phantom.validate"),
+    *(f"phantom.engine.source.{name}" for name in ("Source", "Spec", "Shard")),
+    *(f"phantom.validate.{name}" for name in ("check_count", "check_number", "check_share", "check_choice")),
+}
+
+
 @pytest.mark.parametrize("path", DATA)
 def test_data_knows_no_model_and_no_method(path):
-    assert not roots(imports(path)) & ({"models", "phantom"} | HYDRA)
+    assert not roots(imports(path)) & ({"models"} | HYDRA)
+    assert {name for name in imports(path) if within(name, "phantom")} <= KNOWN_TO_DATA
     assert not roots(imports(path, top_level=True)) & HEAVY, "import heavy packages inside functions"
 
 
+@pytest.mark.parametrize("path", METHOD + ENGINE)
+def test_the_package_imports_nothing_else_of_the_repository(path):
+    own = {entry.stem for entry in ROOT.iterdir() if entry.is_dir() or entry.suffix == ".py"} - {"phantom"}
+    assert not roots(imports(path)) & own, (
+        "the package names what it needs by _target_ strings, or takes it as argument"
+    )
+
+
 @pytest.mark.parametrize("path", ENGINE)
-def test_the_engine_meets_models_data_and_hydra_in_one_place(path):
-    found = roots(imports(path))
-    if path not in [f"phantom/engine/{name}.py" for name in ("build", "cli", "construct", "overrides", "pairs")]:
-        assert not found & HYDRA
-    if path != "phantom/engine/build.py":
-        assert not found & {"models", "data"}
-    models = {name for name in imports(path) if within(name, "models")}
-    assert models <= {"models.reference", "models.reference.load_reference"}, "models are named by _target_ strings"
+def test_hydra_stays_where_configs_are_read(path):
+    if not path.startswith(("phantom/engine/config/", "phantom/engine/plan.py", "phantom/engine/command.py")):
+        assert not roots(imports(path)) & HYDRA
 
 
 @pytest.mark.parametrize("path", PYTHON)

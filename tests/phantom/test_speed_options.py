@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.mdeq import MDEQ
+from models.mdeq.model import MDEQ
 from models.synthetic import SyntheticMap
 from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import cosine, norm_ratio

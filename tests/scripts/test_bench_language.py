@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phantom.engine import build
+from phantom.engine.errors import ConfigError
 from scripts.bench import measure, report, variants
 from scripts.bench.unhoisted import UnhoistedCell
 
@@ -61,7 +61,7 @@ def test_the_cell_without_hoisting_gives_the_same_loss_and_gradients(overrides):
 
 
 def test_hoisting_is_a_matter_of_the_transformer():
-    with pytest.raises(build.ConfigError, match="hoist=false"):
+    with pytest.raises(ConfigError, match="hoist=false"):
         make("hoist=false", "compile=true")
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from phantom.engine import build, cli
+from phantom.engine import build, command
 from scripts import quality
 
 
@@ -17,7 +17,7 @@ def result(tmp_path_factory):
         *("model.channels=[8,8]", "model.head_channels=[2,2]", "model.final_channels=8", "progress=false"),
         f"runs={folder}",
     ]
-    config, choices = cli.compose(job)
+    config, choices = command.compose(job)
     trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
     trainer.fit(resume=False)
     out = folder / "quality.json"

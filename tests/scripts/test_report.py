@@ -2,7 +2,7 @@
 
 import pytest
 
-from phantom.engine import records
+from phantom.engine.artifacts import records
 from scripts import report
 
 HEAD = {"title": "T", "metric": "accuracy", "split": "test", "std": "sample"}

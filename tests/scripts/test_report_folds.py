@@ -2,7 +2,7 @@
 
 import pytest
 
-from phantom.engine import records
+from phantom.engine.artifacts import records
 from scripts import folds, report
 from tests.scripts.test_folds import run
 

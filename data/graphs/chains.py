@@ -1,0 +1,120 @@
+"""The Chains task: a label at the first node of a chain must reach its last one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
+from phantom.engine.source import Shard, Source, Spec
+
+Batch = tuple[Graph, Tensor, Tensor]  # the graph, labels (N,), the nodes to score (S,)
+
+
+class Chains(Source):
+    """Classify the nodes of directed chains: the features of the first node tell the class, all others are zero.
+
+    Nodes are ordered by class, chain and position. The adjacency is A + I with edges i -> i + 1, scaled by the row sums
+    on both sides; every row of features is divided by its sum. Generated exactly as in the official IGNN code, which
+    fixes `length` at 10. Every batch is the whole graph, with the nodes of the split to score.
+
+    Args:
+        length: nodes of a chain.
+        chains_per_class: 20 in the official code.
+        num_classes: one feature column tells each class.
+        num_features: columns of the features.
+        train_nodes, valid_nodes, test_nodes: sizes of the splits, cut from one shuffled order.
+        seed: of the shuffled order.
+
+    Raises:
+        ValueError: a size is not positive, or the splits need more nodes than there are.
+
+    Source: Gu et al., *Implicit Graph Neural Networks* (2020).
+    """
+
+    kind: ClassVar[str] = "node_classification"
+    splits: tuple[str, ...] = ("train", "valid", "test")
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        chains_per_class: int,
+        num_classes: int,
+        num_features: int,
+        train_nodes: int,
+        valid_nodes: int,
+        test_nodes: int,
+        seed: int,
+    ) -> None:
+        sizes = {"train": train_nodes, "valid": valid_nodes, "test": test_nodes}
+        counts = {"length": length, "chains_per_class": chains_per_class, "num_classes": num_classes}
+        for name, value in {**counts, **{f"{split}_nodes": size for split, size in sizes.items()}}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        if num_features < num_classes:
+            raise ValueError(f"num_features={num_features!r} must be at least num_classes={num_classes}")
+        self.shape = (num_classes, chains_per_class, length, num_features)
+        self.num_nodes = num_classes * chains_per_class * length
+        if sum(sizes.values()) > self.num_nodes:
+            raise ValueError(
+                f"the splits need {sum(sizes.values())} nodes, {num_classes} classes of {chains_per_class} chains of "
+                f"length={length} have {self.num_nodes}: use a greater length or smaller splits"
+            )
+        self.seed = seed
+        self.spec = Spec(kind=self.kind, inputs={"in_features": num_features, "num_classes": num_classes}, sizes=sizes)
+        self._made: tuple[Graph, Tensor, dict[str, Tensor]] | None = None
+
+    @property
+    def made(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
+        """The graph, the labels (N,) and the nodes of every split, at the first use."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def to(self, device: torch.device) -> None:
+        """Keep the graph on `device`."""
+        graph, labels, nodes = self.made
+        self._made = graph.to(device), labels.to(device), {split: part.to(device) for split, part in nodes.items()}
+
+    def steps(self, epoch: int) -> int:
+        return 1
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
+        graph, labels, nodes = self.made
+        parts = check_parts(shard, self.spec.sizes["train"])
+        if start == 0:
+            yield [(graph, labels, nodes["train"][list(part)]) for part in parts]
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
+        self.check_split(split)
+        graph, labels, nodes = self.made
+        count = self.spec.sizes[split]
+        own = nodes[split][count * shard.rank // shard.world : count * (shard.rank + 1) // shard.world]
+        if own.numel():
+            yield graph, labels, own
+
+    def _make(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
+        import numpy as np
+
+        classes, chains, length, columns = self.shape
+        random = np.random.RandomState(self.seed)
+        # the official code adds noise of width zero first, which moves its random stream to where the order is drawn
+        features = random.uniform(-0.0, 0.0, size=self.shape)
+        features[np.arange(classes), :, 0, np.arange(classes)] += 1
+        features = torch.from_numpy(features.reshape(self.num_nodes, columns)).float()
+        sums = features.sum(dim=1, keepdim=True)
+        features = torch.where(sums != 0, features / sums, 0.0)
+        order = np.arange(self.num_nodes)
+        random.shuffle(order)
+        sizes = list(self.spec.sizes.values())
+        nodes = torch.from_numpy(order[: sum(sizes)]).split(sizes)
+
+        first = torch.arange(self.num_nodes).reshape(-1, length)[:, :-1].reshape(-1)
+        adjacency = normalized_adjacency(torch.stack([first, first + 1]), self.num_nodes, "symmetric")
+        graph = Graph(features=features, adjacency=adjacency, radius=spectral_radius(adjacency) + RADIUS_MARGIN)
+        labels = torch.arange(classes).repeat_interleave(chains * length)
+        return graph, labels, dict(zip(self.spec.sizes, nodes, strict=True))

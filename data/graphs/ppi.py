@@ -1,0 +1,173 @@
+"""PPI: label the proteins of 24 tissue graphs, through torch_geometric; and what it shares with sets of its shape."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data.graphs.graph import (
+    RADIUS_MARGIN,
+    Graph,
+    check_parts,
+    sparse_matrix,
+    spectral_radius,
+    union,
+    without_deprecations,
+)
+from data.paths import cache_folder, data_root, root_hint
+from data.seeding import generator, seed_of
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard, Source, Spec
+
+Batch = tuple[Graph, Tensor]  # the union of some graphs, labels (N, 121) of zeros and ones
+
+NUM_FEATURES, NUM_LABELS = 50, 121
+FILES = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
+# nodes of every graph, in the order of the files
+NODES = {
+    "train": (
+        *(1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312),
+        *(2401, 1878, 1819, 3480, 2794, 2326, 2650, 2815, 3163, 3021),
+    ),
+    "valid": (3230, 3284),
+    "test": (3224, 2300),
+}
+
+
+class LabelledGraphs(Source):
+    """Label the nodes of 20 training, 2 validation and 2 test graphs: the order of a training epoch is shuffled.
+
+    The adjacency is the edge list as it is, 0 or 1, without self-loops or normalisation; its spectral radius is
+    computed once per graph. A batch is the disjoint union of its graphs, and has the largest of their radii.
+
+    Args:
+        batch_size: graphs per optimiser step (1 in the official code).
+        eval_batch_size: graphs per evaluation batch (2 in the official code).
+        seed: of the training order.
+
+    Raises:
+        ValueError: a batch size is not positive.
+    """
+
+    kind: ClassVar[str] = "node_labelling"
+    splits: tuple[str, ...] = ("train", "valid", "test")
+
+    def __init__(self, *, batch_size: int, eval_batch_size: int, seed: int) -> None:
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.spec = Spec(
+            kind=self.kind,
+            inputs={"in_features": NUM_FEATURES, "num_labels": NUM_LABELS},
+            sizes={split: len(nodes) for split, nodes in NODES.items()},
+        )
+        self._loaded: dict[str, list[Batch]] = {}
+        self._device = torch.device("cpu")
+
+    @abstractmethod
+    def load(self, split: str) -> list[Batch]:
+        """Return every graph of `split` with its labels."""
+
+    def graphs(self, split: str) -> list[Batch]:
+        """Return every graph of `split` with its labels, loaded at the first use."""
+        if split not in self._loaded:
+            loaded = self.load(split)
+            self._loaded[split] = [(graph.to(self._device), labels.to(self._device)) for graph, labels in loaded]
+        return self._loaded[split]
+
+    def to(self, device: torch.device) -> None:
+        """Keep the graphs on `device` from now on."""
+        self._device, self._loaded = torch.device(device), {}
+
+    def steps(self, epoch: int) -> int:
+        return -(-self.spec.sizes["train"] // self.batch_size)
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
+        graphs = self.graphs("train")
+        order = torch.randperm(len(graphs), generator=generator(f"order/{self.seed}/{epoch}")).tolist()
+        for step in range(start, self.steps(epoch)):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            parts = check_parts(shard, len(chosen))
+            yield [_join([graphs[chosen[i]] for i in part]) for part in parts]
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
+        self.check_split(split)
+        graphs = self.graphs(split)
+        own = graphs[len(graphs) * shard.rank // shard.world : len(graphs) * (shard.rank + 1) // shard.world]
+        for begin in range(0, len(own), self.eval_batch_size):
+            yield _join(own[begin : begin + self.eval_batch_size])
+
+
+class PPI(LabelledGraphs):
+    """The protein-protein interaction graphs of Zitnik and Leskovec (2017), as torch_geometric reads them.
+
+    Files: <root>/raw/train_graph.json and so on. They are converted once, in the cache folder: `root` may be read-only.
+
+    Args:
+        root: folder that holds `raw/`. None looks under $PHANTOM_DATA/PPI, then in the cache folder.
+        download: fetch the files into `root` when they are absent; nothing is fetched where they are present.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
+
+    def __init__(self, *, root: str | None, batch_size: int, eval_batch_size: int, seed: int, download: bool) -> None:
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
+        self.root, self.download = data_root(root, "PPI"), download
+
+    def load(self, split: str) -> list[Batch]:
+        with without_deprecations():
+            from torch_geometric.datasets import PPI as Original
+
+        raw = self.root / "raw"
+        names = [f"{part}_{file}" for part in NODES for file in FILES]
+        missing = [name for name in names if not (raw / name).is_file()]
+        if missing and not self.download:
+            raise DataError(f"{raw} lacks {', '.join(missing)}. {root_hint('PPI')}, or let data.download=true fetch it")
+        sizes = [] if missing else [(name, (raw / name).stat().st_size) for name in names]
+        converted = cache_folder() / f"ppi-{seed_of(f'{raw.resolve()}/{sizes}'):x}"
+
+        class Converted(Original):
+            raw_dir = os.fspath(raw)
+            processed_dir = os.fspath(converted)
+
+        try:
+            data = Converted(os.fspath(self.root), "val" if split == "valid" else split)
+        except (KeyError, IndexError, OSError, RuntimeError, ValueError) as error:
+            raise DataError(f"{raw} cannot be downloaded or read as PPI: {error}") from error
+        shape = (len(data), data.num_features, data[0].y.shape[1])
+        if shape != (len(NODES[split]), NUM_FEATURES, NUM_LABELS):
+            raise DataError(
+                f"{raw} holds {shape[0]} {split} graphs with {shape[1]} features and {shape[2]} labels, but PPI has "
+                f"{len(NODES[split])} with {NUM_FEATURES} and {NUM_LABELS}: the files are damaged or of another set"
+            )
+        return [labelled_graph(item.x, item.edge_index, item.y) for item in data]
+
+
+def labelled_graph(features: Tensor, edges: Tensor, labels: Tensor) -> Batch:
+    """Return a graph with the 0/1 adjacency of `edges` (2, E) and its labels.
+
+    Raises:
+        DataError: an edge, a feature or a label cannot be right.
+    """
+    if labels.shape[0] != features.shape[0]:
+        raise DataError(f"{features.shape[0]} nodes have features and {labels.shape[0]} have labels: they must agree")
+    for name, values in (("features", features), ("labels", labels)):
+        if not bool(torch.isfinite(values).all()):
+            raise DataError(f"the {name} hold NaN or infinite entries: every one must be finite")
+    count = features.shape[0]
+    adjacency = sparse_matrix(edges, torch.ones(edges.shape[1]), (count, count))
+    radius = spectral_radius(adjacency) + RADIUS_MARGIN
+    return Graph(features=features.float(), adjacency=adjacency, radius=radius), labels.float()
+
+
+def _join(items: list[Batch]) -> Batch:
+    if len(items) == 1:
+        return items[0]
+    return union([graph for graph, _ in items]), torch.cat([labels for _, labels in items])

@@ -1,0 +1,287 @@
+"""COX2, PROTEINS and other sets of labelled graphs in the TU format, in ten folds.
+
+Files: <root>/raw/<name>_A.txt and so on. Source: Morris et al., *TUDataset* (2020); read by torch_geometric.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from data.graphs.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
+from data.graphs.graph import Graph, check_parts, normalized_adjacency, union, without_deprecations
+from data.graphs.quotient import quotient
+from data.paths import data_root, root_hint
+from data.seeding import generator
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard, Source, Spec
+
+Adjacency = Literal["doubled", "same"]
+Batch = tuple[Graph, Tensor]  # the union of G graphs, labels (G,)
+
+
+class Facts(NamedTuple):
+    """What is known of a data set before it is read: node label columns, classes, graphs."""
+
+    in_features: int
+    num_classes: int
+    num_graphs: int
+
+
+FACTS = {"COX2": Facts(35, 2, 467), "PROTEINS": Facts(3, 2, 1113)}
+
+
+class TUGraphs(Source):
+    """Classify graphs of one TU data set; one fold of ten is the test split.
+
+    Node features are the one-hot node labels, from the smallest label to the largest, empty columns included; node
+    attributes are left out. The adjacency is A + I, normalised symmetrically. Batches that do not change over epochs
+    are built once.
+
+    The official protocol has no validation split: `validation=0` keeps its training set whole, and its number is the
+    best test epoch, which is optimistic. `validation=0.1` holds a stratified tenth of the training graphs out as
+    `valid`, to choose the epoch honestly.
+
+    Args:
+        root: folder that holds `raw/`. None looks under $PHANTOM_DATA/<name>, then in the cache folder.
+        name: data set; one of `FACTS`, or any other TU set with node labels for stratified folds.
+        folds: `official` (COX2, PROTEINS: the recorded ones, in effect random) or `stratified`.
+        fold: the test fold, 0 to 9.
+        batch_size: graphs per optimiser step.
+        shuffle: draw a new order every epoch; the official code keeps one.
+        validation: share of the training graphs held out.
+        eval_adjacency: `same` as in training, or `doubled`: 2A + I, as the official evaluation has it.
+        merge_nodes: compute nodes that message passing cannot tell apart once (quotient.py): exact, on fewer nodes.
+        split_seed: of stratified folds, their training order and the validation graphs: the same for all ten folds.
+        seed: of the order of every epoch, with `shuffle`.
+        download: fetch the files into `root` when they are absent; where they are, nothing is fetched or written.
+
+    Raises:
+        ValueError: an argument is out of range, or the official folds of `name` are not known.
+        DataError: the files are missing or damaged.
+    """
+
+    kind: ClassVar[str] = "graph_classification"
+
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        name: str,
+        folds: Folds,
+        fold: int,
+        batch_size: int,
+        shuffle: bool,
+        validation: float,
+        eval_adjacency: Adjacency,
+        merge_nodes: bool,
+        split_seed: int,
+        seed: int,
+        download: bool,
+    ) -> None:
+        check_fold(fold)
+        for argument, value, allowed in (
+            ("folds", folds, get_args(Folds)),
+            ("eval_adjacency", eval_adjacency, get_args(Adjacency)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{argument}={value!r} is not known; choose one of {', '.join(allowed)}")
+        if folds == "official" and name not in official_names():
+            raise ValueError(
+                f"folds='official' is known for {', '.join(official_names())}, not for {name!r}: use folds=stratified"
+            )
+        if not 0 <= validation < 1:
+            raise ValueError(f"validation={validation!r} must be in [0, 1): a share of the training graphs")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer >= 1")
+        if not isinstance(merge_nodes, bool):
+            raise ValueError(f"merge_nodes={merge_nodes!r} must be true or false")
+        self.root = data_root(root, name)
+        self.name, self.folds, self.fold, self.split_seed, self.seed = name, folds, fold, split_seed, seed
+        self.batch_size, self.shuffle, self.validation = batch_size, shuffle, validation
+        self.scaling = {"train": "symmetric", "eval": "doubled" if eval_adjacency == "doubled" else "symmetric"}
+        self.merge_nodes, self.download = merge_nodes, download
+        self.splits = ("train", "valid", "test") if validation > 0 else ("train", "test")
+        self._graphs: dict[tuple[str, int], Graph] = {}
+        self._batches: dict[Any, Batch] = {}
+        self._raw: Raw | None = None
+        self._ids: dict[str, list[int]] | None = None
+        self._device = torch.device("cpu")
+        facts = FACTS.get(name) or self.raw.facts
+        test = fold_size(facts.num_graphs, fold)
+        valid = round(validation * (facts.num_graphs - test))
+        sizes = {"train": facts.num_graphs - test - valid, "valid": valid, "test": test}
+        self.spec = Spec(
+            kind=self.kind,
+            inputs={"in_features": facts.in_features, "num_classes": facts.num_classes},
+            sizes={split: sizes[split] for split in self.splits},
+        )
+
+    @property
+    def raw(self) -> Raw:
+        """The graphs as read from the files, at the first use."""
+        if self._raw is None:
+            self._raw = read_tu(self.root, self.name, download=self.download)
+            if self.name in FACTS and self._raw.facts != FACTS[self.name]:
+                raise DataError(
+                    f"{self.root / 'raw'} holds {self._raw.facts}, but {self.name} is {FACTS[self.name]}: the files "
+                    "are damaged or of another version; remove them and say data.download=true"
+                )
+        return self._raw
+
+    @property
+    def ids(self) -> dict[str, list[int]]:
+        """The graph ids of every split, those of `train` in training order."""
+        if self._ids is None:
+            if self.folds == "official":
+                train, test = official_fold(self.name, self.fold)
+            else:
+                train, test = stratified_fold(self.raw.labels, self.fold, self.split_seed)
+            valid = self._held_out(train)
+            kept = set(valid)
+            self._ids = {"train": [i for i in train if i not in kept], "valid": valid, "test": test}
+        return self._ids
+
+    def to(self, device: torch.device) -> None:
+        """Keep the batches on `device` from now on."""
+        self._device = torch.device(device)
+        self._batches = {key: _move(batch, self._device) for key, batch in self._batches.items()}
+
+    def steps(self, epoch: int) -> int:
+        return -(-self.spec.sizes["train"] // self.batch_size)
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
+        ids = self.ids["train"]
+        if self.shuffle:
+            order = torch.randperm(len(ids), generator=generator(f"order/{self.seed}/{epoch}"))
+            ids = [ids[i] for i in order.tolist()]
+        for step in range(start, self.steps(epoch)):
+            chosen = ids[step * self.batch_size : (step + 1) * self.batch_size]
+            parts = check_parts(shard, len(chosen))
+            yield [self._batch([chosen[i] for i in part], "train", keep=not self.shuffle) for part in parts]
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
+        self.check_split(split)
+        ids = self.ids[split]
+        own = ids[len(ids) * shard.rank // shard.world : len(ids) * (shard.rank + 1) // shard.world]
+        for begin in range(0, len(own), self.batch_size):
+            yield self._batch(own[begin : begin + self.batch_size], "eval", keep=True)
+
+    def _held_out(self, train: list[int]) -> list[int]:
+        count = round(self.validation * len(train))
+        if count == 0:
+            return []
+        from sklearn.model_selection import train_test_split
+
+        return train_test_split(
+            train, test_size=count, stratify=self.raw.labels[train].numpy(), random_state=self.split_seed
+        )[1]
+
+    def _batch(self, ids: Sequence[int], use: str, *, keep: bool) -> Batch:
+        key = (use, *ids)
+        if key in self._batches:
+            return self._batches[key]
+        graphs = [self._graph(self.scaling[use], i) for i in ids]
+        batch = _move((union(graphs), self.raw.labels[list(ids)]), self._device)
+        if keep:
+            self._batches[key] = batch
+        return batch
+
+    def _graph(self, scaling: str, index: int) -> Graph:
+        if (scaling, index) not in self._graphs:
+            graph = self.raw.graph(index, scaling)
+            self._graphs[scaling, index] = quotient(graph) if self.merge_nodes else graph
+        return self._graphs[scaling, index]
+
+
+class Raw:
+    """A TU data set as read: nodes and edges of all graphs one after the other.
+
+    Args:
+        features: (N, p).
+        edges: (2, E), node ids within their graph.
+        nodes, arcs: (G + 1,) where the nodes and edges of each graph begin.
+        labels: (G,).
+    """
+
+    def __init__(self, *, features: Tensor, edges: Tensor, nodes: Tensor, arcs: Tensor, labels: Tensor) -> None:
+        self.features, self.edges, self.nodes, self.arcs, self.labels = features, edges, nodes, arcs, labels
+        self.facts = Facts(features.shape[1], int(labels.max()) + 1, labels.numel())
+
+    def graph(self, index: int, scaling: str) -> Graph:
+        """Return one graph with its normalised adjacency."""
+        features = self.features[self.nodes[index] : self.nodes[index + 1]]
+        edges = self.edges[:, self.arcs[index] : self.arcs[index + 1]]
+        return Graph(features=features, adjacency=normalized_adjacency(edges, features.shape[0], scaling), radius=1.0)
+
+
+def read_tu(root: Path, name: str, *, download: bool) -> Raw:
+    """Read the raw files of a TU data set, with torch_geometric's reader.
+
+    Raises:
+        DataError: files are missing (and `download` is off or fails), or cannot be read.
+    """
+    folder = root / "raw"
+    needed = [folder / f"{name}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
+    if download and not all(path.is_file() for path in needed):
+        _fetch(root, name)
+    missing = [path.name for path in needed if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{folder} lacks {', '.join(missing)}. {root_hint(name)}, or let data.download=true fetch the set"
+        )
+    with without_deprecations():
+        from torch_geometric.io import read_tu_data
+
+    # the reader would drop such an edge without a word
+    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
+        raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
+    try:
+        data, slices, sizes = read_tu_data(os.fspath(folder), name)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise DataError(f"{folder} holds files that cannot be read as a TU data set: {error}") from error
+    nodes, arcs = slices["x"], slices["edge_index"]
+    # the reader counts edges up to the last graph that has any
+    arcs = torch.cat([arcs, arcs[-1:].expand(max(0, nodes.numel() - arcs.numel()))])
+    counts = [nodes.numel() - 1, data.y.numel()]
+    if len(set(counts)) > 1:
+        raise DataError(f"{folder} describes {counts} graphs by nodes and labels: every graph needs both")
+    sizes_of_edges = nodes.diff().repeat_interleave(arcs.diff())
+    outside = ((data.edge_index < 0) | (data.edge_index >= sizes_of_edges)).any(dim=0)
+    if bool(outside.any()):
+        raise DataError(
+            f"{needed[0]} has {int(outside.sum())} edges that leave their graph: node ids count from 1 "
+            "over all graphs, and both ends of an edge must lie in the same graph"
+        )
+    return Raw(
+        features=data.x[:, sizes["num_node_attributes"] :].contiguous(),
+        edges=data.edge_index,
+        nodes=nodes,
+        arcs=arcs,
+        labels=data.y,
+    )
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    graph, labels = batch
+    return graph.to(device), labels.to(device)
+
+
+def _fetch(root: Path, name: str) -> None:
+    with without_deprecations():
+        from torch_geometric.datasets import TUDataset
+
+    class Here(TUDataset):
+        raw_dir = os.fspath(root / "raw")
+        processed_dir = os.fspath(root / "processed")
+
+    try:
+        Here(os.fspath(root), name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{name} could not be downloaded to {root}: {error}") from error

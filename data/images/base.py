@@ -1,0 +1,161 @@
+"""Image sets held in memory: seeded order, vectorised augmentation, splits.
+
+N images of C channels and H x W pixels, as one uint8 tensor; batches are normalised float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.seeding import generator
+from phantom.engine.source import Shard, Source, Spec
+
+Augment = Literal["none", "crop_flip"]
+PADDING = 4
+
+
+class ImageSet(NamedTuple):
+    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def take(self, indices: Tensor) -> ImageSet:
+        """Return the images at `indices`."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def digest(self) -> str:
+        """Return a short hash of pixels and labels that does not depend on the order of the images."""
+        pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
+        each = sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs)
+        return hashlib.sha256(b"".join(each)).hexdigest()[:16]
+
+
+class InMemoryImages(Source):
+    """A labelled image set small enough to keep in memory.
+
+    The order of epoch e and the augmentation of image i in it are drawn from (seed, e) alone, image by image: they do
+    not depend on the batch size, the rank, or where a run was resumed.
+
+    Args:
+        batch_size: images per optimiser step, over all processes.
+        eval_batch_size: images per evaluation batch.
+        augment: `none`, or `crop_flip`: zero-pad by 4 (black, before normalisation), crop back, flip with
+            probability 1/2.
+        validation: training images held out as the split `valid`; drawn by a seed of their own, the same in all runs.
+        subset: use at most so many training images (after holding out).
+        test_subset: use at most so many test images.
+        seed: of order and augmentation.
+    """
+
+    kind: ClassVar[str] = "image_classification"
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        augment: Augment,
+        validation: int,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        if augment not in get_args(Augment):
+            raise ValueError(f"augment={augment!r} is not known; choose one of {', '.join(get_args(Augment))}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.augment, self.seed = augment, seed
+        train, test = self.load()
+        digests = {"train": train.digest(), "test": test.digest()}
+        order = torch.randperm(len(train.labels), generator=generator("hold out"))
+        self._sets = {"train": train, "test": test}
+        self._scale = torch.tensor([self.mean, self.std])[:, :, None, None]
+        if not 0 <= validation < len(order):
+            raise ValueError(f"validation={validation!r} must be in [0, {len(order)}), the number of training images")
+        if validation:
+            self._sets["valid"] = train.take(order[:validation].sort().values)
+            self._sets["train"] = train.take(order[validation:].sort().values)
+        self._sets["train"] = _first(self._sets["train"], subset, "subset")
+        self._sets["test"] = _first(self._sets["test"], test_subset, "test_subset")
+        self.splits: Sequence[str] = tuple(self._sets)
+        self.spec = Spec(
+            kind=self.kind,
+            inputs={"in_channels": train.images.shape[1], "num_classes": self.num_classes},
+            sizes={name: len(images.labels) for name, images in self._sets.items()},
+            digests=digests,
+        )
+
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @abstractmethod
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """Return the train and the test set."""
+
+    def steps(self, epoch: int) -> int:
+        return -(-self.spec.sizes["train"] // self.batch_size)
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        images, labels = self._sets["train"]
+        count = len(labels)
+        draws = generator(f"train/{self.seed}/{epoch}")
+        order = torch.randperm(count, generator=draws).to(images.device)
+        shifts = torch.randint(0, 2 * PADDING + 1, (count, 2), generator=draws).to(images.device)
+        flips = (torch.rand(count, generator=draws) < 0.5).to(images.device)
+        for step in range(start, self.steps(epoch)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            micro_batches = []
+            for part in shard.parts(len(batch)):
+                index = batch[part.start : part.stop]
+                picked = images[index]
+                if self.augment == "crop_flip":
+                    picked = crop_flip(picked, shifts[index], flips[index])
+                micro_batches.append((self._normalise(picked), labels[index]))
+            yield micro_batches
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        self.check_split(split)
+        images, labels = self._sets[split]
+        for start in range(0, len(labels), self.eval_batch_size):
+            stop = min(start + self.eval_batch_size, len(labels))
+            # ranks take contiguous shares of every batch; a share may be empty at the very end
+            first = start + (stop - start) * shard.rank // shard.world
+            last = start + (stop - start) * (shard.rank + 1) // shard.world
+            if first < last:
+                yield self._normalise(images[first:last]), labels[first:last]
+
+    def to(self, device: torch.device) -> None:
+        """Keep the images on `device`, so that batches are made there; they are the same numbers."""
+        self._scale = self._scale.to(device)
+        self._sets = {name: ImageSet(s.images.to(device), s.labels.to(device)) for name, s in self._sets.items()}
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = self._scale
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+def crop_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Return images zero-padded by 4 and cropped back at `shifts` (B, 2) in [0, 8], mirrored where `flips` (B,)."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (PADDING, PADDING, PADDING, PADDING))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view
+    cropped = windows[torch.arange(len(images), device=images.device), :, shifts[:, 0], shifts[:, 1]]
+    return torch.where(flips[:, None, None, None], cropped.flip(3), cropped)
+
+
+def _first(images: ImageSet, count: int | None, name: str) -> ImageSet:
+    if count is None or count >= len(images.labels):
+        return images
+    order = torch.randperm(len(images.labels), generator=generator(name))
+    return images.take(order[:count])

@@ -1,0 +1,111 @@
+"""CIFAR-10: 60,000 colour images of 32 x 32 pixels in ten classes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from data.images.base import Augment, ImageSet, InMemoryImages
+from data.images.folder import read_split
+from data.paths import data_root, root_hint
+from phantom.engine.errors import DataError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+COUNTS = {"train": 50_000, "test": 10_000}
+# of the pixels and labels as released, whatever files they are in
+DIGESTS = {"train": "0237a5cd46bb6295", "test": "8b2eb67a9babea79"}
+log = logging.getLogger(__name__)
+
+
+class CIFAR10(InMemoryImages):
+    """CIFAR-10 from torchvision's canonical files or from an image-folder tree, whichever the root holds.
+
+    Args:
+        root: holds `cifar-10-batches-py/`, or `train/<class>/` and `test/<class>/` with pictures. None looks under
+            $PHANTOM_DATA/cifar10, then in the cache folder.
+        download: fetch the canonical files into `root` when it holds neither.
+        allow_partial: accept another number of images than 50,000 and 10,000.
+
+    Raises:
+        DataError: nothing usable is there, a file is damaged, or the counts are wrong.
+
+    Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).
+    """
+
+    num_classes: ClassVar[int] = 10
+    mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    # the official code's constants; they are not the standard deviation of all pixels (0.247, 0.243, 0.262)
+    std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
+
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        download: bool,
+        allow_partial: bool,
+        batch_size: int,
+        eval_batch_size: int,
+        augment: Augment,
+        validation: int,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        self._root = data_root(root, "cifar10")
+        self._download, self._allow_partial = download, allow_partial
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            augment=augment,
+            validation=validation,
+            subset=subset,
+            test_subset=test_subset,
+            seed=seed,
+        )
+        if self.spec.digests != DIGESTS:
+            log.warning(
+                "CIFAR-10: these are not the images as released, but a part of them, or copies that were coded anew; "
+                "accuracies do not compare with published ones (JPEG copies cost points)"
+            )
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        root = self._root
+        if all((root / split).is_dir() for split in COUNTS):
+            log.info("CIFAR-10: image-folder tree in %s", root)
+            sets = {split: read_split(root / split, CLASSES, (32, 32)) for split in COUNTS}
+        elif (root / "cifar-10-batches-py").is_dir() or self._download:
+            log.info("CIFAR-10: canonical files in %s", root)
+            sets = {split: _canonical(root, split, self._download) for split in COUNTS}
+        else:
+            there = "does not exist" if not root.is_dir() else "holds neither"
+            raise DataError(
+                f"no CIFAR-10 in {root}, which {there}. Expected cifar-10-batches-py/ (torchvision's files), or "
+                f"train/<class>/*.png and test/<class>/*.png with the classes {', '.join(CLASSES)}. "
+                f"{root_hint('cifar10')}, or let data.download=true fetch it"
+            )
+        for split, count in COUNTS.items():
+            got = len(sets[split].labels)
+            if got != count and not self._allow_partial:
+                raise DataError(
+                    f"CIFAR-10 in {root} has {got} {split} images, expected {count}: complete it, or say "
+                    "data.allow_partial=true"
+                )
+            log.info("CIFAR-10: %d %s images", got, split)
+        return sets["train"], sets["test"]
+
+
+def _canonical(root: Path, split: str, download: bool) -> ImageSet:
+    from torchvision import datasets
+
+    try:
+        official = datasets.CIFAR10(str(root), train=split == "train", download=download)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the files in {root / 'cifar-10-batches-py'} are not CIFAR-10 as released ({error}): remove them and "
+            "download anew with data.download=true"
+        ) from error
+    images = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(official.targets))

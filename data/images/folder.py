@@ -1,0 +1,88 @@
+"""An image-folder tree of small pictures, decoded once and kept as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.images.base import ImageSet
+from data.paths import cache_folder
+from phantom.engine.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+log = logging.getLogger(__name__)
+
+
+def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> ImageSet:
+    """Read `folder`/<class>/*.{jpg,jpeg,png}, colour pictures of `size` (H, W), with labels by position in `classes`.
+
+    The decoded array is kept in the cache folder under a fingerprint of names, sizes and times of all files, so that a
+    changed tree is read anew.
+
+    Raises:
+        DataError: a class folder is missing, unknown or empty; a picture is damaged or of another size.
+    """
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if found != sorted(classes):
+        raise DataError(
+            f"{folder} must hold one folder for each of {', '.join(classes)}; it holds {', '.join(found) or 'none'}"
+        )
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        pictures = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        if not pictures:
+            raise DataError(f"{folder / name} holds no picture ({', '.join(SUFFIXES)})")
+        files += pictures
+        labels += [label] * len(pictures)
+    cached = cache_folder() / "decoded" / f"{_fingerprint(files)}.npy"
+    if cached.exists():
+        images = np.load(cached, allow_pickle=False)
+    else:
+        log.info("decoding %d pictures of %s, once", len(files), folder)
+        images = np.stack([_decode(path, size) for path in files])
+        _keep(cached, images)
+    return ImageSet(torch.from_numpy(images), torch.tensor(labels))
+
+
+def _decode(path: Path, size: tuple[int, int]) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"the picture {path} is damaged and cannot be decoded ({error}): replace or remove it"
+        ) from error
+    if pixels.shape[:2] != size:
+        raise DataError(
+            f"the picture {path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {size[1]} x {size[0]}"
+        )
+    return pixels.transpose(2, 0, 1)
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    """Write atomically; a cache folder that cannot be written costs time, not the run."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("the decoded pictures are not kept: %s", error)

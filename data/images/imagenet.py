@@ -1,0 +1,148 @@
+"""ImageNet (ILSVRC 2012) from its folder tree, decoded by worker processes.
+
+Images are (B, 3, H, W) float32, normalised per channel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.paths import data_root, root_hint
+from data.seeding import generator, seed_of
+from phantom.engine.errors import DataError
+from phantom.engine.source import Shard, Source, Spec
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+log = logging.getLogger(__name__)
+
+
+class ImageNet(Source):
+    """A tree `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`; the number of classes is that of the train folders.
+
+    Training: a random area in `scale` and aspect in `ratio`, resized to `crop` (antialiased bilinear), flipped with
+    probability 1/2; drawn from (seed, epoch, index) alone. Evaluation: the short side to `resize`, the centre `crop`.
+
+    Args:
+        root: of the tree. None looks under $PHANTOM_DATA/imagenet, then in the cache folder. Nothing is downloaded.
+        scale, ratio: the official code of the paper uses [0.1, 1] and [0.8, 1.25]; torchvision's defaults, used by the
+            implicit baseline, are [0.08, 1] and [3/4, 4/3].
+        workers: decoding processes; 0 decodes in this one.
+
+    Raises:
+        DataError: the tree is missing, laid out otherwise, or its classes differ between train and val.
+
+    Source: Russakovsky et al., *ImageNet Large Scale Visual Recognition Challenge* (2015).
+    """
+
+    kind: ClassVar[str] = "image_classification"
+
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        batch_size: int,
+        eval_batch_size: int,
+        crop: int,
+        resize: int,
+        scale: Sequence[float],
+        ratio: Sequence[float],
+        workers: int,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        folder = data_root(root, "imagenet")
+        for split in ("train", "val"):
+            if not (folder / split).is_dir():
+                raise DataError(
+                    f"no ImageNet in {folder}: {folder / split} is missing. Expected train/<wnid>/*.JPEG and "
+                    f"val/<wnid>/*.JPEG. {root_hint('imagenet')}; it must be requested from https://image-net.org"
+                )
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+
+        normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        augment = v2.RandomResizedCrop(crop, scale=tuple(scale), ratio=tuple(ratio), antialias=True)
+        try:
+            train, test = ImageFolder(str(folder / "train")), ImageFolder(str(folder / "val"))
+        except FileNotFoundError as error:
+            raise DataError(f"the tree in {folder} has an empty or unknown class folder: {error}") from error
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise DataError(f"train and val in {folder} differ in the classes {', '.join(odd[:5])} ({len(odd)} in all)")
+        self._train = Pictures(train.samples, v2.Compose([augment, v2.RandomHorizontalFlip(), *normalise]), seed)
+        plain = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), *normalise])
+        self._evaluated = {"train": Pictures(train.samples, plain, seed), "test": Pictures(test.samples, plain, seed)}
+        self._indices = {"train": _first(len(train), subset), "test": _first(len(test), test_subset)}
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.workers, self.seed = workers, seed
+        self.splits = ("train", "test")
+        sizes = {name: len(indices) for name, indices in self._indices.items()}
+        self.spec = Spec(kind=self.kind, inputs={"in_channels": 3, "num_classes": len(train.classes)}, sizes=sizes)
+        log.info("ImageNet in %s: %s images of %d classes", folder, sizes, len(train.classes))
+
+    def steps(self, epoch: int) -> int:
+        return -(-self.spec.sizes["train"] // self.batch_size)
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        indices = self._indices["train"]
+        order = indices[torch.randperm(len(indices), generator=generator(f"order/{self.seed}/{epoch}"))]
+        shares, lengths = [], []
+        for step in range(start, self.steps(epoch)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            parts = shard.parts(len(batch))
+            shares += [[(epoch, int(i)) for i in batch[part.start : part.stop]] for part in parts]
+            lengths.append(len(parts))
+        batches = self._batches(self._train, shares)
+        for length in lengths:
+            yield [next(batches) for _ in range(length)]
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        self.check_split(split)
+        mine = self._indices[split][shard.rank :: shard.world].tolist()
+        size = self.eval_batch_size
+        shares = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
+        yield from self._batches(self._evaluated[split], shares)
+
+    def _batches(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        try:
+            # a generator of its own: the loader would draw the seeds of its workers from the global one
+            yield from DataLoader(pictures, batch_sampler=shares, generator=torch.Generator(), **options)
+        except DataError as error:
+            # torch puts a worker's whole traceback into the message; its last line names the class and the sentence
+            prefix = f"{DataError.__module__}.{DataError.__qualname__}: "
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
+
+
+class Pictures(Dataset):
+    """Decode and transform one picture; `key` is (epoch, index), and the random draws depend on it and the seed."""
+
+    def __init__(self, samples: list[tuple[str, int]], transform: object, seed: int) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        from PIL import Image, UnidentifiedImageError
+
+        epoch, index = key
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as picture:
+                picture = picture.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise DataError(f"the picture {path} is damaged and cannot be decoded ({error})") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(f"augment/{self.seed}/{epoch}/{index}"))
+            return self.transform(picture), label
+
+
+def _first(total: int, count: int | None) -> Tensor:
+    if count is None or count >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=generator("subset"))[:count]

@@ -1,0 +1,53 @@
+"""The reference text that ships with CPython (`pydoc_data.topics`) as a small corpus for language modelling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.seeding import seed_of
+from data.text.streams import Corpus, TokenStreams
+from data.text.vocabulary import Vocabulary
+
+# a word, or one mark of punctuation
+TOKEN = re.compile(r"\w+|[^\w\s]")
+LEAST = 2
+
+
+class PyDocs(TokenStreams):
+    """The topics of Python's `help()`: about 120,000 tokens, no download; the text depends on the version of Python.
+
+    About every tenth topic is valid, and every tenth test, drawn by the topic's name. The line rules are those of
+    `data.vocabulary`, with marks of punctuation as words. Words seen once in the training topics are `<unk>`, and so
+    is every unknown word of the others.
+
+    Args:
+        streams, eval_streams, segment: see `TokenStreams`.
+    """
+
+    def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
+        super().__init__(streams=streams, eval_streams=eval_streams, segment=segment)
+
+    def load(self) -> Corpus:
+        from pydoc_data.topics import topics
+
+        names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+        for name in sorted(topics):
+            names[{0: "valid", 1: "test"}.get(seed_of(f"pydocs/{name}") % 10, "train")].append(name)
+
+        def lines(split: str) -> Iterator[list[str]]:
+            for name in names[split]:
+                for line in topics[name].splitlines():
+                    yield TOKEN.findall(line)
+
+        vocabulary = Vocabulary.of(lines("train"), "pydocs", least=LEAST)
+        tokens = {
+            split: np.array(
+                [i for line in vocabulary.encode(lines(split), oov="unk", source=f"pydocs {split}") for i in line],
+                dtype=np.int32,
+            )
+            for split in names
+        }
+        return Corpus(tokens, vocabulary.counts)

@@ -1,0 +1,162 @@
+"""Word-level vocabularies: lines to words, words to indices, and a file format that is only text.
+
+A line is split at white space and ends in `<eos>`, a blank line too. Index 0 is `<eos>`; the words follow by decreasing
+count, ties in the order of first occurrence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+from phantom.engine.errors import DataError
+
+EOS, UNK = "<eos>", "<unk>"
+FORMAT = 1
+OOV = Literal["error", "unk"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a training text, most frequent first, with their counts.
+
+    Args:
+        words: by index; `<eos>` is the first.
+        counts: how often each occurs in the training text; `<eos>` as often as there are lines.
+        fingerprint: identifies the training text, its SHA-256, for one read from a file.
+    """
+
+    words: tuple[str, ...]
+    counts: tuple[int, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, lines: Iterable[Sequence[str]], fingerprint: str, *, least: int = 1) -> Vocabulary:
+        """Count the words of `lines`; words seen less than `least` times count as `<unk>`.
+
+        Raises:
+            DataError: there is no word at all.
+        """
+        counter: Counter[str] = Counter()
+        num_lines = 0
+        for words in lines:
+            counter.update(words)
+            num_lines += 1
+        if not counter:
+            raise DataError("the training text has no words")
+        if least > 1:
+            rare = sum(count for count in counter.values() if count < least)
+            counter = Counter({word: count for word, count in counter.items() if count >= least})
+            counter[UNK] += rare
+        if EOS in counter:  # a line end written out is the same symbol
+            num_lines += counter.pop(EOS)
+        # sorted() is stable and counters keep the order of insertion: ties stay in order of first occurrence
+        ranked = sorted(counter.items(), key=lambda item: -item[1])
+        return cls((EOS, *(word for word, _ in ranked)), (num_lines, *(count for _, count in ranked)), fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Index of every word."""
+        return {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, lines: Iterable[Sequence[str]], *, oov: OOV, source: str) -> Iterator[list[int]]:
+        """Yield the indices of every line, its `<eos>` included.
+
+        Args:
+            oov: a word outside the vocabulary is an error, or becomes `<unk>`.
+            source: what is read, for messages.
+
+        Raises:
+            DataError: a word is outside the vocabulary under `oov="error"`, or there is no `<unk>` to stand for it.
+        """
+        if oov not in get_args(OOV):
+            raise ValueError(f"oov={oov!r} is not known; choose one of {', '.join(get_args(OOV))}")
+        if oov == "unk" and UNK not in self.index:
+            raise DataError(f"the vocabulary has no {UNK} for the unknown words of {source}: use data.oov=error")
+        index, unknown = self.index, self.index.get(UNK)
+        for number, words in enumerate(lines, start=1):
+            if oov == "unk":
+                yield [*(index.get(word, unknown) for word in words), 0]
+                continue
+            try:
+                yield [*(index[word] for word in words), 0]
+            except KeyError as error:
+                raise DataError(
+                    f"{source}, line {number}: the word {error.args[0]!r} is not in the vocabulary of {len(self)} "
+                    "words. Is this text of the same corpus as the training text? data.oov=unk reads unknown words as "
+                    f"{UNK}"
+                ) from None
+
+    def save(self, path: Path) -> None:
+        """Write the vocabulary as JSON, whole or not at all."""
+        content = {"format": FORMAT, "fingerprint": self.fingerprint, "words": self.words, "counts": self.counts}
+        write_whole(path, lambda part: part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> Vocabulary:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is damaged, or of another training text than `fingerprint` says.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(tuple(content["words"]), tuple(content["counts"]), content["fingerprint"])
+            sound = content["format"] == FORMAT and len(found.words) == len(found.counts) == len(found.index)
+            sound = sound and found.words[0] == EOS and all(isinstance(count, int) for count in found.counts)
+        except (ValueError, KeyError, TypeError, IndexError):
+            sound = False
+        if not sound:
+            raise DataError(f"{path} is damaged, or no vocabulary of this program: delete it, it will be made anew")
+        if found.fingerprint != fingerprint:
+            raise DataError(
+                f"{path} is the vocabulary of another corpus (fingerprint {found.fingerprint[:12]}, the training text "
+                f"has {fingerprint[:12]}): delete it, or choose another folder with data.cache=<folder>"
+            )
+        return found
+
+
+def read_words(path: Path) -> Iterator[list[str]]:
+    """Yield the words of every line of a UTF-8 text file.
+
+    Raises:
+        DataError: the file cannot be read, or has bytes that are not UTF-8; says in which line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                yield line.split()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {_first_bad_line(path)}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _first_bad_line(path: Path) -> str:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number} has the byte 0x{line[error.start]:02x} at position {error.start + 1}"
+    return "its last character is cut off"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""The equilibrium cell of the DEQ Transformer: one Transformer-XL block, weight-normalised, with input injection.
+
+B streams, q positions of the segment, m of history, K = m + q; D model width, H heads of width d, I inner width.
+Sources: Bai et al., *Deep Equilibrium Models* (2019); Bai et al., *Stabilizing Equilibrium Models by Jacobian
+Regularization* (2021), with the details of their official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.deq_transformer.attention import causal_mask, explicit_attention, fused_attention, relative_shift
+from phantom import WeightNorm, variational_mask
+
+Norm = Literal["post", "pre"]
+Residual = Literal["normalised", "plain"]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class CellMasks(NamedTuple):
+    """Dropout masks of one solve; None for no dropout.
+
+    Args:
+        attention: (B, H, q, K) on the attention probabilities.
+        out: (B, 1, D) on the output projection of attention.
+        inner: (B, 1, I) behind the ReLU.
+        ffn: (B, 1, D) on the output of the feed-forward layers.
+    """
+
+    attention: Tensor | None = None
+    out: Tensor | None = None
+    inner: Tensor | None = None
+    ffn: Tensor | None = None
+
+
+class BoundAttention(NamedTuple):
+    """What is fixed in the attention during a solve.
+
+    Args:
+        qkv: (3D, D) effective weight.
+        out: (D, D) effective weight.
+        u: (B, q, 3D) injection of the segment.
+        key, value: (B, H, m, d) of the history, which no iteration changes.
+        positions: (H, d, K) projected distances over sqrt(d).
+        hidden: (q, K) the causal mask, 0 or -inf.
+        attend: how scores become outputs.
+        mask: (B, 1, D) on the output.
+    """
+
+    qkv: Tensor
+    out: Tensor
+    u: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    hidden: Tensor
+    attend: Attend
+    mask: Tensor | None
+
+
+class Attention(nn.Module):
+    """Relative multi-head attention of a segment over history and itself.
+
+    [q k v] = x Wqkv^T + u and r = Wr pos; the score of query i and key j at distance t is
+    ((q_i + b_content) k_j + (q_i + b_position) r_t) / sqrt(d). Wqkv, Wr and Wo are weight-normalised.
+    """
+
+    def __init__(self, *, d_model: int, num_heads: int, window: int, init_std: float) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        head_dim = d_model // num_heads
+        # the official initialisation leaves weight-normalised matrices at torch's default
+        self.qkv = WeightNorm(nn.Linear(d_model, 3 * d_model, bias=False).weight)
+        self.position = WeightNorm(nn.Linear(d_model, d_model, bias=False).weight)
+        self.out = WeightNorm(nn.Linear(d_model, d_model, bias=False).weight)
+        self.out_bias = nn.Parameter(torch.zeros(d_model))
+        self.content_bias = nn.Parameter(torch.empty(num_heads, head_dim).normal_(0, init_std))
+        self.position_bias = nn.Parameter(torch.empty(num_heads, head_dim).normal_(0, init_std))
+
+    def bind(
+        self, u: Tensor, history: Tensor, positions: Tensor, *, masks: CellMasks, double_backward: bool
+    ) -> BoundAttention:
+        """Compute what one solve keeps of u (B, K, 3D), history (B, m, D) and positions (K, D)."""
+        width, (length, keys) = history.shape[2], (history.shape[1], u.shape[1])
+        qkv = _for_autocast(self.qkv())
+        past = F.linear(history, qkv[width:]) + u[:, :length, width:]
+        key, value = self._heads(past, 2)
+        explicit = double_backward or masks.attention is not None
+        r = F.linear(positions, _for_autocast(self.position())).unflatten(-1, (self.num_heads, -1))
+        return BoundAttention(
+            qkv=qkv,
+            out=_for_autocast(self.out()),
+            u=u[:, length:].contiguous(),
+            key=key.contiguous(),
+            value=value.contiguous(),
+            positions=(r * r.shape[-1] ** -0.5).permute(1, 2, 0).contiguous(),
+            hidden=causal_mask(keys - length, keys, window=self.window, device=r.device, dtype=r.dtype),
+            attend=partial(explicit_attention, mask=masks.attention) if explicit else fused_attention,
+            mask=masks.out,
+        )
+
+    def forward(self, x: Tensor, bound: BoundAttention) -> Tensor:
+        """Return the output (B, q, D) for `x` (B, q, D)."""
+        query, key, value = self._heads(F.linear(x, bound.qkv) + bound.u, 3)
+        key, value = torch.cat([bound.key, key], dim=2), torch.cat([bound.value, value], dim=2)
+        by_distance = torch.matmul(query + self.position_bias[:, None].to(query.dtype), bound.positions)
+        bias = relative_shift(by_distance).add_(bound.hidden)
+        attended = bound.attend(query + self.content_bias[:, None].to(query.dtype), key, value, bias)
+        output = F.linear(attended.transpose(1, 2).flatten(2), bound.out, self.out_bias)
+        return output if bound.mask is None else output.mul_(bound.mask)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Return `parts` tensors (B, H, L, d) from (B, L, parts D)."""
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class BoundFeedForward(NamedTuple):
+    """What is fixed in the feed-forward layers during a solve: effective weights (I, D), (D, I) and masks."""
+
+    inner: Tensor
+    outer: Tensor
+    inner_mask: Tensor | None
+    mask: Tensor | None
+
+
+class FeedForward(nn.Module):
+    """W2 relu(W1 x + b1) + b2, both matrices weight-normalised."""
+
+    def __init__(self, *, d_model: int, d_inner: int) -> None:
+        super().__init__()
+        self.inner = WeightNorm(nn.Linear(d_model, d_inner, bias=False).weight)
+        self.inner_bias = nn.Parameter(torch.zeros(d_inner))
+        self.outer = WeightNorm(nn.Linear(d_inner, d_model, bias=False).weight)
+        self.outer_bias = nn.Parameter(torch.zeros(d_model))
+
+    def bind(self, masks: CellMasks) -> BoundFeedForward:
+        """Compute the effective weights of one solve."""
+        return BoundFeedForward(_for_autocast(self.inner()), _for_autocast(self.outer()), masks.inner, masks.ffn)
+
+    def forward(self, x: Tensor, bound: BoundFeedForward) -> Tensor:
+        """Return the output (B, q, D) for `x` (B, q, D)."""
+        inner = F.linear(x, bound.inner, self.inner_bias)
+        # a mask is not negative, so it may go first: in place on both sides of the ReLU, one tensor of width I is kept
+        inner = (inner if bound.inner_mask is None else inner.mul_(bound.inner_mask)).relu_()
+        output = F.linear(inner, bound.outer, self.outer_bias)
+        return output if bound.mask is None else output.mul_(bound.mask)
+
+
+class TransformerCell(nn.Module):
+    """F(z; u, history): attention and feed-forward with residuals; layer norms have no parameters.
+
+    `post`: a = LN(z + attention(z)), F = LN(a + FFN(a)). `pre`: a = z + attention(LN(z)) with the history normalised
+    too, n = LN(a), F = n + FFN(n) (`normalised`, as the official code) or a + FFN(n) (`plain`).
+
+    Args:
+        d_model: D.
+        num_heads: H, a divisor of D.
+        d_inner: I.
+        norm: where layers are normalised, `post` or `pre`.
+        preln_residual: what the feed-forward layers are added to under `norm=pre`.
+        dropout: probability of the channel masks behind Wo, ReLU and W2.
+        attention_dropout: probability of the mask on attention probabilities.
+        window: a query sees keys at distances below this.
+        init_std: the two attention biases are drawn from N(0, init_std^2).
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        d_inner: int,
+        norm: Norm,
+        preln_residual: Residual,
+        dropout: float,
+        attention_dropout: float,
+        window: int,
+        init_std: float,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (("norm", norm, Norm), ("preln_residual", preln_residual, Residual)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(kind))}")
+        self.d_model, self.num_heads, self.d_inner = d_model, num_heads, d_inner
+        self.norm, self.preln_residual = norm, preln_residual
+        self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.attention = Attention(d_model=d_model, num_heads=num_heads, window=window, init_std=init_std)
+        self.ffn = FeedForward(d_model=d_model, d_inner=d_inner)
+
+    def bind(
+        self,
+        u: Tensor,
+        history: Tensor,
+        positions: Tensor,
+        *,
+        masks: CellMasks | None = None,
+        double_backward: bool = False,
+    ) -> Callable[[Tensor], Tensor]:
+        """Return f(z) = F(z; u, history) of (B, q, D) states, with all that does not depend on z computed once.
+
+        Args:
+            u: (B, K, 3D) injections of history and segment.
+            history: (B, m, D) past states.
+            positions: (K, D) distance K - 1 - r in row r.
+            masks: dropout masks of the solve; drawn here when not given.
+            double_backward: f will be differentiated twice, which fused attention cannot.
+        """
+        masks = self._draw(u, u.shape[1] - history.shape[1]) if masks is None else masks
+        history = self._normalise(history) if self.norm == "pre" else history
+        attention = self.attention.bind(u, history, positions, masks=masks, double_backward=double_backward)
+        return partial(self, attention=attention, ffn=self.ffn.bind(masks))
+
+    def forward(self, z: Tensor, attention: BoundAttention, ffn: BoundFeedForward) -> Tensor:
+        """Return one application of F. All that varies is an argument: `cell.compile()` makes it one graph."""
+        if self.norm == "post":
+            a = self._normalise(z + self.attention(z, attention))
+            return self._normalise(a + self.ffn(a, ffn))
+        a = z + self.attention(self._normalise(z), attention)
+        n = self._normalise(a)
+        return (n if self.preln_residual == "normalised" else a) + self.ffn(n, ffn)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.d_model,))
+
+    def _draw(self, u: Tensor, q: int) -> CellMasks:
+        batch, keys = u.shape[:2]
+        dtype = self.ffn.outer_bias.dtype  # u may be narrower under autocast
+        draw = partial(variational_mask, training=self.training, device=u.device, dtype=dtype)
+        return CellMasks(
+            attention=draw((batch, self.num_heads, q, keys), p=self.attention_dropout),
+            out=draw((batch, 1, self.d_model), p=self.dropout),
+            inner=draw((batch, 1, self.d_inner), p=self.dropout),
+            ffn=draw((batch, 1, self.d_model), p=self.dropout),
+        )
+
+
+def _for_autocast(weight: Tensor) -> Tensor:
+    # autocast caches casts of leaf parameters only: an effective weight would be cast anew in every evaluation of f
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

@@ -1,0 +1,5 @@
+"""MDEQ, the multiscale equilibrium network for images."""
+
+from models.mdeq.model import MDEQ
+
+__all__ = ["MDEQ"]

@@ -1,0 +1,212 @@
+"""The equilibrium cell of MDEQ: residual blocks per resolution, fusion across resolutions, 1x1 mixing.
+
+Shapes: B images, C_i channels and H_i x W_i pixels of branch i (0 the finest), E expansion, G norm groups.
+Source: Bai et al., *Multiscale Deep Equilibrium Models* (2020), with the details of the code of Geng et al. 2021.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.mdeq.group_norm import GroupNorm
+from phantom import WeightNorm, variational_mask
+from phantom.layers import check_dropout
+
+Branches = tuple[Tensor, ...]  # one (B, C_i, H_i, W_i) tensor per branch
+Masks = tuple[tuple[Tensor | None, ...], ...]  # per branch, per block
+
+
+class BoundBlock(NamedTuple):
+    """What is fixed in one residual block during a solve: effective weights, dropout mask and injection.
+
+    Args:
+        mask: (B, C, 1, 1), or None for no dropout.
+        u: (B, C, H, W), or None for zeros.
+    """
+
+    conv1: Tensor
+    conv2: Tensor
+    mask: Tensor | None
+    u: Tensor | None
+
+
+class Bound(NamedTuple):
+    """What is fixed in the cell during a solve.
+
+    Args:
+        blocks: per branch, per block.
+        post_fuse: effective weight of the last convolution, per branch.
+    """
+
+    blocks: tuple[tuple[BoundBlock, ...], ...]
+    post_fuse: tuple[Tensor, ...]
+
+
+class ResidualBlock(nn.Module):
+    """One residual block of a branch; its 3x3 convolutions (C -> E C -> C) are weight-normalised.
+
+    t = GN(mask * conv2(relu(GN(conv1(z)))) + u) + z, and the output is GN(relu(t)).
+    """
+
+    def __init__(self, channels: int, *, expansion: int, num_groups: int) -> None:
+        super().__init__()
+        inner = expansion * channels
+        self.conv1 = WeightNorm(nn.Conv2d(channels, inner, 3, bias=False).weight)
+        self.norm1 = GroupNorm(num_groups, inner)
+        self.conv2 = WeightNorm(nn.Conv2d(inner, channels, 3, bias=False).weight)
+        self.norm2 = GroupNorm(num_groups, channels)
+        self.norm3 = GroupNorm(num_groups, channels)
+
+    def bind(self, u: Tensor | None, mask: Tensor | None) -> BoundBlock:
+        """Compute the effective weights of one solve."""
+        return BoundBlock(_for_autocast(self.conv1()), _for_autocast(self.conv2()), mask, u)
+
+    def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
+        # in place throughout, with a graph too: no operation here saves the tensor that the next one overwrites
+        t = self.norm1(F.conv2d(z, bound.conv1, padding=1)).relu_()
+        t = F.conv2d(t, bound.conv2, padding=1)
+        if bound.mask is not None:
+            t = t.mul_(bound.mask)
+        if bound.u is not None:
+            t = t.add_(bound.u)
+        return self.norm3(self.norm2(t).add_(z).relu_())
+
+
+class PostFuse(nn.Module):
+    """Mix the channels of a fused branch: GN(conv1x1(relu(s))), weight-normalised, with half as many groups."""
+
+    def __init__(self, channels: int, *, num_groups: int) -> None:
+        super().__init__()
+        self.conv = WeightNorm(nn.Conv2d(channels, channels, 1, bias=False).weight)
+        self.norm = GroupNorm(num_groups // 2, channels)
+
+    def bind(self) -> Tensor:
+        """Compute the effective weight of one solve."""
+        return _for_autocast(self.conv())
+
+    def forward(self, s: Tensor, weight: Tensor) -> Tensor:
+        return self.norm(F.conv2d(s.relu_(), weight))
+
+
+class MDEQCell(nn.Module):
+    """F of MDEQ: a residual block per branch, then every branch receives all the others.
+
+    b_i = block_i(z_i, u_i); s_i = sum_j T_ij(b_j) with T_ii the identity; F_i = GN(conv1x1(relu(s_i))). From a coarser
+    branch (j > i) T_ij is a 1x1 convolution, GN and nearest upsampling; from a finer one (j < i), i - j stages of
+    strided 3x3 convolution and GN, with relu between stages.
+
+    Args:
+        channels: C_i, finest branch first.
+        expansion: E, inner channels of a residual block over its outer ones.
+        num_groups: G, groups of every GroupNorm; the post-fuse norm has G // 2.
+        num_blocks: residual blocks per branch; only the first receives the injection.
+        dropout: probability of the variational dropout in each residual block.
+    """
+
+    def __init__(
+        self, *, channels: Sequence[int], expansion: int, num_groups: int, num_blocks: int, dropout: float
+    ) -> None:
+        super().__init__()
+        check_dropout(dropout)
+        self.channels = tuple(channels)
+        self.dropout = dropout
+        self.branches = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(c, expansion=expansion, num_groups=num_groups) for _ in range(num_blocks))
+            for c in self.channels
+        )
+        levels = range(len(self.channels))
+        self.fusion = nn.ModuleList(
+            nn.ModuleList(_transition(self.channels, source=j, target=i, num_groups=num_groups) for j in levels)
+            for i in levels
+        )
+        self.post_fuse = nn.ModuleList(PostFuse(c, num_groups=num_groups) for c in self.channels)
+
+    def bind(
+        self, injection: tuple[Tensor | None, ...], *, masks: Masks | None = None
+    ) -> Callable[[Branches], Branches]:
+        """Return f(z) = F(z, u) with injection, effective weights and dropout masks fixed.
+
+        Args:
+            injection: u_i of every branch, None for zeros; u_0 is always a tensor.
+            masks: dropout mask (B, C_i, 1, 1) or None of every block; drawn here when not given.
+        """
+        masks = self._draw(injection[0]) if masks is None else masks
+        blocks = tuple(
+            tuple(
+                block.bind(u if j == 0 else None, mask) for j, (block, mask) in enumerate(zip(row, drawn, strict=True))
+            )
+            for row, drawn, u in zip(self.branches, masks, injection, strict=True)
+        )
+        return partial(self, bound=Bound(blocks, tuple(layer.bind() for layer in self.post_fuse)))
+
+    def forward(self, z: Branches, bound: Bound) -> Branches:
+        """Return one application of F. All that varies is an argument: `cell.compile()` makes it one graph."""
+        b = []
+        for x, row, bound_row in zip(z, self.branches, bound.blocks, strict=True):
+            for block, bound_block in zip(row, bound_row, strict=True):
+                x = block(x, bound_block)
+            b.append(x)
+        layers = zip(self.post_fuse, bound.post_fuse, strict=True)
+        return tuple(post_fuse(self._fuse(i, b), weight) for i, (post_fuse, weight) in enumerate(layers))
+
+    def _fuse(self, i: int, b: list[Tensor]) -> Tensor:
+        """Return s_i, a fresh tensor that the caller may overwrite; b is left as it is."""
+        size = b[i].shape[-2:]
+        # the first T_ij(b_j) with j != i is fresh, so the other terms are added in place
+        first = int(i == 0)
+        s = _resize(self.fusion[i][first](b[first]), size)
+        for j in range(len(b)):
+            if j != first:
+                s = s.add_(b[i] if j == i else _resize(self.fusion[i][j](b[j]), size))
+        return s
+
+    def _draw(self, u: Tensor) -> Masks:
+        dtype = self.post_fuse[0].norm.weight.dtype  # u may be narrower under autocast
+        return tuple(
+            tuple(
+                variational_mask(
+                    (u.shape[0], c, 1, 1), p=self.dropout, training=self.training, device=u.device, dtype=dtype
+                )
+                for _ in row
+            )
+            for c, row in zip(self.channels, self.branches, strict=True)
+        )
+
+
+def _transition(channels: tuple[int, ...], *, source: int, target: int, num_groups: int) -> nn.Module:
+    """Return the learned part of T_ij (target i, source j); upsampling has no parameters and happens in the cell."""
+    if source == target:
+        return nn.Identity()
+    a, b = channels[source], channels[target]
+    if source > target:
+        return nn.Sequential(_stage(nn.Conv2d(a, b, 1, bias=False), num_groups, relu=False))
+    stages = []
+    for level in range(source + 1, target + 1):
+        last = level == target
+        conv = nn.Conv2d(a, b if last else a, 3, stride=2, padding=1, bias=False)
+        stages.append(_stage(conv, num_groups, relu=not last))
+    return nn.Sequential(*stages)
+
+
+def _stage(conv: nn.Conv2d, num_groups: int, *, relu: bool) -> nn.Sequential:
+    layers = OrderedDict(conv=conv, norm=GroupNorm(num_groups, conv.out_channels))
+    if relu:
+        layers["relu"] = nn.ReLU(inplace=True)
+    return nn.Sequential(layers)
+
+
+def _resize(x: Tensor, size: torch.Size) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="nearest")
+
+
+def _for_autocast(weight: Tensor) -> Tensor:
+    # autocast caches casts of leaf parameters only: an effective weight would be cast anew in every evaluation of f
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

@@ -1,0 +1,1 @@
+"""Weights of the official code bases, loaded by their own names."""

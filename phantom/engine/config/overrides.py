@@ -1,0 +1,139 @@
+"""The `key=value` items of a command line: parsed, expanded into the jobs of a sweep, applied to a saved config."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from phantom.engine.config.values import CONFIGS, ESTIMATOR_KEYS, leaves, nearest
+from phantom.engine.errors import ConfigError
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Return the parsed items.
+
+    Raises:
+        ConfigError: an item is not of the form key=value.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; write overrides as key=value") from error
+    for item in parsed:
+        if not item.key_or_group:
+            raise ConfigError(f"{item.input_line!r} names no key; write overrides as key=value")
+    return parsed
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep: the product of all comma-separated choices.
+
+    Raises:
+        ConfigError: an item is not of the form key=value.
+    """
+    options = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [item.input_line]
+        for item in parse(overrides)
+    ]
+    return [list(job) for job in itertools.product(*options)]
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Check what Hydra would answer in words of its own: sweeps, deletions, and the chosen leaf of every group.
+
+    Raises:
+        ConfigError: names the item and what is allowed.
+    """
+    choices = groups()
+    for item in parse(overrides):
+        if item.is_sweep_override():
+            raise ConfigError(f"{item.input_line} has several values: add -m to run them all, or keep one")
+        if item.is_delete():
+            raise ConfigError(f"{item.input_line} deletes a key: write {item.key_or_group}=null to have none of it")
+        if item.key_or_group in choices:
+            _check_leaf(item.key_or_group, item.value(), optional=choices[item.key_or_group] is None)
+
+
+def to_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the items in Hydra's words, which has `~group` for a group without a leaf, and no `group=null`.
+
+    Raises:
+        ConfigError: null is one of several values of a group, which Hydra cannot sweep.
+    """
+    items = []
+    for item in parse(overrides):
+        group, line = item.key_or_group, item.input_line
+        if group in groups() and item.is_sweep_override() and "null" in item.sweep_string_iterator():
+            raise ConfigError(f"{line}: null cannot be one of several leaves; run {group}=null on its own")
+        items.append(f"~{group}" if group in groups() and _is_null(item) else line)
+    return items
+
+
+def from_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the items as they were given to `to_hydra`; nobody else may delete."""
+    return [f"{item[1:]}=null" if item.startswith("~") else item for item in overrides]
+
+
+def _is_null(item: Override) -> bool:
+    return not item.is_sweep_override() and not item.is_delete() and item.value() is None
+
+
+@cache
+def groups() -> dict[str, str | None]:
+    """Return the groups of configs/train.yaml with their default leaf."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)["defaults"]
+    items = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
+    return {group: leaf for group, leaf in items if not group.startswith("override ")}
+
+
+@cache
+def root_keys() -> frozenset[str]:
+    """Return every key that a resolved config may have: those of configs/train.yaml, its groups and the estimators'."""
+    root = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
+    return frozenset((set(root) | set(groups()) | set(ESTIMATOR_KEYS)) - {"experiment", "defaults", "hydra"})
+
+
+def _check_leaf(group: str, leaf: Any, *, optional: bool) -> None:
+    valid = leaves(group)
+    if leaf in valid or (leaf is None and optional):
+        return
+    near = nearest(str(leaf), valid)
+    folders = sorted({name.rpartition("/")[0] for name in valid})
+    folder = str(leaf).rpartition("/")[0]
+    if folders != [""]:  # too many to list: those of the folder named, or the folders
+        valid = [name for name in valid if name.startswith(f"{folder}/")] if folder in folders else folders
+    names = ", ".join([*valid, "null"] if optional else valid)
+    raise ConfigError(f"{group}={'null' if leaf is None else leaf} is not known{near} Choose one of {names}")
+
+
+def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a saved config with key=value items applied; every key must exist in it.
+
+    Raises:
+        ConfigError: an unknown key, a whole group, or a value that cannot be parsed.
+    """
+    if config["eval_solver"] is None and any(item.startswith("eval_solver.") for item in overrides):
+        config["eval_solver"] = dict(config["solver"])
+    tree, defaults = OmegaConf.create(config), groups()
+    OmegaConf.set_struct(tree, True)
+    for item, override in zip(overrides, parse(overrides), strict=True):
+        key, value = override.key_or_group, override.value()
+        if key in defaults and not (isinstance(value, dict) or (value is None and defaults[key] is None)):
+            raise ConfigError(f"{item!r}: a trained run keeps its {key}; change its keys, as in {key}.<key>=<value>")
+        try:
+            OmegaConf.update(tree, key, value)
+        except OmegaConfBaseException as error:
+            parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
+            valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
+            raise ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
+    return OmegaConf.to_container(tree)

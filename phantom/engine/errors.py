@@ -1,0 +1,21 @@
+"""The errors of a user: each message names the field or file, the value got, what is allowed and the way out."""
+
+
+class UserError(ValueError):
+    """An error whose message is all that the user needs; the command line prints it without a traceback."""
+
+
+class ConfigError(UserError):
+    """A config that cannot run."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or in another layout; raised before training starts."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+class DivergenceError(UserError):
+    """The loss or the gradient stopped being finite."""

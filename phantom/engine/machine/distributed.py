@@ -1,0 +1,90 @@
+"""One process or many: the only file that talks to torch.distributed's set-up.
+
+`torchrun --nproc-per-node 4 train.py ...` sets the environment read here; a plain `python train.py` runs one process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from phantom.engine.machine.allocator import keep_freed_memory
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def start(device: str) -> tuple[torch.device, int, int]:
+    """Join the process group when launched by torchrun; return (this process's device, rank, world size).
+
+    Args:
+        device: one of `DEVICES`; "auto" is a GPU when there is one.
+
+    Raises:
+        ValueError: device=cuda without a GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here: use device=cpu, or check the driver and the build")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        place = torch.device("cuda", local)
+    else:
+        place = torch.device("cpu")
+        keep_freed_memory()
+        # Adam leaves weights of 1e-40 where a gradient has vanished, and a few of them triple the time of a product
+        torch.set_flush_denormal(True)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return place, (dist.get_rank() if world > 1 else 0), world
+
+
+def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: bool) -> nn.Module:
+    """Return `model` under DistributedDataParallel when there are several processes."""
+    if world == 1:
+        return model
+    if sync_batchnorm:
+        if device.type != "cuda":
+            raise ValueError("sync_batchnorm=true needs GPUs: torch has no synchronised batch norm on the CPU")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the picklable `value` of every rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the first one's buffers, such as batch statistics, which each rank gathers from its own images.
+
+    The wrapper does this before every forward pass in training; without it here, ranks would evaluate other models.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier() -> None:
+    """Wait for all processes (a no-op for one)."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Timing, statistics of solves, and measurements during training."""

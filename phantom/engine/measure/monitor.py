@@ -1,0 +1,121 @@
+"""Measure spectral radius and gradient quality on a training batch, without disturbing the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phantom import DEQ, GradientEstimator, Implicit, Solution
+from phantom.deq import deqs_of
+from phantom.diagnostics import cosine, damped_radius, norm_ratio, ritz_values
+from phantom.engine.tasks.base import Task
+from phantom.solver.base import Solver
+from phantom.validate import check_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """Every `every` steps, measure the map and the estimator on the batch that was just trained on.
+
+    Args:
+        every: steps between measurements.
+        radius_steps: vjps of the Arnoldi estimate of the spectral radius; 0 leaves it out.
+        lam: the damping whose map is measured beside f itself, lam J + (1 - lam) I.
+        exact_solver: solves the adjoint of the exact gradient that the run's own is compared to; None leaves it out.
+        compare: further estimators to compare with the exact gradient, by name.
+    """
+
+    every: int
+    radius_steps: int = 20
+    lam: float = 0.5
+    exact_solver: Solver | None = None
+    compare: dict[str, GradientEstimator] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every, least=1)
+        check_count("radius_steps", self.radius_steps, least=0)
+
+    def measure(self, model: nn.Module, task: Task, batch: Any, carry: Any) -> dict[str, float]:
+        """Return the measurements; random state, batch statistics, gradients and carry are left as they were."""
+        deqs = deqs_of(model)
+        kept = [(deq.grad, deq.regularizer, deq.clock) for deq in deqs]
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        for deq in deqs:
+            deq.regularizer, deq.clock = None, DEQ(solver=deq.solver, grad=deq.grad).clock
+        state = torch.get_rng_state()
+        cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+        def rewind() -> None:
+            torch.set_rng_state(state)
+            if cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state)
+            with torch.no_grad():
+                for buffer, value in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+
+        try:
+            return self._radii(deqs, model, task, batch, carry, rewind) | self._cosines(
+                deqs, model, task, batch, carry, rewind
+            )
+        finally:
+            rewind()
+            for deq, (grad, regularizer, clock) in zip(deqs, kept, strict=True):
+                deq.grad, deq.regularizer, deq.clock = grad, regularizer, clock
+
+    def _radii(self, deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any, rewind: Callable) -> dict:
+        if self.radius_steps == 0:
+            return {}
+        with torch.no_grad():
+            calls = capture(deqs, model, task, batch, carry)
+        rewind()
+        values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
+        return {
+            name: float(torch.cat([damped_radius(mu, lam) for mu in values]).mean())
+            for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam))
+        }
+
+    def _cosines(self, deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any, rewind: Callable) -> dict:
+        if self.exact_solver is None:
+            return {}
+        exact = Implicit(solver=self.exact_solver)
+        # only what lies before the equilibrium: the head's gradient is exact under every estimator
+        outputs = [f(out.z_star) for f, out in capture(deqs, model, task, batch, carry)]
+        outputs = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        reached = torch.autograd.grad(sum(outputs), parameters, allow_unused=True)
+        parameters = [p for p, gradient in zip(parameters, reached, strict=True) if gradient is not None]
+        rewind()
+
+        def gradient(estimator: GradientEstimator) -> list[Tensor]:
+            for deq in deqs:
+                deq.grad = estimator
+            loss = task.score(model, batch, carry).tally.loss_sum
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            rewind()
+            return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+        own = deqs[0].grad
+        reference = gradient(exact)
+        result = {}
+        for name, estimator in {"": own, **(self.compare or {})}.items():
+            estimate = gradient(estimator)
+            suffix = f"/{name}" if name else ""
+            result[f"gradient_cosine{suffix}"] = float(cosine(estimate, reference))
+            result[f"gradient_norm_ratio{suffix}"] = float(norm_ratio(estimate, reference))
+        return result
+
+
+def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
+    """Score the batch and return (f, solution) of every solve on the way."""
+    calls: list[tuple[Any, Solution]] = []
+    hooks = [deq.register_forward_hook(lambda _, args, out: calls.append((args[0], out))) for deq in deqs]
+    try:
+        task.score(model, batch, carry)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls

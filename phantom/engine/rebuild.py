@@ -1,0 +1,132 @@
+"""Rebuild a run from its folder and evaluate it; or evaluate official weights under a composed config."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from phantom.engine import build, command
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.config import values
+from phantom.engine.config.compatibility import check_pair
+from phantom.engine.errors import CheckpointError, ConfigError
+from phantom.engine.machine import precision
+from phantom.engine.source import Shard, Source
+from phantom.engine.tasks.base import Task
+from phantom.engine.training.evaluation import evaluate
+
+LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
+
+
+class Rebuilt(NamedTuple):
+    """A model with its weights, and what it was trained with."""
+
+    config: dict[str, Any]
+    model: nn.Module
+    task: Task
+    source: Source
+    device: torch.device
+    shard: Shard
+    facts: dict[str, Any]
+
+
+def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the metrics of a run's `last` or `best` checkpoint; without overrides, exactly the run's own numbers.
+
+    Args:
+        folder: the run folder.
+        split: the split to evaluate; None takes the first of the run's `eval_splits`.
+        overrides: see `rebuild_run`.
+
+    Raises:
+        CheckpointError, ConfigError: see `rebuild_run`.
+    """
+    return _evaluate(rebuild_run(folder, which=which, overrides=overrides), split)
+
+
+def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str]) -> Rebuilt:
+    """Return the model of a run with the weights of its `last` or `best` checkpoint: the moving average if it has one.
+
+    Args:
+        overrides: key=value items that change the run's config, such as `eval_solver.max_steps=40`. An `eval_solver`
+            that the run does not have starts as a copy of its solver.
+
+    Raises:
+        CheckpointError: the folder or its checkpoint is missing, damaged, or of another model.
+        ConfigError: an override names an unknown key.
+    """
+    if which not in ("last", "best"):
+        raise ConfigError(f"checkpoint={which!r} is not known; choose one of last, best")
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
+    path = folder / f"{which}.pt"
+    state = checkpoint.load(path)
+    config = command.change(yaml.safe_load(state["config"]), overrides)
+    weights = state["model"] if state["ema"] is None else state["ema"]
+    return _rebuild(config, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
+
+
+def evaluate_official(
+    path: Path, *, source: str, split: str | None, overrides: Sequence[str], load_reference: LoadReference
+) -> dict[str, Any]:
+    """Return the metrics of an official checkpoint, loaded by its own names.
+
+    Args:
+        path: the file of tensors.
+        source: the code base that wrote it.
+        split: the split to evaluate; None takes the first of `eval_splits`.
+        overrides: key=value items that compose the config, as for train.py.
+        load_reference: called as `load_reference(model, state, source)`; translates the official names.
+
+    Raises:
+        CheckpointError: the file is missing, or does not hold tensors alone.
+        ConfigError: the config does not compose, or the checkpoint is of another model or code base.
+    """
+    config, _ = command.compose(overrides)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as tensors alone: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+
+    def load(model: nn.Module) -> None:
+        try:
+            load_reference(model, state, source)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    return _evaluate(_rebuild(config, load, {"source": source}), split)
+
+
+def _rebuild(config: dict[str, Any], load: Callable[[nn.Module], None], facts: dict[str, Any]) -> Rebuilt:
+    values.check_root(config)
+    kind = check_pair(config)
+    precision.set_up(config["precision"], deterministic=config["deterministic"])
+    device, rank, world = build.start(config)
+    source = build.build_source(config)
+    model = build.build_model(config, source.spec, build.build_deq(config)).to(device)
+    load(model)
+    shard = Shard(rank=rank, world=world)
+    return Rebuilt(config, model, build.build_task(kind), source, device, shard, facts)
+
+
+def _evaluate(run: Rebuilt, split: str | None) -> dict[str, Any]:
+    split = split or run.config["eval_splits"][0]
+    if split not in run.source.splits:
+        raise ConfigError(f"split={split!r} does not exist; the data has {', '.join(run.source.splits)}")
+    options = {"shard": run.shard, "device": run.device, "precision": run.config["precision"]}
+    return {"split": split, **run.facts, **evaluate(run.model, run.task, run.source, split, **options)}

@@ -1,0 +1,1 @@
+"""Tasks: how a batch is scored."""

@@ -1,0 +1,117 @@
+"""The three tasks on graphs: classify graphs, label nodes, classify some nodes of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phantom import Solution
+from phantom.engine.tasks.base import Score, Tally, Task
+
+# |X*| of every implicit layer, as sums that add: squares and how many
+SQUARES, ENTRIES = "squares", "entries"
+
+
+class GraphClassification(Task):
+    """Score (graphs, labels (G,)) by the cross entropy of `model(graphs)`; counts graphs."""
+
+    metric: ClassVar[str] = "accuracy"
+    mode: ClassVar[Literal["max", "min"]] = "max"
+
+    def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
+        graph, labels = batch
+        logits, solutions = model(graph)
+        return Score(_classified(logits, labels, solutions), solutions, None)
+
+    def report(self, tally: Tally) -> dict[str, float]:
+        return _accuracy(tally)
+
+
+class NodeClassification(Task):
+    """Score (graph, labels (N,), nodes (S,)) by the cross entropy of `model(graph)` on those nodes; counts nodes."""
+
+    metric: ClassVar[str] = "accuracy"
+    mode: ClassVar[Literal["max", "min"]] = "max"
+
+    def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
+        graph, labels, nodes = batch
+        logits, solutions = model(graph)
+        return Score(_classified(logits[nodes], labels[nodes], solutions), solutions, None)
+
+    def report(self, tally: Tally) -> dict[str, float]:
+        return _accuracy(tally)
+
+
+class NodeLabelling(Task):
+    """Score (graph, labels (N, L) of zeros and ones) by the binary cross entropy of every label; counts pairs of them.
+
+    The metric is micro-F1 in percent, 2 tp / (2 tp + fp + fn) with a label predicted where its logit is positive: true
+    and false positives add over batches, so it is exact however a split is batched. Where nothing is predicted and
+    nothing is there to find, it is 0. `baseline` is that of the answer `all present`, 2p / (1 + p) for a share p.
+    """
+
+    metric: ClassVar[str] = "micro_f1"
+    mode: ClassVar[Literal["max", "min"]] = "max"
+
+    def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
+        graph, labels = batch
+        logits, solutions = model(graph)
+        predicted, present = logits > 0, labels > 0.5
+        sums = {
+            "true_positives": (predicted & present).sum(),
+            "false_positives": (predicted & ~present).sum(),
+            "false_negatives": (~predicted & present).sum(),
+        }
+        loss = F.binary_cross_entropy_with_logits(_at_least_float32(logits), labels, reduction="sum")
+        return Score(Tally(loss, labels.numel(), sums | _state_sums(solutions)), solutions, None)
+
+    def report(self, tally: Tally) -> dict[str, float]:
+        hits = 2 * float(tally.sums["true_positives"])
+        wrong = float(tally.sums["false_positives"]) + float(tally.sums["false_negatives"])
+        present = float(tally.sums["true_positives"]) + float(tally.sums["false_negatives"])
+        return {
+            "loss": float(tally.loss_sum) / tally.count,
+            "micro_f1": 100 * hits / (hits + wrong) if hits + wrong else 0.0,
+            "baseline": 100 * 2 * present / (tally.count + present),
+            **_state_sizes(tally),
+        }
+
+
+def _classified(logits: Tensor, labels: Tensor, solutions: Sequence[Solution]) -> Tally:
+    loss = F.cross_entropy(_at_least_float32(logits), labels, reduction="sum")
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return Tally(loss, labels.numel(), {"correct": correct} | _state_sums(solutions))
+
+
+def _accuracy(tally: Tally) -> dict[str, float]:
+    return {
+        "loss": float(tally.loss_sum) / tally.count,
+        "accuracy": 100 * float(tally.sums["correct"]) / tally.count,
+        **_state_sizes(tally),
+    }
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def _state_sums(solutions: Sequence[Solution]) -> dict[str, Tensor]:
+    sums = {}
+    for i, solution in enumerate(solutions):
+        z = solution.z_star
+        sums[f"{SQUARES}/{i}"] = torch.linalg.vector_norm(z.float()).square()
+        sums[f"{ENTRIES}/{i}"] = z.new_tensor(float(z.numel()))
+    return sums
+
+
+def _state_sizes(tally: Tally) -> dict[str, float]:
+    """Return the root mean square of X* for every implicit layer in order, as `state_rms/0`, `state_rms/1`, ..."""
+    layers = [name.split("/")[1] for name in tally.sums if name.startswith(f"{SQUARES}/")]
+    return {
+        f"state_rms/{i}": (float(tally.sums[f"{SQUARES}/{i}"]) / float(tally.sums[f"{ENTRIES}/{i}"])) ** 0.5
+        for i in layers
+    }

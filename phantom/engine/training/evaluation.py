@@ -1,0 +1,55 @@
+"""Evaluate a model on a split: every example once, sums divided once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from phantom.engine.errors import ConfigError
+from phantom.engine.machine import distributed
+from phantom.engine.machine.precision import autocast
+from phantom.engine.measure.solves import SolveMeter
+from phantom.engine.source import Shard, Source
+from phantom.engine.tasks.base import Tally, Task
+
+
+def batch_to(batch: Any, device: torch.device) -> Any:
+    """Move a batch (a tensor, a tuple, list or dict of such, or an object with `.to`) to `device`."""
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(batch_to(item, device) for item in batch)
+    if isinstance(batch, dict):
+        return {key: batch_to(item, device) for key, item in batch.items()}
+    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, source: Source, split: str, *, shard: Shard, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Return, over all ranks, the task's metrics on `split` and the cost and quality of the solves.
+
+    The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
+
+    Raises:
+        ConfigError: the split has no batch for one of the ranks; every rank raises.
+    """
+    was_training = model.training
+    model.eval()
+    total: Tally | None = None
+    carry = None
+    meter = SolveMeter()
+    try:
+        for batch in source.evaluate(split, shard=shard):
+            with autocast(precision, device):
+                score = task.score(model, batch_to(batch, device), carry)
+            carry = score.carry
+            tally = score.tally.detach()
+            total = tally if total is None else total + tally
+            meter.add(score.solutions)
+    finally:
+        model.train(was_training)
+    if not all(distributed.gather(total is not None)):
+        raise ConfigError(f"the split {split!r} has no batch for one of the processes: use fewer of them, or more data")
+    return {**task.report(total.all_reduce()), **meter.report()}

@@ -1,0 +1,128 @@
+"""What depends on the step of training: the pretraining phase, the penalty, the jitter of the solver's budget.
+
+Each rule is a pure function of (step, total, seed); the loop evaluates them before every step, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from phantom import BPTT, DEQ, GradientEstimator, Solver
+from phantom.deq import Regularizer
+from phantom.engine.training.schedule import share_of_run
+from phantom.validate import check_count, is_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Train the first steps as an unrolled network: `layers` applications of f from z0, no solver.
+
+    Args:
+        steps: length of the phase in a full run.
+        layers: applications of f.
+        of_steps: length of that full run; a shorter run keeps the share. None takes `steps` as it is.
+    """
+
+    steps: int
+    layers: int
+    of_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("pretraining.steps", self.steps, least=1)
+        check_count("pretraining.layers", self.layers, least=1)
+        if self.of_steps is not None:
+            check_count("pretraining.of_steps", self.of_steps, least=1)
+
+    def active(self, step: int, total: int) -> bool:
+        return step < share_of_run(self.steps, self.of_steps, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """Weigh a regulariser over training: on a random share of the steps, with a weight that grows in stages.
+
+    weight(step) = weight + increment * floor(step / increment_every) (the official language scripts add 0.1 at every
+    multiple of `increment_every`); zero during pretraining and from `stop_step` on.
+
+    Args:
+        regularizer: the differentiable penalty, such as `phantom.JacobianRegularizer`.
+        weight: of the penalty of every solve in the mean loss.
+        frequency: probability that a step is regularised.
+    """
+
+    regularizer: Regularizer
+    weight: float
+    frequency: float = 1.0
+    increment: float = 0.0
+    increment_every: int | None = None
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not is_number(self.weight) or not self.weight >= 0:
+            raise ValueError(f"weight={self.weight!r} must be >= 0")
+        if not is_number(self.increment):
+            raise ValueError(f"increment={self.increment!r} must be a number")
+        if self.increment_every is not None:
+            check_count("increment_every", self.increment_every, least=1)
+        if self.stop_step is not None:
+            check_count("stop_step", self.stop_step, least=0)
+        if not is_number(self.frequency) or not 0 < self.frequency <= 1:
+            raise ValueError(f"frequency={self.frequency!r} must be in (0, 1]: the share of regularised steps")
+
+    def at(self, step: int, seed: int) -> float:
+        if self.stop_step is not None and step >= self.stop_step:
+            return 0.0
+        if _draw("penalty", seed, step).random() >= self.frequency:
+            return 0.0
+        stages = 0 if self.increment_every is None else step // self.increment_every
+        return self.weight + self.increment * stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """Add a uniform integer in {-below, ..., 0} to the solver's `max_steps` at every training step."""
+
+    below: int
+
+    def __post_init__(self) -> None:
+        check_count("jitter.below", self.below, least=1)
+
+    def at(self, step: int, seed: int) -> int:
+        return -_draw("jitter", seed, step).randint(0, self.below)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """All rules of a run, and the settings they start from."""
+
+    solver: Solver
+    grad: GradientEstimator
+    seed: int
+    pretraining: Pretraining | None = None
+    penalty: Penalty | None = None
+    jitter: Jitter | None = None
+
+    def apply(self, deqs: list[DEQ], step: int, total: int) -> float:
+        """Set every DEQ of the model for `step` and return the weight of the penalty."""
+        solver, grad, weight = self.solver, self.grad, 0.0
+        if self.pretraining is not None and self.pretraining.active(step, total):
+            grad = BPTT(num_steps=self.pretraining.layers)
+        else:
+            if self.jitter is not None:
+                solver = replace(solver, max_steps=max(1, solver.max_steps + self.jitter.at(step, self.seed)))
+            if self.penalty is not None:
+                weight = self.penalty.at(step, self.seed)
+        for deq in deqs:
+            deq.solver, deq.grad = solver, grad
+            deq.regularizer = self.penalty.regularizer if weight > 0 else None
+        return weight
+
+    def restore(self, deqs: list[DEQ]) -> None:
+        """Give every DEQ the solver of the config again: an evaluation does not follow the jitter."""
+        for deq in deqs:
+            deq.solver = self.solver
+
+
+def _draw(name: str, seed: int, step: int) -> random.Random:
+    return random.Random(f"{name}/{seed}/{step}")
