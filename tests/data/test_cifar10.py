@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from data import cifar10
+from data.images import cifar10
 from data.images.cifar10 import CIFAR10, CLASSES
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
