@@ -20,10 +20,12 @@ from typing import Any
 from models.official.load import load_reference
 from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
+from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
 from phantom.engine.rebuild import evaluate_official, evaluate_run
+from train import CONFIGS
 
-# what an item names beside the config, by what is evaluated
+# arguments that are not config overrides, for run= and for official=
 OWN = {"run": ("checkpoint", "split"), "official": ("source", "split")}
 
 
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> None:
         return
     try:
         named, overrides = split_arguments(arguments)
-        jobs = command.expand(overrides)
+        jobs = expand(overrides)
         found = [{**({"overrides": job} if len(jobs) > 1 else {}), **evaluate_one(named, job)} for job in jobs]
     except Exception as error:
         if not command.is_user_error(error):
@@ -75,10 +77,11 @@ def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
             source=named["source"],
             split=split,
             overrides=overrides,
+            configs=CONFIGS,
             load_reference=load_reference,
         )
     which = named.get("checkpoint", "last")
-    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides)
+    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS)
 
 
 if __name__ == "__main__":

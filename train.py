@@ -10,25 +10,29 @@ torchrun --nproc-per-node 8 train.py experiment=table3/imagenet_upg    # many GP
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    gc.disable()  # while libraries load: what they make stays, and looking through it again and again takes a second
+    gc.disable()  # imports create many long-lived objects; scanning them repeatedly costs about a second
 
-from phantom.engine import build, command
+from phantom.engine import command
+from phantom.engine.build import build_trainer
+from phantom.engine.config.configs import Configs
 from phantom.engine.machine import distributed
+from phantom.engine.plan import Plan
 from phantom.engine.run import run
 
+CONFIGS = Configs(Path(__file__).resolve().parent / "configs")
 
-def job(config: dict[str, Any], overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
-    """Run one training job of the command line and return its record."""
-    trainer, facts = build.build_trainer(
-        config, label=build.label_of(config, choices), overrides=overrides, choices=choices
-    )
+
+def job(plan: Plan) -> dict[str, Any]:
+    """Train as the plan says and return the record."""
+    trainer = build_trainer(plan)
     gc.enable()
-    return run(trainer, facts, resume=config["resume"] == "auto")
+    return run(trainer, plan)
 
 
 if __name__ == "__main__":
-    command.run_hydra(job)
+    command.run(job, CONFIGS)
     distributed.stop()

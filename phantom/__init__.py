@@ -7,6 +7,7 @@ loss(solution.value).backward()
 from phantom.deq import DEQ, fixed_point
 from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
 from phantom.gradient.base import GradientEstimator
+from phantom.gradient.one_step import OneStep
 from phantom.gradient.shine import SHINE
 from phantom.gradient.unroll import BPTT, UPG
 from phantom.layers import WeightNorm, variational_mask
@@ -31,6 +32,7 @@ __all__ = [
     "GradientEstimator",
     "Implicit",
     "JacobianRegularizer",
+    "OneStep",
     "Solution",
     "Solver",
     "State",

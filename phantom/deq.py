@@ -18,10 +18,6 @@ Clock = Callable[[str], AbstractContextManager]
 Regularizer = Callable[[Map, State], Tensor]
 
 
-def _no_clock(phase: str) -> AbstractContextManager:
-    return nullcontext()
-
-
 def fixed_point(
     f: Map,
     z0: State,
@@ -31,7 +27,7 @@ def fixed_point(
     regularizer: Regularizer | None = None,
     graph_dtype: torch.dtype | None = None,
     in_place: bool = False,
-    clock: Clock = _no_clock,
+    clock: Clock = nullcontext,
 ) -> Solution:
     """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
 
@@ -116,7 +112,7 @@ class DEQ(nn.Module):
         self.eval_solver = eval_solver
         self.regularizer = regularizer
         self.graph_dtype = graph_dtype
-        self.clock: Clock = _no_clock
+        self.clock: Clock = nullcontext
 
     def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
         """Return the equilibrium of `f` from `z0`; see `fixed_point`."""

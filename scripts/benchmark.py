@@ -34,9 +34,9 @@ import torch  # noqa: E402
 from phantom.engine.artifacts.records import environment  # noqa: E402
 from phantom.engine.errors import ConfigError  # noqa: E402
 from phantom.engine.machine.allocator import keep_freed_memory  # noqa: E402
+from phantom.engine.measure.timing import StepTimer  # noqa: E402
 from scripts.bench import measure, report, variants  # noqa: E402
 from scripts.bench.growth import measure_growth  # noqa: E402
-from scripts.bench.instruments import Clock  # noqa: E402
 from scripts.bench.peer_torchdeq import PeerError  # noqa: E402
 
 
@@ -59,14 +59,14 @@ def main(arguments: list[str]) -> dict[str, Any]:
     device = torch.device(options.device)
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does
-    clock = Clock(options.clock, device)
+    timer = StepTimer(device, clock=options.clock)
     try:
         settings = variants.settings(options.overrides)
-        rows = measure.build_rows(settings, device, clock, peer=options.peer is not None)
+        rows = measure.build_rows(settings, device, timer, peer=options.peer is not None)
     except (ConfigError, PeerError) as error:
         sys.exit(f"error: {error}")
     measure.run(
-        rows, clock, repeats=options.repeats, warmup=options.warmup, say=lambda text: print(text, file=sys.stderr)
+        rows, timer, repeats=options.repeats, warmup=options.warmup, say=lambda text: print(text, file=sys.stderr)
     )
     if options.growth is not None:
         measure_growth(rows, options.growth, device)

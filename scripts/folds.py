@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def train(fold: int) -> dict[str, Any]:
         items = [*overrides, f"data.fold={fold}", f"seed={seed + fold}"]
-        folder = ROOT / records.run_folder(config["runs"], label, items, seed + fold)
+        folder = ROOT / records.run_folder(Path(config["runs"]), label, items, seed + fold)
         record = training.train(items, folder)
         best = record["best"]["test"][record["metric"]]
         print(f"fold {fold}: best {best:.2f}, last {record['final']['test'][record['metric']]:.2f}", flush=True)

@@ -41,11 +41,12 @@ from phantom.diagnostics import best_damping, damped_radius, ritz_values  # noqa
 from phantom.engine import command  # noqa: E402
 from phantom.engine.artifacts import records  # noqa: E402
 from phantom.engine.measure.monitor import Monitor, capture  # noqa: E402
+from phantom.engine.measure.timing import StepTimer  # noqa: E402
 from phantom.engine.rebuild import Rebuilt, rebuild_run  # noqa: E402
 from phantom.engine.training.evaluation import batch_to  # noqa: E402
 from phantom.solve import solve  # noqa: E402
 from phantom.state import Packing  # noqa: E402
-from scripts.bench.instruments import Clock  # noqa: E402
+from train import CONFIGS  # noqa: E402
 
 EXACT = Broyden(max_steps=150, tol=1e-6)
 EVALUATIONS = (6, 12, 23, 45)
@@ -127,18 +128,18 @@ def measure(run: Rebuilt, images: int) -> dict[str, Any]:
 def cost(run: Rebuilt, batch: Any, estimator: GradientEstimator) -> dict[str, Any]:
     """Return evaluations of f with a graph, vjps, the residual of a backward solve, and the gradient part's seconds."""
     kind = "wall" if run.device.type == "cuda" else "cpu"
-    clock, seconds = Clock(kind, run.device), []
+    timer, seconds = StepTimer(run.device, clock=kind), []
     for deq in deqs_of(run.model):
-        deq.grad, deq.clock = estimator, clock.phase
+        deq.grad, deq.clock = estimator, timer.phase
     for _ in range(REPEATS):
         score = run.task.score(run.model, batch, None)
-        with clock.phase("backward"):
+        with timer.phase("backward"):
             score.tally.loss_sum.backward()
         run.model.zero_grad()
-        times = clock.take()
+        times = timer.take()
         seconds.append(times["attach"] + times["backward"])
     for deq in deqs_of(run.model):
-        deq.clock = lambda phase: nullcontext()
+        deq.clock = nullcontext
     stats = [solution.stats for solution in score.solutions]
     adjoint = [s.adjoint.residual for s in stats if s.adjoint is not None]
     return {
@@ -188,7 +189,7 @@ def main(arguments: list[str]) -> None:
     own = dict(item.split("=", 1) for item in options.items if item.split("=")[0] in ("run", "checkpoint", "images"))
     overrides = [item for item in options.items if item.split("=")[0] not in ("run", "checkpoint", "images")]
     try:
-        run = rebuild_run(Path(own["run"]), which=own.get("checkpoint", "last"), overrides=overrides)
+        run = rebuild_run(Path(own["run"]), which=own.get("checkpoint", "last"), overrides=overrides, configs=CONFIGS)
     except KeyError:
         sys.exit("error: name a run folder with run=<folder>")
     except Exception as error:
@@ -197,7 +198,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     shown = [*(f"{key}={value}" for key, value in own.items() if key != "run"), *records.meaningful(overrides)]
     line = " ".join(["python scripts/quality.py run=<run folder>", *shown])
-    about = {"title": options.title, "command": line, **run.facts, **records.environment(run.device)}
+    about = {"title": options.title, "command": line, **run.about, **records.environment(run.device)}
     result = about | measure(run, int(own.get("images", 16)))
     text = render(result)
     print(text)

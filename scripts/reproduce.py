@@ -22,10 +22,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from phantom.engine import build, command  # noqa: E402
 from phantom.engine.artifacts import records  # noqa: E402
-from phantom.engine.config import values  # noqa: E402
 from phantom.engine.errors import ConfigError  # noqa: E402
+from phantom.engine.plan import make_plan  # noqa: E402
+from train import CONFIGS  # noqa: E402
 
 # overrides of train.py under which a run still is a run of its row; the table shows a precision
 SAME_ROW = ("experiment", "scale", "precision", "gradient_precision", "deterministic")
@@ -47,24 +47,24 @@ def jobs_of(row: str, overrides: Sequence[str]) -> Iterator[Job]:
     """
     if any(item.startswith("seed=") for item in overrides):
         raise ConfigError("seed is set by this script, from 0 to repeats - 1; use train.py for another one")
-    config, choices = command.compose([f"experiment={row}", *overrides])
-    label = build.label_of(config, choices)
+    made = make_plan([f"experiment={row}", *overrides], CONFIGS)
+    config, label = made.config, made.label
     items = [f"experiment={row}", *(item for item in overrides if not item.startswith("repeats="))]
     other = [item for item in items if item.split("=")[0] not in SAME_ROW]
-    extra = records.run_folder("", label, other, 0).parent.name
+    extra = records.run_folder(Path(), label, other, 0).parent.name
     kept = ROOT / "results" / (label if extra == "default" else f"{label}@{extra}")
     for seed in range(config["repeats"]):
-        folder = ROOT / records.run_folder(config["runs"], label, items, seed)
+        folder = ROOT / records.run_folder(made.root, label, items, seed)
         yield Job([*items, f"seed={seed}"], folder / "record.json", kept / f"seed{seed}.json")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run a table: its name first, then rows=..., list, and overrides of train.py."""
-    tables = sorted({name.split("/")[0] for name in values.leaves("experiment")})
+    tables = sorted({name.split("/")[0] for name in CONFIGS.leaves("experiment")})
     if not arguments or arguments[0] not in tables:
         sys.exit(f"error: name a table first, one of {', '.join(tables)}\n{__doc__}")
     table, *rest = arguments
-    known = [name.removeprefix(f"{table}/") for name in values.leaves("experiment") if name.startswith(f"{table}/")]
+    known = [name.removeprefix(f"{table}/") for name in CONFIGS.leaves("experiment") if name.startswith(f"{table}/")]
     named = [row for item in rest if item.startswith("rows=") for row in item.removeprefix("rows=").split(",")]
     unknown = [row for row in named if row not in known]
     if unknown:

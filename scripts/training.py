@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phantom.engine import build, command
 from phantom.engine.artifacts import records
 from phantom.engine.errors import ConfigError
+from phantom.engine.plan import make_plan
+from train import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,11 +22,10 @@ ROOT = Path(__file__).parents[1]
 def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str, Path]:
     """Return (resolved config, label, run folder) of `train.py <overrides>`; a mistake in them ends the script."""
     try:
-        config, choices = command.compose(overrides)
+        made = make_plan(overrides, CONFIGS)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    label = build.label_of(config, choices)
-    return config, label, ROOT / records.run_folder(config["runs"], label, overrides, config["seed"])
+    return made.config, made.label, ROOT / made.folder
 
 
 def train(overrides: Sequence[str], folder: Path) -> dict[str, Any]:

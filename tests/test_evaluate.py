@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import evaluate
-from phantom.engine import build, command
+from phantom.engine import build
+from phantom.engine.build import build_model, build_source
 from phantom.engine.training import evaluation as engine
 from tests.models.test_reference import official_state
+from tests.plans import plan
 from tests.tiny_run import MODEL, tiny_run
 
 ROOT = Path(__file__).parents[1]
@@ -119,9 +121,9 @@ OFFICIAL = [*MODEL, "data=digits", "test_subset=20", "solver.max_steps=3", "solv
 
 @pytest.fixture(scope="module")
 def model():
-    config, _ = command.compose(OFFICIAL)
+    made = plan(OFFICIAL)
     torch.manual_seed(5)
-    return build.build_model(config, build.build_source(config).spec, build.build_deq(config))
+    return build_model(made, build_source(made).spec)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -129,10 +131,9 @@ def test_official_weights(model, wrapped, tmp_path, capsys):
     state = {f"module.{name}": tensor for name, tensor in official_state(model).items()}
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "official.pth")
     found = answer(capsys, f"official={tmp_path / 'official.pth'}", "source=phantom_grad", *OFFICIAL)
-    config, _ = command.compose(OFFICIAL)
+    made = plan(OFFICIAL)
     options = {"shard": build.Shard(), "device": torch.device("cpu"), "precision": "fp32"}
-    task = build.build_task("image_classification")
-    expected = engine.evaluate(model, task, build.build_source(config), "test", **options)
+    expected = engine.evaluate(model, made.task, build_source(made), "test", **options)
     assert found == {"split": "test", "source": "phantom_grad", **expected}
 
 

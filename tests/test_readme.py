@@ -13,9 +13,12 @@ import torch
 
 import evaluate
 import phantom
+from phantom.engine.config.overrides import change, expand
 from phantom.gradient.adjoint import AdjointEstimator
 from phantom.solve import solve
 from scripts import reproduce
+from tests.plans import plan
+from train import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -66,10 +69,10 @@ def test_the_first_example():
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_lines_compose(command):
     words = [word for word in items(command) if word != "-m"]
-    jobs = command.expand(words)
+    jobs = expand(words)
     assert len(jobs) == 1 or "-m" in command
     for job in (jobs[0], jobs[-1]):
-        config, _ = command.compose(job)
+        config = plan(job).config
         assert config["epochs"] >= 1
 
 
@@ -77,9 +80,9 @@ def test_training_lines_compose(command):
 def test_evaluation_lines_fit_a_run(command):
     named, overrides = evaluate.split_arguments(items(command))
     assert "run" in named and named.get("checkpoint", "last") in ("last", "best")
-    for job in command.expand(overrides):
-        config, _ = command.compose(["experiment=language/pydocs"])
-        assert command.change(config, job)["eval_solver"]["max_steps"] in (5, 10, 30, 40)
+    for job in expand(overrides):
+        config = plan(["experiment=language/pydocs"]).config
+        assert change(config, job, CONFIGS)["eval_solver"]["max_steps"] in (5, 10, 30, 40)
 
 
 def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):

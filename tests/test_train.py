@@ -15,11 +15,10 @@ import yaml
 import train
 from phantom.engine import command
 from phantom.engine.artifacts import checkpoint
+from tests.plans import plan
 from tests.tiny_run import TINY, rows, tiny_run
 
 ROOT = Path(__file__).parents[1]
-# the logging set-up of Hydra would outlive the test
-QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 FIELDS = {
     *("label", "experiment", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric", "baseline"),
     *("data_digests", "num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
@@ -38,7 +37,7 @@ def test_the_files(record):
     folder = record["path"]
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert names == {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "record.json"}
-    config, _ = command.compose([*TINY, f"runs={folder.parents[2]}"])
+    config = plan([*TINY, f"runs={folder.parents[2]}"]).config
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
     for name in ("last.pt", "best.pt"):
         state = torch.load(folder / name, weights_only=True)
@@ -105,9 +104,9 @@ def test_folders_tell_runs_apart_by_what_they_are(tmp_path):
 def command_line(monkeypatch, *arguments: str) -> str:
     """Run train.py in this process, which must fail, and return the one line it prints."""
     errors = io.StringIO()
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, *arguments, *QUIET])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, *arguments])
     with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-        command.run_hydra(train.job)
+        command.run(train.job, train.CONFIGS)
     assert end.value.code == 1
     (line,) = errors.getvalue().strip().splitlines()
     return line
@@ -148,11 +147,11 @@ def test_divergence_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypat
 
 
 def test_a_sweep_leaves_a_record_of_every_job(tmp_path, monkeypatch):
-    sweep = ["grad=upg,npg", "k=1,3", "lam=0.5", "steps=1", "test_subset=8", f"runs={tmp_path}", *QUIET]
+    sweep = ["grad=upg,npg", "k=1,3", "lam=0.5", "steps=1", "test_subset=8", f"runs={tmp_path}"]
     job = [item for item in TINY if item.split("=")[0] not in ("steps", "test_subset")]
     seen = []
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "-m", *job, *sweep])
-    command.run_hydra(lambda *found: seen.append(train.job(*found)))
+    command.run(lambda plan: seen.append(train.job(plan)), train.CONFIGS)
     assert [(r["choices"]["grad"], [i for i in r["overrides"] if i[:2] == "k="]) for r in seen] == [
         (grad, [f"k={k}"]) for grad in ("upg", "npg") for k in (1, 3)
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from phantom.engine import command
+from tests.plans import plan
 
 MODEL = (
     *("model.channels=[4,8]", "model.head_channels=[2,2]", "model.final_channels=6", "model.num_groups=2"),
@@ -23,8 +23,7 @@ TINY = (
 def tiny_run(runs: Path, *overrides: str) -> dict[str, Any]:
     """Train, or find the finished run, and return its record with the `path` of its folder."""
     job = [*TINY, *overrides, f"runs={runs}"]
-    config, choices = command.compose(job)
-    record = train.job(config, job, choices)
+    record = train.job(plan(job))
     return record | {"path": runs / record["folder"]}
 
 

@@ -162,7 +162,7 @@ class DEQTransformer(nn.Module):
         """Return the injection (B, L, 3D), added to queries, keys and values in f."""
         return self.injection(_drop(self.embedding(tokens), mask))
 
-    def parameter_groups_count(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of distinct parameters of each part; they add up to all parameters."""
         groups = {
             "embedding_tables": self.embedding.tables,
@@ -181,7 +181,7 @@ class DEQTransformer(nn.Module):
         There they share storage but are stepped twice by the optimiser; here they are one parameter with one gradient.
         """
         shared = sum(p.numel() for p in list(self.embedding.projections)[1:])
-        return sum(self.parameter_groups_count().values()) + shared
+        return sum(self.parameter_counts().values()) + shared
 
     def _start(self, tokens: Tensor) -> Memory:
         # the state keeps the parameters' dtype where autocast makes the injection narrower

@@ -71,7 +71,7 @@ class GraphIGNN(nn.Module):
         pooled = multiply(graph.pooling, x)
         return self.classifier(self.dropout(F.relu(self.hidden(pooled)))), tuple(solutions)
 
-    def parameter_groups_count(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
         return count_groups(self)
 
@@ -111,7 +111,7 @@ class NodeIGNN(nn.Module):
                 x = F.elu(x)
         return x, tuple(solutions)
 
-    def parameter_groups_count(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
         return count_groups(self)
 
@@ -151,7 +151,7 @@ class ChainsIGNN(nn.Module):
         direction = F.normalize(solution.value.squeeze(0), dim=1)
         return self.classifier(self.dropout(direction)), (solution,)
 
-    def parameter_groups_count(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
         return count_groups(self)
 

@@ -129,7 +129,7 @@ class MDEQ(nn.Module):
         # the coarser branches receive zeros, which the cell need not add
         return self.cell.bind((u, *(None for _ in self.cell.channels[1:]))), self._zeros(u)
 
-    def parameter_groups_count(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part; they add up to all parameters."""
         groups = {
             "stem": self.stem,

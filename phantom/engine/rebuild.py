@@ -11,32 +11,42 @@ import torch
 import yaml
 from torch import nn
 
-from phantom.engine import build, command
 from phantom.engine.artifacts import checkpoint
-from phantom.engine.config import values
-from phantom.engine.config.compatibility import check_pair
+from phantom.engine.build import build_model, build_source, set_up_machine
+from phantom.engine.config.configs import Configs
+from phantom.engine.config.overrides import change
+from phantom.engine.config.upgrade import upgrade
 from phantom.engine.errors import CheckpointError, ConfigError
-from phantom.engine.machine import precision
+from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Source
-from phantom.engine.tasks.base import Task
+from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
 
 LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 
 
 class Rebuilt(NamedTuple):
-    """A model with its weights, and what it was trained with."""
+    """A model with its weights, and what it was trained with.
 
-    config: dict[str, Any]
+    Args:
+        about: facts about the weights, for the answer: their step, or the code base that wrote them.
+    """
+
+    plan: Plan
     model: nn.Module
-    task: Task
     source: Source
     device: torch.device
     shard: Shard
-    facts: dict[str, Any]
+    about: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        return self.plan.task
 
 
-def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, *, which: str, split: str | None, overrides: Sequence[str], configs: Configs
+) -> dict[str, Any]:
     """Return the metrics of a run's `last` or `best` checkpoint; without overrides, exactly the run's own numbers.
 
     Args:
@@ -47,10 +57,10 @@ def evaluate_run(folder: Path, *, which: str, split: str | None, overrides: Sequ
     Raises:
         CheckpointError, ConfigError: see `rebuild_run`.
     """
-    return _evaluate(rebuild_run(folder, which=which, overrides=overrides), split)
+    return _evaluate(rebuild_run(folder, which=which, overrides=overrides, configs=configs), split)
 
 
-def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str]) -> Rebuilt:
+def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str], configs: Configs) -> Rebuilt:
     """Return the model of a run with the weights of its `last` or `best` checkpoint: the moving average if it has one.
 
     Args:
@@ -67,13 +77,20 @@ def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str]) -> Rebuil
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
-    config = command.change(yaml.safe_load(state["config"]), overrides)
+    config = change(upgrade(yaml.safe_load(state["config"]), configs.defaults), overrides, configs)
+    plan = plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
     weights = state["model"] if state["ema"] is None else state["ema"]
-    return _rebuild(config, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
+    return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
 
 
 def evaluate_official(
-    path: Path, *, source: str, split: str | None, overrides: Sequence[str], load_reference: LoadReference
+    path: Path,
+    *,
+    source: str,
+    split: str | None,
+    overrides: Sequence[str],
+    configs: Configs,
+    load_reference: LoadReference,
 ) -> dict[str, Any]:
     """Return the metrics of an official checkpoint, loaded by its own names.
 
@@ -88,7 +105,7 @@ def evaluate_official(
         CheckpointError: the file is missing, or does not hold tensors alone.
         ConfigError: the config does not compose, or the checkpoint is of another model or code base.
     """
-    config, _ = command.compose(overrides)
+    plan = make_plan(overrides, configs)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -109,24 +126,28 @@ def evaluate_official(
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    return _evaluate(_rebuild(config, load, {"source": source}), split)
+    return _evaluate(_rebuild(plan, load, {"source": source}), split)
 
 
-def _rebuild(config: dict[str, Any], load: Callable[[nn.Module], None], facts: dict[str, Any]) -> Rebuilt:
-    values.check_root(config)
-    kind = check_pair(config)
-    precision.set_up(config["precision"], deterministic=config["deterministic"])
-    device, rank, world = build.start(config)
-    source = build.build_source(config)
-    model = build.build_model(config, source.spec, build.build_deq(config)).to(device)
+def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any]) -> Rebuilt:
+    device, rank, world_size = set_up_machine(plan)
+    source = build_source(plan)
+    model = build_model(plan, source.spec).to(device)
     load(model)
-    shard = Shard(rank=rank, world=world)
-    return Rebuilt(config, model, build.build_task(kind), source, device, shard, facts)
+    return Rebuilt(plan, model, source, device, Shard(rank=rank, world=world_size), about)
 
 
 def _evaluate(run: Rebuilt, split: str | None) -> dict[str, Any]:
-    split = split or run.config["eval_splits"][0]
+    split = split or run.plan.budget.eval_splits[0]
     if split not in run.source.splits:
         raise ConfigError(f"split={split!r} does not exist; the data has {', '.join(run.source.splits)}")
-    options = {"shard": run.shard, "device": run.device, "precision": run.config["precision"]}
-    return {"split": split, **run.facts, **evaluate(run.model, run.task, run.source, split, **options)}
+    metrics = evaluate(
+        run.model,
+        run.task,
+        run.source,
+        split,
+        shard=run.shard,
+        device=run.device,
+        precision=run.plan.config["precision"],
+    )
+    return {"split": split, **run.about, **metrics}

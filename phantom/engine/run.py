@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from phantom.engine.artifacts import records
-from phantom.engine.artifacts.progress import UNITS, summary_table
+from phantom.engine.artifacts.progress import summary_table
+from phantom.engine.artifacts.records import Record
+from phantom.engine.build import parameter_counts
 from phantom.engine.machine import distributed
+from phantom.engine.plan import Plan
 from phantom.engine.training.loop import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def run(trainer: Trainer, facts: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Train, write record.json and print the closing table; return the record."""
+def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
+    """Train, write record.json and print the closing table; return the record.
+
+    A run whose folder holds the record of the same config is finished, and not trained again under resume=auto.
+    """
+    resume = plan.config["resume"] == "auto"
     main = trainer.shard.rank == 0
     folder = trainer.folder
     if main:
@@ -26,9 +33,9 @@ def run(trainer: Trainer, facts: dict[str, Any], *, resume: bool) -> dict[str, A
                 (folder / name).unlink(missing_ok=True)
         log.info("run folder: %s", folder)
     distributed.barrier()
-    finished = _finished_record(folder, facts["config_hash"])
+    finished = _finished_record(plan)
     if finished is not None:
-        log.info("this run is finished; resume=never trains it anew")
+        log.info("this run is finished; resume=never trains it again from the start")
         if main:
             print(summary_table(finished), flush=True)
         return finished
@@ -36,21 +43,7 @@ def run(trainer: Trainer, facts: dict[str, Any], *, resume: bool) -> dict[str, A
         (folder / "config.yaml").write_text(trainer.config)
     started = records.now()
     trainer.fit(resume=resume)
-    record = {
-        **facts,
-        **records.environment(trainer.device),
-        "started": started,
-        "finished": records.now(),
-        "wall_seconds": round(trainer.seconds, 1),
-        "steps": trainer.step,
-        "final": trainer.final,
-        "best": trainer.best,
-        "train": trainer.train_report,
-        "times": trainer.timer.summary(),
-        "items_per_second": trainer.timer.throughput(),
-        "unit": UNITS.get(facts["kind"], "items"),
-        "peak_memory": records.peak_memory(trainer.device),
-    }
+    record = asdict(_record(trainer, plan, started))
     if main:
         records.write_json(folder / "record.json", record)
         trainer.finish(record)
@@ -59,9 +52,46 @@ def run(trainer: Trainer, facts: dict[str, Any], *, resume: bool) -> dict[str, A
     return record
 
 
-def _finished_record(folder: Path, config_hash: str) -> dict[str, Any] | None:
-    path = folder / "record.json"
-    if not path.exists():
+def _finished_record(plan: Plan) -> dict[str, Any] | None:
+    record, config = plan.folder / "record.json", plan.folder / "config.yaml"
+    if not record.exists() or not config.exists() or plan.differences(config.read_text()):
         return None
-    record = json.loads(path.read_text())
-    return record if record.get("config_hash") == config_hash else None
+    return json.loads(record.read_text())
+
+
+def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
+    config, spec, model = plan.config, trainer.source.spec, trainer.unwrapped
+    return Record(
+        label=plan.label,
+        experiment=plan.choices.get("experiment"),
+        choices=plan.choices,
+        overrides=records.meaningful(plan.overrides),
+        scale=config["scale"],
+        seed=config["seed"],
+        config_hash=records.config_hash(config),
+        kind=trainer.task.kind,
+        metric=trainer.task.metric,
+        baseline=spec.baseline,
+        data_digests=spec.digests,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        parameter_groups=parameter_counts(model),
+        official_parameter_count=getattr(model, "official_parameter_count", None),
+        world_size=trainer.shard.world,
+        precision=config["precision"],
+        gradient_precision=config["gradient_precision"],
+        compile=config["compile"],
+        cuda_graph=config["cuda_graph"],
+        folder=str(plan.folder.relative_to(plan.root)),
+        **records.environment(trainer.device),
+        started=started,
+        finished=records.now(),
+        wall_seconds=round(trainer.seconds, 1),
+        steps=trainer.step,
+        final=trainer.final,
+        best=trainer.best,
+        train=trainer.train_report,
+        times=trainer.timer.summary(),
+        items_per_second=trainer.timer.throughput(),
+        unit=trainer.task.unit,
+        peak_memory=records.peak_memory(trainer.device),
+    )

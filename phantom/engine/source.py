@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
-KINDS = (
-    "image_classification",
-    "language_modelling",
-    "graph_classification",
-    "node_labelling",
-    "node_classification",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Describe a data set to the rest of the program.
 
     Args:
-        kind: the kind of task, one of `KINDS`; a model class lists the kinds it serves.
+        kind: the kind of task; a model class lists the kinds it serves.
         inputs: constructor keywords the model takes from the data, such as `{"in_channels": 3, "num_classes": 10}`.
         sizes: number of examples (images, graphs, tokens) per split.
         baseline: the headline metric, per split, of a model that ignores its input; for records and reports.
@@ -37,10 +29,6 @@ class Spec:
     sizes: dict[str, int]
     baseline: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is not known; choose one of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,7 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]  # known before any file is read, so that an impossible pair fails first
+    task: ClassVar[str | None] = None  # where to import the task of a kind of your own, as "package.module.Class"
     spec: Spec
     splits: tuple[str, ...]
 
@@ -91,7 +80,10 @@ class Source(ABC):
 
     @abstractmethod
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Any]]:
-        """Yield one list of micro-batches (this rank's share) per optimiser step, beginning at step `start`."""
+        """Yield one list of micro-batches (this rank's share) per optimiser step, beginning at step `start`.
+
+        An empty list means that the global batch is too small for every rank: all ranks skip the step.
+        """
 
     @abstractmethod
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Any]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from data.graphs.graph import Graph, normalized_adjacency, union
 
-KINDS = ("image_classification", "language_modelling", "graph_classification")
+# kinds of task that have a random batch, and a data leaf of each
+DATA = {"image_classification": "cifar10", "language_modelling": "wikitext103", "graph_classification": "cox2"}
 NODE_LABELS = 35  # as many as COX2 has
 
 

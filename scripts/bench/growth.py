@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scripts.bench.measure import Row, _no_phase
+from phantom.engine.measure.timing import StepTimer
+from scripts.bench.measure import Row
 
 SETTLE = 20  # steps after which optimiser state, caches and the allocator's heap exist
 
@@ -24,14 +25,17 @@ def measure_growth(rows: Sequence[Row], steps: int, device: torch.device) -> Non
     for row in rows:
         if row.role != "ours":
             continue
+        timer = StepTimer(device)
         gc.collect()
         gc.disable()
         try:
             for _ in range(SETTLE):
-                row.variant.step(_no_phase)
+                row.variant.step(timer)
+                timer.take()
             before = _alive(device)
             for _ in range(steps):
-                row.variant.step(_no_phase)
+                row.variant.step(timer)
+                timer.take()
             change = [b - a for a, b in zip(before, _alive(device), strict=True)]
         finally:
             gc.enable()

@@ -1,24 +1,17 @@
-"""What measures a training step: a clock, and a tracer of operators, synchronisations and memory.
-
-Both offer `phase(name)`, the hook that `DEQ.clock` takes. A phase owns what happens in it and not in a phase nested
-inside, so that the phases of a step add up to the step.
-"""
+"""A tracer of operators, synchronisations and memory: it takes the place of a step's timer."""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-ClockKind = Literal["wall", "cpu"]
 
 # operators after which the host waits for the device: their result, or the shape of it, is needed on the host
 _SYNCS = {
@@ -29,72 +22,6 @@ _SYNCS = {
     "aten._linalg_check_errors",
     "aten._unique2",
 }
-
-
-class Span(NamedTuple):
-    """A timed phase, inside the phase `parent`."""
-
-    name: str
-    parent: str | None
-    begin: Any
-    end: Any
-
-
-class Clock:
-    """Measure phases in seconds: wall time, CPU time of this process, or events on a GPU.
-
-    CPU time is the honest clock on a machine that others use too, with one thread: waiting is not counted.
-    """
-
-    def __init__(self, kind: ClockKind, device: torch.device) -> None:
-        if kind not in ("wall", "cpu"):
-            raise ValueError(f"clock={kind!r} is not known; choose wall or cpu")
-        if device.type == "cuda" and kind == "cpu":
-            raise ValueError("clock='cpu' does not see the work of a GPU; use clock='wall' there, which reads events")
-        self._device = device
-        self._now = time.perf_counter if kind == "wall" else time.process_time
-        self._spans: list[Span] = []
-        self._open: str | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the body as `name`, without the phases nested in it."""
-        parent, self._open = self._open, name
-        begin = self._mark()
-        try:
-            yield
-        finally:
-            self._spans.append(Span(name, parent, begin, self._mark()))
-            self._open = parent
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds of every phase since the last call."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds: dict[str, float] = defaultdict(float)
-        for span in self.take_marks():
-            cuda = self._device.type == "cuda"
-            length = span.begin.elapsed_time(span.end) / 1e3 if cuda else span.end - span.begin
-            seconds[span.name] += length
-            if span.parent is not None:
-                seconds[span.parent] -= length
-        return dict(seconds)
-
-    def take_marks(self) -> list[Span]:
-        """Remove and return what was timed since the last call, as `StepGraphs` needs it."""
-        spans, self._spans = self._spans, []
-        return spans
-
-    def add_marks(self, marks: list[Span]) -> None:
-        """Count `marks`, those of a captured graph, which every replay times anew."""
-        self._spans = [*self._spans, *marks]
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return self._now()
-        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
-        event.record()
-        return event
 
 
 class Tracer(TorchDispatchMode):
@@ -113,7 +40,7 @@ class Tracer(TorchDispatchMode):
         self.peak_total = 0
         self._live: Counter[str] = Counter()
         self._seen: set[int] = set()
-        self._stack = ["rest"]
+        self._stack = ["step"]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -123,6 +50,9 @@ class Tracer(TorchDispatchMode):
             yield
         finally:
             self._stack.pop()
+
+    def end_step(self, items: int) -> None:
+        """Nothing to close: a tracer counts until it is left."""
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

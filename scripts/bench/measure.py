@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,12 +12,15 @@ import torch
 from torch import Tensor
 
 from phantom.deq import deqs_of
+from phantom.engine.measure.timing import StepTimer
 from scripts.bench import variants as v
-from scripts.bench.instruments import Clock, Tracer
+from scripts.bench.instruments import Tracer
 from scripts.bench.peer_torchdeq import TorchDEQ, has_counterpart
 from scripts.bench.standins import Floor, Traced, Work, replace_deq
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest")
+# what a step spends outside of its other phases
+REST = {"step": "rest"}
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Row:
         return sum(self.times[i].values())
 
 
-def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock, *, peer: bool) -> list[Row]:
+def build_rows(settings: Sequence[v.Setting], device: torch.device, timer: StepTimer, *, peer: bool) -> list[Row]:
     """Return a row per setting, each followed by its floor and, where torchdeq has a counterpart, by its peer."""
     rows: list[Row] = []
     peers: dict[str, Row] = {}
@@ -50,31 +52,31 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, clock: Clock
         row = Row(setting, v.make(setting, device), "ours")
         rows.append(row)
         begun = time.perf_counter()
-        score = row.variant.step(_no_phase)  # compiles, too
+        score = row.variant.step(StepTimer(device))  # compiles, too
         first = time.perf_counter() - begun
         work = v.work_of(row.variant, score)
         row.facts = facts_of(row.variant, score, work)
-        row.facts |= {"compile_seconds": first} if setting.config["compile"] else trace(row.variant)
+        row.facts |= {"compile_seconds": first} if setting.plan.config["compile"] else trace(row.variant)
         for deq in deqs_of(row.variant.model):
-            deq.clock = clock.phase
-        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, clock.phase, deq.graph_dtype))
-        floor = replace(row.variant, label=f"floor of {setting.label}", model=model)
-        if setting.config["cuda_graph"]:
-            row.variant.replay(clock)
-            floor.replay(clock)
+            deq.clock = timer.phase
+        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, timer.phase, deq.graph_dtype))
+        floor = replace(row.variant, label=f"floor of {setting.label}", model=model, take=None)
+        if setting.plan.config["cuda_graph"]:
+            row.variant.replay(timer)
+            floor.replay(timer)
         row.floor = Row(setting, floor, "floor")
         rows.append(row.floor)
         if peer and has_counterpart(row.variant.grad):
             other = v.for_peer(setting)
-            key = repr((other.config, other.batch, other.size, other.classes, other.hoist))
+            key = repr((other.plan.config, other.batch, other.size, other.classes, other.hoist))
             if key not in peers:
-                peers[key] = _peer_row(other, device, clock)
+                peers[key] = _peer_row(other, device, timer)
                 rows.append(peers[key])
             row.peer = peers[key]
     return rows
 
 
-def _peer_row(setting: v.Setting, device: torch.device, clock: Clock) -> Row:
+def _peer_row(setting: v.Setting, device: torch.device, timer: StepTimer) -> Row:
     variant = v.make(setting, device)
     hidden = ("precision=", "gradient_precision=", "compile=", "model.channels")
     names = [word for word in setting.label.split() if not word.startswith(hidden)]
@@ -83,7 +85,7 @@ def _peer_row(setting: v.Setting, device: torch.device, clock: Clock) -> Row:
     row = Row(setting, variant, "torchdeq", facts=trace(variant))
     for module in variant.model.modules():
         if isinstance(module, TorchDEQ):
-            module.clock = clock.phase
+            module.clock = timer.phase
     return row
 
 
@@ -122,12 +124,12 @@ def trace(variant: v.Variant) -> dict[str, Any]:
         setattr(module, name, Traced(inner, tracer))
     try:
         with tracer:
-            variant.step(tracer.phase)
+            variant.step(tracer)
     finally:
         for module, name, inner, clock in kept:
             inner.clock = clock
             setattr(module, name, inner)
-    inside = {"solve": ("solve", "solve_f")}
+    inside = {"solve": ("solve", "solve_f"), "rest": ("step",)}
     return {
         "ops": {phase: sum(tracer.ops[p] for p in inside.get(phase, (phase,))) for phase in PHASES},
         # those inside f are the cell's own
@@ -143,25 +145,21 @@ def trace(variant: v.Variant) -> dict[str, Any]:
     }
 
 
-def run(rows: Sequence[Row], clock: Clock, *, repeats: int, warmup: int, say: Callable[[str], None]) -> None:
+def run(rows: Sequence[Row], timer: StepTimer, *, repeats: int, warmup: int, say: Callable[[str], None]) -> None:
     """Time all rows in turn, `repeats` rounds after `warmup`; row times of one round belong together."""
     cuda = rows[0].variant.device.type == "cuda"
     for i in range(-warmup, repeats):
         for row in rows:
-            clock.take()
+            timer.take()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            row.variant.step(clock.phase)
-            seconds = clock.take()
+            row.variant.step(timer)
+            seconds = {REST.get(name, name): value for name, value in timer.take().items()}
             if i >= 0:
                 row.times.append(seconds)
             if cuda:
                 row.facts["max_memory_allocated"] = torch.cuda.max_memory_allocated()
         say(f"round {i + 1} of {repeats}" if i >= 0 else "warm-up")
-
-
-def _no_phase(name: str) -> Any:
-    return nullcontext()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from phantom import DEQ, UPG, Anderson, Broyden, FixedPoint, GradientEstimator, Implicit, Solution, Solver, State, Stats
-from phantom.deq import _no_clock
 from phantom.state import Map, Packing
 
 _SOLVERS = {Broyden: "broyden", Anderson: "anderson", FixedPoint: "fixed_point_iter"}
@@ -41,7 +41,7 @@ class TorchDEQ(nn.Module):
                 "--peer torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
                 "`pip install --no-deps --target peers torchdeq`, with PYTHONPATH=peers"
             ) from error
-        self.clock = _no_clock
+        self.clock = nullcontext
         self._deq = get_deq(
             f_solver=_name(deq.solver),
             f_max_iter=deq.solver.max_steps,

@@ -1,6 +1,6 @@
 """Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f.
 
-Like a `DEQ` they tell a model that asks that there is no `regularizer`.
+They define `regularizer = None`, because models read that attribute of their DEQ.
 """
 
 from __future__ import annotations

@@ -1,28 +1,36 @@
-"""From a command line to training steps: composing configs, synthetic batches, and one `Variant` per combination."""
+"""From a command line to training steps: plans, synthetic batches, and one `Variant` per combination."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import hydra
 import torch
 from torch import nn
 
 from phantom import BPTT, UPG, GradientEstimator
-from phantom.deq import _no_clock, deqs_of
-from phantom.engine import build, command
-from phantom.engine.config import instantiate, values
+from phantom.deq import deqs_of
+from phantom.engine.build import build_model, compile_cell
+from phantom.engine.config.compatibility import kinds_of_model
+from phantom.engine.config.compose import FILLS
+from phantom.engine.config.instantiate import parameters_of
+from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import precision
-from phantom.engine.source import Spec
+from phantom.engine.measure.timing import StepTimer
+from phantom.engine.plan import Plan, make_plan, plan_of
+from phantom.engine.source import Shard, Spec
 from phantom.engine.tasks.base import Score
-from phantom.engine.training.cuda_graph import EAGER, StepGraphs
+from phantom.engine.training.cuda_graph import EAGER
+from phantom.engine.training.step import Step
 from scripts.bench import batches
+from scripts.bench.instruments import Tracer
 from scripts.bench.standins import Work
 from scripts.bench.unhoisted import UnhoistedCell
+from train import CONFIGS
 
 # keys of the benchmark itself; all others are those of train.py
 OWN = {"batch": "32", "size": "32", "classes": "10", "hoist": "true"}
@@ -34,14 +42,14 @@ RATE = 1e-6
 
 @dataclass(frozen=True)
 class Setting:
-    """One combination of a sweep: config, and the keys of the benchmark.
+    """One combination of a sweep: its plan, and the keys of the benchmark.
 
     Args:
-        label: what tells it from the others.
+        label: what differs from the other settings.
     """
 
     label: str
-    config: dict[str, Any]
+    plan: Plan
     batch: int
     size: int
     classes: int
@@ -50,49 +58,47 @@ class Setting:
 
 @dataclass
 class Variant:
-    """A model with its optimiser and its batch, ready to step."""
+    """A model with its optimiser and its batch, ready to take the trainer's own step."""
 
     label: str
+    plan: Plan
     model: nn.Module
     grad: GradientEstimator
-    precision: str
     device: torch.device
-    batch: Any
+    batch: tuple[Any, ...]
     carry: Any
-    score: Callable[[nn.Module, Any, Any], Score]
     optimizer: torch.optim.Optimizer
-    graphs: StepGraphs | None = None
-    phase: Callable[[str], Any] = _no_clock
+    take: Step | None = None
 
-    def step(self, phase: Callable[[str], Any]) -> Score:
-        """Take one training step, its phases marked by `phase`."""
-        self.phase = phase
-        precision.set_up(self.precision, deterministic=False)
-        with phase("rest"):
-            score = (self.graphs or self._forward_backward)(self.batch)
-            with phase("optimizer"):
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        return score
+    def step(self, timer: StepTimer | Tracer) -> Score:
+        """Take one training step, its phases marked by `timer`."""
+        precision.set_up(self.plan.config["precision"], deterministic=False)
+        if self.take is None or self.take.timer is not timer:
+            self.take = self._make_step(timer, cuda_graph=False)
+        self.take.reset_window()
+        self.take.carries = [self.carry]
+        return self.take([self.batch], number=1)
 
-    def replay(self, clock: Any) -> None:
+    def replay(self, timer: StepTimer) -> None:
         """Capture forward and backward as a CUDA graph, and replay it from now on."""
-        self.graphs = StepGraphs(
-            self._forward_backward,
-            deqs=deqs_of(self.model),
-            parameters=list(self.model.parameters()),
-            timer=clock,
-        )
+        self.take = self._make_step(timer, cuda_graph=True)
         for _ in range(EAGER + 1):
-            self.step(clock.phase)
+            self.step(timer)
 
-    def _forward_backward(self, batch: Any) -> Score:
-        with precision.autocast(self.precision, self.device):
-            score = self.score(self.model, batch, self.carry)
-        loss = score.tally.loss_sum / score.tally.count
-        with self.phase("backward"):
-            loss.backward()
-        return score.detach()
+    def _make_step(self, timer: StepTimer | Tracer, *, cuda_graph: bool) -> Step:
+        return Step(
+            model=self.model,
+            unwrapped=self.model,
+            task=self.plan.task,
+            optimizer=self.optimizer,
+            clipping=self.plan.clipping,
+            ema_decay=None,
+            shard=Shard(),
+            device=self.device,
+            precision=self.plan.config["precision"],
+            cuda_graph=cuda_graph,
+            timer=timer,
+        )
 
     def graph_evals(self) -> int:
         """Return how often f is evaluated with a graph, per solve."""
@@ -105,76 +111,86 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
     Raises:
         ConfigError: an unknown key or an impossible value.
     """
-    jobs = [dict(item.split("=", 1) for item in job) for job in command.expand(arguments)]
+    jobs = [dict(item.split("=", 1) for item in job) for job in expand(arguments)]
     varying = [key for key in jobs[0] if len({job[key] for job in jobs}) > 1]
     found: dict[str, Setting] = {}
     for job in jobs:
         own = {key: job.get(key, default) for key, default in OWN.items()}
-        overrides = {key.lstrip("+"): value for key, value in job.items() if key not in OWN}
-        uses = compose({key: value for key, value in overrides.items() if key not in values.ESTIMATOR_KEYS})
-        overrides = {key: value for key, value in overrides.items() if key not in values.ESTIMATOR_KEYS or key in uses}
-        config = compose(overrides)
-        names = [config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
-        names += [f"{key}={config[key]}" for key in ("k",) if key in config]
+        overrides = _used({key.lstrip("+"): value for key, value in job.items() if key not in OWN})
+        made = plan(overrides)
+        names = [made.config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
+        names += [f"{key}={made.config[key]}" for key in ("k",) if key in made.config]
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}
         hoist = _flag("hoist", own["hoist"])
-        found.setdefault(label, Setting(label=label, config=config, hoist=hoist, **numbers))
+        found.setdefault(label, Setting(label=label, plan=made, hoist=hoist, **numbers))
     return list(found.values())
 
 
-def compose(overrides: dict[str, str]) -> dict[str, Any]:
-    """Return the resolved config of train.py without data, with a fixed budget unless `overrides` say otherwise."""
-    fixed = [f"{key}=null" for key in FIXED if key not in overrides]
-    items = [*(f"{key}={value}" for key, value in overrides.items()), *fixed, "~data"]
-    with hydra.initialize_config_dir(str(command.CONFIGS), version_base="1.3"):
-        try:
-            cfg = hydra.compose("train", overrides=items)
-        except Exception as error:
-            raise ConfigError(" ".join(str(error).split())) from error
-    return instantiate.resolve(cfg)
+def plan(overrides: dict[str, str]) -> Plan:
+    """Return the plan of train.py for data that the model serves, with a fixed budget unless `overrides` say otherwise.
+
+    The data is named for its kind alone: batches are synthetic, and nothing is read.
+    """
+    fixed = _used(
+        {key: "null" for key in FIXED if key not in overrides} | {"grad": overrides.get("grad", CONFIGS.groups["grad"])}
+    )
+    kind = _kind_of(overrides.get("model", CONFIGS.groups["model"]))
+    items = {"data": batches.DATA[kind], **fixed, **overrides}
+    return make_plan([f"{key}={value}" for key, value in items.items()], CONFIGS)
+
+
+def _used(overrides: dict[str, str]) -> dict[str, str]:
+    """Return the overrides without the keys that their estimator does not take: a sweep gives them to every job."""
+    leaf = overrides.get("grad", CONFIGS.groups["grad"])
+    if leaf not in CONFIGS.leaves("grad"):
+        return overrides  # the plan names the leaf and those that exist
+    node = CONFIGS.read("grad", leaf)
+    takes = parameters_of(node.get("grad", node)["_target_"])
+    return {key: value for key, value in overrides.items() if FILLS.get(key.split(".")[0], "") in {"", *takes}}
 
 
 def make(setting: Setting, device: torch.device) -> Variant:
     """Build the variant: the same initial weights and the same batch for every setting of the same shape."""
-    config = setting.config
-    kind = kind_of(config["model"])
+    made = setting.plan
+    kind = made.task.kind
     inputs, batch = batches.make(kind, batch=setting.batch, size=setting.size, classes=setting.classes)
-    spec = Spec(kind=kind, inputs=inputs, sizes={})
-    deq = build.build_deq(config)
-    torch.manual_seed(config["seed"])
-    model = build.build_model(config, spec, deq).to(device)
+    torch.manual_seed(made.config["seed"])
+    model = build_model(made, Spec(kind=kind, inputs=inputs, sizes={})).to(device)
     batch = tuple(part.to(device) for part in batch)
     carry = batches.full_memory(model, batch) if kind == "language_modelling" else None
     if not setting.hoist:
-        if kind != "language_modelling" or config["compile"]:
+        if kind != "language_modelling" or made.config["compile"]:
             raise ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
         model.cell = UnhoistedCell(model.cell)
-    if config["compile"]:
-        build.compile_cell(model)
-    optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
+    if made.config["compile"]:
+        compile_cell(model)
+    optimizer = made.make_optimizer(model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = RATE
+    for deq in deqs_of(model):
+        deq.clock = nullcontext
     return Variant(
         label=setting.label,
+        plan=made,
         model=model,
-        grad=deq.grad,
-        precision=config["precision"],
+        grad=made.deq.grad,
         device=device,
         batch=batch,
         carry=carry,
-        score=build.build_task(kind).score,
         optimizer=optimizer,
     )
 
 
-def kind_of(model: dict[str, Any]) -> str:
+def _kind_of(leaf: str) -> str:
     """Return the kind of task a model leaf serves; of a family, the first that has a synthetic batch."""
-    kinds = instantiate.locate(model["_target_"]).kinds if "_target_" in model else list(model)
-    known = [kind for kind in kinds if kind in batches.KINDS]
+    if leaf not in CONFIGS.leaves("model"):
+        return next(iter(batches.DATA))  # the plan names the leaf and those that exist
+    kinds = kinds_of_model(CONFIGS.read("model", leaf))
+    known = [kind for kind in kinds if kind in batches.DATA]
     if not known:
-        raise ConfigError(f"the benchmark has batches for {', '.join(batches.KINDS)}, not {', '.join(kinds)}")
+        raise ConfigError(f"the benchmark has batches for {', '.join(batches.DATA)}, not {', '.join(kinds)}")
     return known[0]
 
 
@@ -183,7 +199,7 @@ def for_peer(setting: Setting) -> Setting:
 
     Its number format is float32, or TF32 where ours is anything else (the same on a CPU).
     """
-    config = copy.deepcopy(setting.config)
+    config = copy.deepcopy(setting.plan.config)
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
     config |= {"compile": False, "cuda_graph": False, "gradient_precision": None}
@@ -191,7 +207,8 @@ def for_peer(setting: Setting) -> Setting:
         if solver is not None:
             solver["compile"] = False
     config["precision"] = "fp32" if config["precision"] == "fp32" else "tf32"
-    return replace(setting, config=config)
+    made = plan_of(config, configs=CONFIGS, choices=setting.plan.choices, overrides=setting.plan.overrides)
+    return replace(setting, plan=made)
 
 
 def work_of(variant: Variant, score: Score) -> list[Work]:

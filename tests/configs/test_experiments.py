@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from phantom import UPG
-from phantom.engine import build, command
 from phantom.engine.artifacts import records
-from phantom.engine.config import values
+from phantom.engine.build import build_model, build_trainer
 from phantom.engine.run import run
 from tests.configs.tiny_data import spec, tiny
+from tests.plans import composed, plan
+from train import CONFIGS
 
-NAMES = values.leaves("experiment")
+NAMES = CONFIGS.leaves("experiment")
 # measured on the official classes; models of our own size are not listed
 PARAMETERS = {
     ("mdeq_tiny", "cifar10"): 158_986,
@@ -36,23 +37,22 @@ def test_there_are_experiments_of_every_table():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_at_paper_scale(name):
-    config, choices = command.compose([f"experiment={name}"])
-    assert config["scale"] == "paper" and build.label_of(config, choices) == name
-    deq = build.build_deq(config)
-    source = spec(choices["data"])
+    made = plan([f"experiment={name}"])
+    config, choices = made.config, made.choices
+    assert config["scale"] == "paper" and made.label == name
     with torch.device("meta"):
-        model = build.build_model(config, source, deq)
+        model = build_model(made, spec(choices["data"]))
     count = sum(p.numel() for p in model.parameters())
     assert count == PARAMETERS.get((choices["model"], choices["data"]), count)
-    assert build.build_task(source.kind).metric in ("accuracy", "perplexity", "micro_f1")
-    optimizer = build.build_optimizer(config, list(model.parameters()))
+    assert made.task.metric in ("accuracy", "perplexity", "micro_f1")
+    optimizer = made.make_optimizer(model.parameters())
     assert optimizer.param_groups[0]["lr"] == config["optimizer"]["lr"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_upg_on_top(name):
-    config, choices = command.compose([f"experiment={name}", "grad=upg", "k=3", "lam=0.7"])
-    assert build.instantiate(config["grad"], "grad") == UPG(k=3, lam=0.7) and choices["experiment"] == name
+    made = plan([f"experiment={name}", "grad=upg", "k=3", "lam=0.7"])
+    assert made.deq.grad == UPG(k=3, lam=0.7) and made.choices["experiment"] == name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("language/", "table3/wikitext"))])
@@ -62,15 +62,15 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     small = tiny(leaf.get(name.split("/")[0], name.split("/")[0]), tmp_path / "data")
     job = [f"experiment={name}", "scale=smoke", "smoke_steps=1", *small, f"runs={tmp_path}", "wandb=disabled"]
-    config, choices = command.compose(job)
-    trainer, facts = build.build_trainer(config, label="step", overrides=job, choices=choices)
-    before = [p.detach().clone() for p in trainer.bare.parameters()]
-    record = run(trainer, facts, resume=False)
+    made = plan(job)
+    config, choices, trainer = made.config, made.choices, build_trainer(made)
+    before = [p.detach().clone() for p in trainer.unwrapped.parameters()]
+    record = run(trainer, made)
     assert (record["steps"], record["scale"], record["experiment"]) == (1, "smoke", name)
     assert math.isfinite(record["train"]["loss"])
     for split in config["eval_splits"]:
         assert 0 <= record["final"][split][record["metric"]] <= 100
-    still = sum(torch.equal(p, b) for p, b in zip(trainer.bare.parameters(), before, strict=True))
+    still = sum(torch.equal(p, b) for p, b in zip(trainer.unwrapped.parameters(), before, strict=True))
     assert still <= (len(before) // 2 if choices["model"] == "ignn" else 0), "IGNN alone has dead parameters"
     if choices["model"] == "mdeq_small":  # two classes are on disk
         assert record["num_parameters"] == PARAMETERS["mdeq_small", "imagenet"] - 998 * 2049
@@ -83,9 +83,9 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     "name", ["table1/implicit", "table3/imagenet_upg", "table3/wikitext103_preln_upg", "table4/ppi_implicit"]
 )
 def test_scale_changes_the_budget_alone(name, scale):
-    paper, _ = command.compose([f"experiment={name}"])
-    other, choices = command.compose([f"experiment={name}", f"scale={scale}"])
-    assert other["scale"] == scale and build.label_of(other, choices) == f"{name}@{scale}"
+    paper, smaller = plan([f"experiment={name}"]).config, plan([f"experiment={name}", f"scale={scale}"])
+    other = smaller.config
+    assert other["scale"] == scale and smaller.label == f"{name}@{scale}"
     budget = {"epochs", "steps", "repeats", "subset", "test_subset", "scale"}
     assert {"scale", "epochs", "steps"} <= set(records.differences(paper, other)) <= budget | {"data"}
     without = [{k: v for k, v in c["data"].items() if k not in ("subset", "test_subset")} for c in (paper, other)]
@@ -93,23 +93,22 @@ def test_scale_changes_the_budget_alone(name, scale):
 
 
 def test_a_changed_gradient_leaves_no_pinned_number_behind():
-    config, _ = command.compose(["experiment=table1/upg_k9_lam0.5_dropout", "grad=implicit"])
+    config, _ = composed(["experiment=table1/upg_k9_lam0.5_dropout", "grad=implicit"])
     assert "k" not in config and "lam" not in config
 
 
 def test_null_leaves_a_group_out():
-    config, choices = command.compose(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
+    config, _ = composed(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
     assert config["pretraining"] is None and config["clipping"] is None
-    plain, _ = command.compose(["experiment=table1/implicit_no_pretraining"])
+    plain, _ = composed(["experiment=table1/implicit_no_pretraining"])
     assert not records.differences(config, plain)
-    config, choices = command.compose(["experiment=null"])
-    assert build.label_of(config, choices) == "mdeq_tiny-digits-upg"
+    assert plan(["experiment=null"]).label == "mdeq_tiny-digits-upg"
 
 
 def test_the_command_line_of_the_paper():
-    config, choices = command.compose(["model=mdeq_small", "data=imagenet", "grad=upg", "k=5", "lam=0.6"])
-    assert build.build_deq(config).grad == UPG(k=5, lam=0.6)
+    made = plan(["model=mdeq_small", "data=imagenet", "grad=upg", "k=5", "lam=0.6"])
+    assert made.deq.grad == UPG(k=5, lam=0.6)
     with torch.device("meta"):
-        model = build.build_model(config, spec("imagenet"), build.build_deq(config))
+        model = build_model(made, spec("imagenet"))
     assert sum(p.numel() for p in model.parameters()) == 16_808_936
-    assert build.label_of(config, choices) == "mdeq_small-imagenet-upg"
+    assert made.label == "mdeq_small-imagenet-upg"

@@ -1,17 +1,20 @@
 """Every leaf of every group is one constructor with its keywords, and nothing but its keywords."""
 
 import functools
+from dataclasses import replace
 
 import hydra.utils
 import pytest
 import torch
 
-from phantom.engine import build, command
-from phantom.engine.config import values
-from phantom.engine.config.overrides import groups
+from phantom.engine.build import build_model, build_source
+from phantom.engine.config.instantiate import instantiate
 from phantom.engine.errors import ConfigError
+from phantom.engine.plan import optimizer_factory
 from phantom.engine.source import Shard
 from tests.configs.tiny_data import INPUTS, spec, tiny
+from tests.plans import composed, plan
+from train import CONFIGS
 
 # what has to be chosen besides, for the leaf to be of use
 WITH = {
@@ -36,14 +39,14 @@ SERVED = {
 }
 LEAVES = [
     (group, leaf)
-    for group in groups()
+    for group in CONFIGS.groups
     if group not in ("experiment", "scale", "model")
-    for leaf in values.leaves(group)
+    for leaf in CONFIGS.leaves(group)
 ]
 
 
 def test_nothing_is_forgotten():
-    assert set(SERVED) == set(values.leaves("model")) and set(INPUTS) == set(values.leaves("data"))
+    assert set(SERVED) == set(CONFIGS.leaves("model")) and set(INPUTS) == set(CONFIGS.leaves("data"))
     assert {"solver", "adjoint_solver", "eval_solver", "grad", "optimizer", "schedule"} <= {
         group for group, _ in LEAVES
     }
@@ -60,34 +63,32 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
     more = [*WITH.get(group, []), *WITH.get(f"{group}/{leaf}", [])]
     if group == "data" and leaf != "ppi":
         more += tiny(leaf, tmp_path / "data")
-    node = command.compose([f"{group}={leaf}", *more])[0][group]
+    node = composed([f"{group}={leaf}", *more])[0][group]
     target = hydra.utils.get_object(node["_target_"])
-    made = build.instantiate(node, group)
+    made = instantiate(node, group)
     if node.get("_partial_"):
         assert isinstance(made, functools.partial) and made.func is target and made.keywords == keywords(node)
         parameter = torch.nn.Parameter(torch.ones(3, 2))
         parameter.sum().backward()
-        build.build_optimizer({"optimizer": node}, [parameter]).step()
+        optimizer_factory(node)([parameter]).step()
         assert (parameter < 1).all(), "a step goes downhill"
-        refused = functools.partial(build.build_optimizer, {"optimizer": {**node, "nonsense": 1}}, [parameter])
+        refused = functools.partial(optimizer_factory, {**node, "nonsense": 1})
     else:
         assert type(made) is target
         for key, value in keywords(node).items():
             if group != "data" and not isinstance(value, dict):
                 assert getattr(made, key) == (tuple(value) if isinstance(getattr(made, key), tuple) else value), key
-        refused = functools.partial(build.instantiate, {**node, "nonsense": 1}, group)
+        refused = functools.partial(instantiate, {**node, "nonsense": 1}, group)
     if leaf != "timm":  # hands every keyword on
         with pytest.raises(ConfigError, match=rf"{group}: .* has no key nonsense; valid keys: "):
             refused()
 
 
-@pytest.mark.parametrize("leaf", values.leaves("data"))
+@pytest.mark.parametrize("leaf", CONFIGS.leaves("data"))
 def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
-    source = build.build_source(
-        command.compose([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")])[0]
-    )
+    source = build_source(plan([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")]))
     expected = spec(leaf)
     assert source.spec.kind == expected.kind == source.kind and source.spec.inputs.keys() == expected.inputs.keys()
     if leaf not in ("imagenet", "wikitext103", "pydocs"):  # classes and words are counted in the files
@@ -99,10 +100,9 @@ def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("leaf", "data"), [(leaf, data) for leaf, many in SERVED.items() for data in many])
 def test_a_model_serves_its_data(leaf, data):
-    config, _ = command.compose([f"model={leaf}", f"data={data}"])
+    made = plan([f"model={leaf}", f"data={data}"])
     with torch.device("meta"):
-        model = build.build_model(config, spec(data), build.build_deq(config))
-    chosen = config["model"] if "_target_" in config["model"] else config["model"][spec(data).kind]
-    assert type(model) is hydra.utils.get_class(chosen["_target_"])
+        model = build_model(made, spec(data))
+    assert type(model) is hydra.utils.get_class(made.model_config["_target_"])
     with pytest.raises(ConfigError, match=r"model: .* has no key nonsense; valid keys: "):
-        build.build_model({**config, "model": {**chosen, "nonsense": 1}}, spec(data), build.build_deq(config))
+        build_model(replace(made, model_config={**made.model_config, "nonsense": 1}), spec(data))

@@ -5,9 +5,9 @@ import torch
 import yaml
 
 from phantom import NPG, UPG, Broyden, FixedPoint, Implicit
-from phantom.engine import build, command
-from phantom.engine.config import values
 from phantom.engine.training.rules import Pretraining
+from tests.plans import plan
+from train import CONFIGS
 
 ADAM, SGD = ("Adam", 1e-3, 0.0), ("SGD", 0.1, 1e-4)
 PRE = Pretraining(steps=3000, layers=10, of_steps=19_550)
@@ -80,24 +80,24 @@ SPEED = {
 }
 
 
-def check_vision(config, grad, steps, optimizer, dropout, pretraining, epochs, repeats):
+def check_vision(made, grad, steps, optimizer, dropout, pretraining, epochs, repeats):
     """Check a row of MDEQ: the forward solve stops at an RMS of 1e-5, the backward solve runs for as many steps."""
-    deq = build.build_deq(config)
+    config, deq = made.config, made.deq
     assert deq.solver == Broyden(max_steps=steps, tol=1e-5, stop="absolute", norm="rms") and deq.eval_solver is None
     if grad is Implicit:
         grad = Implicit(solver=Broyden(max_steps=steps, tol=None))
     assert deq.grad == grad
     name, lr, decay = optimizer
-    made = build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
-    assert type(made).__name__ == name and (made.defaults["lr"], made.defaults["weight_decay"]) == (lr, decay)
+    built = made.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(built).__name__ == name and (built.defaults["lr"], built.defaults["weight_decay"]) == (lr, decay)
     if name == "SGD":
-        assert (made.defaults["momentum"], made.defaults["nesterov"]) == (0.9, optimizer is NESTEROV)
+        assert (built.defaults["momentum"], built.defaults["nesterov"]) == (0.9, optimizer is NESTEROV)
     assert config["model"]["dropout"] == dropout
-    assert build.build_rules(config, deq).pretraining == pretraining
+    assert made.rules.pretraining == pretraining
     assert (config["epochs"], config["steps"], config["repeats"]) == (epochs, None, repeats)
     assert config["data"]["batch_size"] == 128 and config["subset"] is None
     assert config["clipping"] is None and config["penalty"] is None and config["jitter"] is None
-    schedule = build.instantiate(config["schedule"], "schedule")
+    schedule = made.schedule
     rates = [schedule.rate(t, base=lr, total=1000, epoch=0) for t in (0, 500, 1000)]
     assert rates == pytest.approx([lr, (lr + 1e-6) / 2, 1e-6])
 
@@ -105,15 +105,17 @@ def check_vision(config, grad, steps, optimizer, dropout, pretraining, epochs, r
 @pytest.mark.parametrize("row", TABLE1)
 def test_table1(row):
     grad, optimizer, dropout, pretraining = TABLE1[row]
-    config, choices = command.compose([f"experiment=table1/{row}"])
+    made = plan([f"experiment=table1/{row}"])
+    config, choices = made.config, made.choices
     assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_tiny", "cifar10", "none")
-    check_vision(config, grad, 22, optimizer, dropout, pretraining, 50, 6)
+    check_vision(made, grad, 22, optimizer, dropout, pretraining, 50, 6)
 
 
 @pytest.mark.parametrize("row", TABLE3)
 def test_table3(row):
-    config, choices = command.compose([f"experiment=table3/{row}"])
-    check_vision(config, *TABLE3[row])
+    made = plan([f"experiment=table3/{row}"])
+    config, choices = made.config, made.choices
+    check_vision(made, *TABLE3[row])
     if row.startswith("cifar10"):
         assert (choices["model"], choices["data"], config["data"]["augment"]) == ("mdeq_large", "cifar10", "crop_flip")
         return
@@ -128,14 +130,14 @@ def test_table3(row):
 @pytest.mark.parametrize("data", TABLE4)
 @pytest.mark.parametrize("row", LAMS)
 def test_table4(data, row):
-    config, choices = command.compose([f"experiment=table4/{data}_{row}"])
+    made = plan([f"experiment=table4/{data}_{row}"])
+    config, choices, deq = made.config, made.choices, made.deq
     assert (choices["model"], choices["data"], config["seed"]) == ("ignn", data, 42)
-    deq = build.build_deq(config)
     assert deq.solver == FixedPoint(max_steps=300, tol=3e-6, stop="absolute", norm="max")
     assert deq.grad == UPG(k=5, lam=LAMS[row]) if LAMS[row] else type(deq.grad.solver) is FixedPoint
-    made = build.build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
-    schedule = build.instantiate(config["schedule"], "schedule")
-    rates = [schedule.rate(0, base=made.defaults["lr"], total=1, epoch=epoch) for epoch in (0, 49, 50)]
+    built = made.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    schedule = made.schedule
+    rates = [schedule.rate(0, base=built.defaults["lr"], total=1, epoch=epoch) for epoch in (0, 49, 50)]
     if data == "ppi":
         assert (config["epochs"], rates, config["data"]["batch_size"]) == (1000, [5e-3] * 3, 1)
         return
@@ -144,7 +146,7 @@ def test_table4(data, row):
 
 
 def test_the_tables_quote_the_paper():
-    files = [values.CONFIGS / "report" / f"{name}.yaml" for name in values.leaves("report")]
+    files = [CONFIGS.folder / "report" / f"{name}.yaml" for name in CONFIGS.leaves("report")]
     rows = [row for file in files for row in yaml.safe_load(file.read_text())["rows"]]
     quoted = {row["experiment"]: row["paper"] for row in rows}
     ours = {name: paper for name, paper in quoted.items() if not name.startswith("table")}
@@ -153,4 +155,4 @@ def test_the_tables_quote_the_paper():
     groups = {row["experiment"].split("/")[1].split("_")[0]: row["group"] for row in rows if "group" in row}
     assert groups == {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "wikitext103": "WikiText-103"}
     assert set(ours.values()) <= {"--"}, "the paper has no number for experiments of our own"
-    assert set(quoted) <= set(values.leaves("experiment"))
+    assert set(quoted) <= set(CONFIGS.leaves("experiment"))

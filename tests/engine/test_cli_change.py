@@ -2,8 +2,9 @@
 
 import pytest
 
-from phantom.engine import command
+from phantom.engine.config.overrides import change
 from phantom.engine.errors import ConfigError
+from train import CONFIGS
 
 
 def config() -> dict:
@@ -22,7 +23,7 @@ def config() -> dict:
     ],
 )
 def test_values(item, path, value):
-    found = command.change(config(), [item])
+    found = change(config(), [item], CONFIGS)
     for key in path:
         found = found[key]
     assert found == value and type(found) is type(value)
@@ -39,4 +40,4 @@ def test_values(item, path, value):
 )
 def test_mistakes(item, message):
     with pytest.raises(ConfigError, match=message):
-        command.change(config(), [item])
+        change(config(), [item], CONFIGS)

@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
-from phantom.engine import build, command
+from phantom.engine.build import build_trainer
 from phantom.engine.errors import ConfigError
+from tests.plans import plan
 
 ON_DIGITS = ["model=mdeq_tiny", "data=digits"]
 UNUSED = "it belongs to grad="
@@ -99,7 +100,7 @@ BEFORE_DATA = [
 @pytest.mark.parametrize(("line", "message"), BEFORE_DATA, ids=[line for line, _ in BEFORE_DATA])
 def test_refused_before_data_is_looked_for(line, message):
     with pytest.raises(ConfigError, match=message) as error:
-        command.compose(line.split())
+        plan(line.split())
     assert "\n" not in str(error.value)
 
 
@@ -118,8 +119,7 @@ WHILE_BUILDING = [
 def start(overrides: list[str], runs) -> None:
     """Build all that a run needs, as train.py does before its first step."""
     items = [*overrides, f"runs={runs}", "wandb=disabled"]
-    config, choices = command.compose(items)
-    build.build_trainer(config, label="refused", overrides=items, choices=choices)
+    build_trainer(plan(items))
 
 
 @pytest.mark.parametrize(("line", "message"), WHILE_BUILDING, ids=[line for line, _ in WHILE_BUILDING])

@@ -13,10 +13,10 @@ from PIL import Image
 
 from phantom.engine import command
 from phantom.engine.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from tests.plans import plan
+from train import CONFIGS
 
 ROOT = Path(__file__).parents[2]
-# the logging set-up of Hydra would outlive the test
-QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 ERRORS = [
     (ConfigError("k=0 must be an integer >= 1"), "error: k=0 must be an integer >= 1"),
@@ -39,9 +39,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 def run(monkeypatch, job, *arguments: str) -> int:
     """Run the command line in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments, *QUIET])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
     try:
-        command.run_hydra(job)
+        command.run(job, CONFIGS)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -96,7 +96,6 @@ def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, capsys):
     def job(*_):
         raise KeyError("ours")
 
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(KeyError, match="ours"):
         run(monkeypatch, job)
 
@@ -104,10 +103,10 @@ def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, capsys):
 def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monkeypatch, capsys):
     seen = []
 
-    def job(config, overrides, choices):
-        seen.append((choices["grad"], config["k"], config["lam"]))
-        if config["k"] == 1:
-            raise DivergenceError(f"diverged with {choices['grad']}")
+    def job(plan):
+        seen.append((plan.choices["grad"], plan.config["k"], plan.config["lam"]))
+        if plan.config["k"] == 1:
+            raise DivergenceError(f"diverged with {plan.choices['grad']}")
 
     assert run(monkeypatch, job, "-m", "grad=upg,npg", "k=1,3", "lam=0.5", f"runs={tmp_path}") == 1
     assert seen == [(grad, k, 0.5) for grad in ("upg", "npg") for k in (1, 3)]
@@ -117,9 +116,9 @@ def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monk
 def test_null_is_the_same_on_the_command_line_and_in_the_record(tmp_path, monkeypatch):
     seen = []
     job = ["experiment=table1/implicit", "pretraining=null", f"runs={tmp_path}"]
-    assert run(monkeypatch, lambda *found: seen.append(found), *job) == 0
-    ((config, overrides, _),) = seen
-    assert overrides == job and config == command.compose(job)[0] and config["pretraining"] is None
+    assert run(monkeypatch, seen.append, *job) == 0
+    (made,) = seen
+    assert list(made.overrides) == job and made.config == plan(job).config and made.config["pretraining"] is None
 
 
 @pytest.mark.parametrize(
@@ -143,8 +142,8 @@ def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, ca
     """The others wait for it in a collective: the next job of a sweep would wait for ever."""
     seen = []
 
-    def job(config, *_):
-        seen.append(config["seed"])
+    def job(plan):
+        seen.append(plan.config["seed"])
         raise DataError("damaged")
 
     monkeypatch.setenv("WORLD_SIZE", "2")

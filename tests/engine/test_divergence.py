@@ -73,7 +73,7 @@ def test_the_run_goes_on_from_the_last_good_checkpoint(tmp_path):
     whole = tiny.trainer(tmp_path / "whole")
     whole.fit(resume=False)
     assert tiny.rows(tmp_path) == tiny.rows(tmp_path / "whole")
-    assert tiny.same(checkpoint.load(tmp_path / "last.pt")["model"], whole.bare.state_dict())
+    assert tiny.same(checkpoint.load(tmp_path / "last.pt")["model"], whole.unwrapped.state_dict())
 
 
 def test_a_loss_that_overflows_alone(tmp_path):
@@ -84,7 +84,10 @@ def test_a_loss_that_overflows_alone(tmp_path):
 def test_weights_that_grow_without_bound(tmp_path):
     model = tiny.Classifier()
     message = diverge(
-        tmp_path, bare=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e200), budget=tiny.budget(epochs=20)
+        tmp_path,
+        unwrapped=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e200),
+        budget=tiny.budget(epochs=20),
     )
     assert "stopped being finite at step" in message
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from phantom.engine import build, command
 from phantom.engine.artifacts import checkpoint
-from phantom.engine.run import run
 from tests.engine import tiny
+from tests.plans import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 36  # twelve epochs of three
@@ -27,11 +26,7 @@ SECONDS = 200
 def finish(runs: Path) -> Path:
     """Train to the end in this process and return the run folder."""
     job = [*JOB, f"runs={runs}"]
-    config, choices = command.compose(job)
-    trainer, facts = build.build_trainer(config, label="tiny", overrides=JOB, choices=choices)
-    trainer.folder = runs / "run"
-    run(trainer, facts, resume=True)
-    return trainer.folder
+    return trained(job)[0].folder
 
 
 def kill_once(runs: Path, *, after_rows: int, delay: float) -> int:

@@ -4,41 +4,43 @@ import pytest
 import torch
 
 from phantom import NPG, UPG, Anderson, Broyden, Implicit
-from phantom.engine import build, command
 from phantom.engine.artifacts import records
-from phantom.engine.run import run
+from phantom.engine.build import build_model
+from phantom.engine.plan import Plan
 from phantom.engine.source import Spec
+from tests.plans import plan, trained
 
 ROWS = ("postln_implicit", "postln_upg", "preln_implicit", "preln_upg", "preln_upg_steps")
 SMALL = ("language/pydocs", *(f"language/wikitext_test_split_{grad}" for grad in ("implicit", "upg", "npg")))
 TEXT = "the cat sat on the mat <unk> \n\n the dog and the bird ran on \n" * 12
 
 
-def compose(row: str, *overrides: str) -> tuple[dict, dict]:
-    return command.compose([f"experiment=table3/wikitext103_{row}", *overrides])
+def plan_of_row(row: str, *overrides: str) -> Plan:
+    return plan([f"experiment=table3/wikitext103_{row}", *overrides])
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_what_all_rows_share(row):
-    config, choices = compose(row)
+    made = plan_of_row(row)
+    config = made.config
     assert (config["scale"], config["steps"], config["eval_every"]) == ("paper", 300_000, 5_000)
     assert config["eval_splits"] == ["valid", "test"]
     data = config["data"]
     assert (data["streams"], data["eval_streams"], data["segment"], data["oov"]) == (56, 16, 150, "error")
     assert data["allow_partial"] is False
-    assert build.label_of(config, choices) == f"table3/wikitext103_{row}"
-    schedule = build.instantiate(config["schedule"], "schedule")
+    assert made.label == f"table3/wikitext103_{row}"
+    schedule = made.schedule
     rates = [schedule.rate(t, base=config["optimizer"]["lr"], total=300_000, epoch=0) for t in (0, 15_999, 16_000)]
     assert rates == pytest.approx([2.5e-4 / 16_000, 2.5e-4, 2.482e-4], rel=1e-3)
     assert schedule.rate(300_000, base=2.5e-4, total=300_000, epoch=24) == pytest.approx(0, abs=1e-12)
-    assert build.instantiate(config["clipping"], "clipping").max_norm == 0.25
+    assert made.clipping.max_norm == 0.25
     spec = Spec(kind="language_modelling", inputs={"vocab_size": 267_735}, sizes={})
     with torch.device("meta"):
-        model = build.build_model(config, spec, build.build_deq(config))
+        model = build_model(made, spec)
     assert sum(p.numel() for p in model.parameters()) == 97_691_888
     assert model.official_parameter_count == 97_851_488
     assert model.embedding.edges == (0, 20_000, 40_000, 200_000, 267_735)
-    optimizer = build.instantiate(config["optimizer"], "optimizer")(list(model.parameters()))
+    optimizer = made.make_optimizer(model.parameters())
     assert type(optimizer) is torch.optim.Adam
     assert tuple(optimizer.defaults["betas"]) == (0.9, 0.999) and optimizer.defaults["weight_decay"] == 0
 
@@ -54,9 +56,8 @@ def test_what_all_rows_share(row):
     ],
 )
 def test_what_tells_the_rows_apart(row, solver, evals, grad, mem_len):
-    config, _ = compose(row)
-    deq = build.build_deq(config)
-    rules = build.build_rules(config, deq)
+    made = plan_of_row(row)
+    config, deq, rules = made.config, made.deq, made.rules
     for found in (deq.solver, deq.eval_solver or deq.solver):
         assert type(found) is solver
         assert (found.max_steps + 1, found.tol, found.stop) == (evals, 1e-3, "relative")
@@ -85,10 +86,10 @@ def test_what_tells_the_rows_apart(row, solver, evals, grad, mem_len):
 
 @pytest.mark.parametrize(("grad", "estimator"), [("implicit", Implicit), ("upg", UPG), ("npg", NPG)])
 def test_the_small_rows_differ_in_the_gradient_alone(grad, estimator):
-    config, _ = command.compose([f"experiment=language/wikitext_test_split_{grad}"])
-    other, _ = command.compose(["experiment=language/wikitext_test_split_upg"])
+    made = plan([f"experiment=language/wikitext_test_split_{grad}"])
+    config, other = made.config, plan(["experiment=language/wikitext_test_split_upg"]).config
     assert set(records.differences(config, other)) <= {"grad", "k", "lam"}
-    assert type(build.build_deq(config).grad) is estimator
+    assert type(made.deq.grad) is estimator
     assert config["data"]["files"] == {"train": "wiki.test.tokens", "valid": "wiki.valid.tokens", "test": None}
 
 
@@ -116,10 +117,9 @@ def test_every_experiment_trains_at_a_smoke_budget(name, tmp_path):
     ]
     if name == "language/pydocs":
         overrides = [item for item in overrides if not item.startswith("data.")] + ["data.segment=64"]
-    config, choices = command.compose(overrides)
+    config = plan(overrides).config
     assert config["steps"] == (480 if name in SMALL and "wikitext" in name else 20)
-    trainer, facts = build.build_trainer(config, label="small", overrides=overrides, choices=choices)
-    record = run(trainer, facts, resume=False)
+    trainer, record = trained(overrides)
     assert record["scale"] == "smoke" and 0 < record["steps"] <= config["steps"]
     split = config["eval_splits"][-1]
     # so few steps may leave it at guessing, but no worse

@@ -14,14 +14,17 @@ import evaluate as evaluate_script
 from data.text.pydocs import PyDocs
 from models.deq_transformer.model import DEQTransformer
 from phantom import DEQ, UPG, Broyden
-from phantom.engine import build, command, rebuild
+from phantom.engine import rebuild
 from phantom.engine.artifacts import records
-from phantom.engine.run import run as run_to_record
+from phantom.engine.build import build_trainer
 from phantom.engine.source import Shard
 from phantom.engine.tasks.base import Tally
 from phantom.engine.tasks.language import LanguageModelling
 from phantom.engine.training import loop
 from phantom.engine.training.evaluation import evaluate
+from phantom.engine.training.loop import Budget
+from tests.plans import plan, trained
+from train import CONFIGS
 
 TINY = (
     "model=deq_transformer_small",
@@ -146,11 +149,10 @@ def test_shares_of_the_streams_add_up_to_the_whole(world, micro):
 def train(folder: Path, steps: int, *overrides: str, stop: int | None = None) -> dict:
     """Train for `steps`; with `stop`, leave after so many, as if the process had ended there."""
     job = [*TINY, f"steps={steps}", "epochs=2", f"runs={folder}", *overrides]
-    config, choices = command.compose(job)
-    trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    trainer = build_trainer(plan(job))
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if stop is not None:
-        trainer.budget = build.Budget(**{**vars(trainer.budget), "checkpoint_every": stop})
+        trainer.budget = Budget(**{**vars(trainer.budget), "checkpoint_every": stop})
         after = trainer._after_step
 
         def leave(*args, **kwargs):
@@ -163,7 +165,12 @@ def train(folder: Path, steps: int, *overrides: str, stop: int | None = None) ->
             trainer.fit(resume=False)
     else:
         trainer.fit(resume=True)
-    return {"trainer": trainer, "carries": trainer._carries, "weights": trainer.bare.state_dict(), "job": job}
+    return {
+        "trainer": trainer,
+        "carries": trainer._take_step.carries,
+        "weights": trainer.unwrapped.state_dict(),
+        "job": job,
+    }
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -213,7 +220,7 @@ def test_memory_and_order_survive_resume_bit_for_bit(tmp_path, accumulate):
 def test_evaluation_of_a_run_gives_its_own_perplexity(tmp_path, grad):
     run = train(tmp_path, 3, f"grad={grad}")
     trainer = run["trainer"]
-    options = {"which": "last", "split": None}
+    options = {"which": "last", "split": None, "configs": CONFIGS}
     metrics = rebuild.evaluate_run(trainer.folder, overrides=[], **options)
     assert metrics["perplexity"] == trainer.final["test"]["perplexity"]
     assert metrics["num_evals"] == 6
@@ -251,11 +258,9 @@ def test_best_is_the_evaluation_at_which_the_first_split_was_best(tmp_path, monk
 
 def test_the_record_has_the_unigram_perplexity_and_both_parameter_counts(tmp_path, capsys):
     job = [*TINY, "steps=1", f"runs={tmp_path}"]
-    config, choices = command.compose(job)
-    trainer, facts = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
-    record = run_to_record(trainer, facts, resume=False)
+    trainer, record = trained(job)
     assert record["baseline"] == PyDocs(streams=4, eval_streams=4, segment=16).spec.baseline
-    shared = trainer.bare.embedding.projections[1].numel()
+    shared = trainer.unwrapped.embedding.projections[1].numel()
     assert record["official_parameter_count"] == record["num_parameters"] + shared
     assert f"{record['baseline']['test']:.2f} (without input)" in capsys.readouterr().out
 

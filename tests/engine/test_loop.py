@@ -60,7 +60,7 @@ def test_accumulation_changes_nothing(tmp_path, micro):
         )
         run.fit(resume=False)
         runs.append(run)
-    for a, b in zip(*(run.bare.parameters() for run in runs), strict=True):
+    for a, b in zip(*(run.unwrapped.parameters() for run in runs), strict=True):
         torch.testing.assert_close(b, a, **TIGHT)
     for a, b in zip(*(tiny.rows(run.folder) for run in runs), strict=True):
         for key in {"loss", "accuracy", "gradient_norm", "lr", "penalty"} & a.keys():
@@ -73,7 +73,7 @@ def test_a_step_is_the_clipped_mean_gradient_times_the_rate_of_that_step(tmp_pat
     by_hand = deepcopy(model)
     run = tiny.trainer(
         tmp_path,
-        bare=model,
+        unwrapped=model,
         optimizer=plain_sgd(model),
         schedule=Cosine(floor=0.02),
         clipping=ClipTotal(max_norm=0.5),
@@ -107,7 +107,7 @@ def test_the_penalty_of_every_solve_enters_the_mean_loss(tmp_path, solves):
     before = deepcopy(model)
     run = tiny.trainer(
         tmp_path,
-        bare=model,
+        unwrapped=model,
         optimizer=plain_sgd(model),
         schedule=Constant(),
         rules=penalised(),
@@ -132,7 +132,7 @@ def test_the_moving_average_is_what_is_evaluated(tmp_path):
     seen = []
     optimizer = plain_sgd(model, rate=0.5)
     optimizer.register_step_post_hook(lambda *_: seen.append(deepcopy(model.state_dict())))
-    run = tiny.trainer(tmp_path, bare=model, optimizer=optimizer, ema_decay=0.75, budget=tiny.budget(epochs=1))
+    run = tiny.trainer(tmp_path, unwrapped=model, optimizer=optimizer, ema_decay=0.75, budget=tiny.budget(epochs=1))
     run.fit(resume=False)
     average = seen[0]
     for weights in seen[1:]:
@@ -177,7 +177,7 @@ def test_the_first_split_selects_the_best_checkpoint(tmp_path, task, best):
     restless = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     run = tiny.trainer(
         tmp_path,
-        bare=model,
+        unwrapped=model,
         task=task(),
         source=tiny.Vectors(count=24, batch_size=8),
         optimizer=restless,

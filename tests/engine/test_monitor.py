@@ -112,11 +112,11 @@ def test_a_monitored_run_is_the_same_run(tmp_path):
         torch.manual_seed(0)
         model = tiny.Classifier(dropout=0.5, batch_norm=True)
         run = tiny.trainer(
-            tmp_path / name, bare=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), monitor=each
+            tmp_path / name, unwrapped=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), monitor=each
         )
         run.fit(resume=False)
         runs.append(run)
-    assert tiny.same(dict(runs[0].bare.state_dict()), dict(runs[1].bare.state_dict()))
+    assert tiny.same(dict(runs[0].unwrapped.state_dict()), dict(runs[1].unwrapped.state_dict()))
     rows = tiny.rows(tmp_path / "with")
     assert [row["step"] for row in rows if row["kind"] == "monitor"] == [2, 4, 6]
     assert [row for row in rows if row["kind"] != "monitor"] == tiny.rows(tmp_path / "without")

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from phantom.engine import build, command
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.build import build_trainer
 from phantom.engine.errors import DivergenceError
+from tests.plans import plan
 
 SMALL = [
     *("data.scale=0.01", "model.node_labelling.widths=[8,6]", "epochs=1", "steps=2", "data.batch_size=10"),
@@ -16,8 +17,7 @@ SMALL = [
 
 def trainer(folder, *overrides: str):
     job = [*SMALL, f"runs={folder}", *overrides]
-    config, choices = command.compose(job)
-    return build.build_trainer(config, label="ppi", overrides=job, choices=choices)[0]
+    return build_trainer(plan(job))
 
 
 def rows(run) -> list[dict]:
@@ -43,10 +43,10 @@ def test_every_block_is_logged(tmp_path, max_steps):
 def test_every_estimator_moves_every_block(tmp_path, grad):
     solver = ["solver=broyden"] if grad == "shine" else []
     run = trainer(tmp_path, "experiment=ppi_synthetic/implicit", f"grad={grad}", *solver)
-    before = {name: value.clone() for name, value in run.bare.state_dict().items()}
+    before = {name: value.clone() for name, value in run.unwrapped.state_dict().items()}
     run.fit(resume=False)
-    moved = {name for name, value in run.bare.state_dict().items() if not (value == before[name]).all()}
-    assert moved == {name for name, parameter in run.bare.named_parameters() if parameter.requires_grad}
+    moved = {name for name, value in run.unwrapped.state_dict().items() if not (value == before[name]).all()}
+    assert moved == {name for name, parameter in run.unwrapped.named_parameters() if parameter.requires_grad}
 
 
 def test_the_presets_for_a_steadier_run(tmp_path):

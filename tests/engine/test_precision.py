@@ -55,7 +55,7 @@ def test_training_under_bf16_keeps_its_states_in_float32(tmp_path):
         torch.manual_seed(0)
         model = tiny.Classifier().float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        run = tiny.trainer(tmp_path / name, bare=model, source=Single(), optimizer=optimizer, precision=name)
+        run = tiny.trainer(tmp_path / name, unwrapped=model, source=Single(), optimizer=optimizer, precision=name)
         run.fit(resume=False)
         momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
         assert len(momenta) == 6 and {t.dtype for t in (*momenta, *model.parameters())} == {torch.float32}

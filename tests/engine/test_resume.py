@@ -27,7 +27,7 @@ def fit(folder: Path, *, source=None, log_every: int = 1) -> None:
     )
     trainer = tiny.trainer(
         folder,
-        bare=model,
+        unwrapped=model,
         task=tiny.WarmStart(),
         source=source or tiny.Vectors(),
         optimizer=torch.optim.Adam(model.parameters(), lr=0.01),

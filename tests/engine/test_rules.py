@@ -21,7 +21,7 @@ def budgets(folder, rules: Rules, **changes) -> dict[str, list[float]]:
     """Return the evaluations of f that training steps and evaluations took, with the equilibrium's own budget fixed."""
     model = tiny.Classifier()
     model.deq = DEQ(solver=SOLVER, grad=GRAD, **changes)
-    run = tiny.trainer(folder, bare=model, rules=rules, budget=tiny.budget(epochs=6, eval_every=1))
+    run = tiny.trainer(folder, unwrapped=model, rules=rules, budget=tiny.budget(epochs=6, eval_every=1))
     run.fit(resume=False)
     rows = tiny.rows(folder)
     return {kind: [row["num_evals"] for row in rows if row["kind"] == kind] for kind in ("train", "eval")}

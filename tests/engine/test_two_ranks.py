@@ -38,7 +38,7 @@ def test_two_ranks_equal_one_process(folder, tmp_path, micro):
     assert one["step"] == two["step"] == 9
     for name, weight in one["model"].items():
         torch.testing.assert_close(two["model"][name], weight, rtol=EQUAL, atol=EQUAL, msg=name)
-    start = two_ranks.trainer(tmp_path, 0, 1, noisy=False, count=11).bare.state_dict()
+    start = two_ranks.trainer(tmp_path, 0, 1, noisy=False, count=11).unwrapped.state_dict()
     assert all((start[name] - weight).abs().max() > 1e-4 for name, weight in one["model"].items())
     for a, b in zip(numbers(tmp_path), numbers(folder / f"exact{micro}"), strict=True):
         assert b == pytest.approx(a, rel=EQUAL)
@@ -77,10 +77,10 @@ def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
     assert tiny.same(ranks[0]["buffers"], ranks[1]["buffers"])
     state = checkpoint.load(folder / "last.pt")
     alone = two_ranks.trainer(folder, 0, 1, noisy=True)
-    alone.bare.load_state_dict(state["model"] if ema is None else state["ema"])
+    alone.unwrapped.load_state_dict(state["model"] if ema is None else state["ema"])
     for split in ("valid", "test"):
         metrics = evaluate(
-            alone.bare, alone.task, alone.source, split, shard=alone.shard, device=tiny.CPU, precision="fp32"
+            alone.unwrapped, alone.task, alone.source, split, shard=alone.shard, device=tiny.CPU, precision="fp32"
         )
         for name in ("loss", "accuracy"):
             assert ranks[0]["final"][split][name] == ranks[1]["final"][split][name]

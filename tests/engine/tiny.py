@@ -138,7 +138,7 @@ def budget(**changes: Any) -> Budget:
 def trainer(folder: Path, **changes: Any) -> Trainer:
     """Return a trainer of the classifier on vectors, with the fields named in `changes` replaced."""
     torch.manual_seed(0)
-    model = changes.setdefault("bare", Classifier())
+    model = changes.setdefault("unwrapped", Classifier())
     usual = {
         "model": model,
         "task": ImageClassification(),
@@ -157,6 +157,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "progress": False,
         "folder": folder,
         "config": "seed: 0\n",
+        "differences": lambda text: [],
         "make_tracker": lambda: DISABLED,
     }
     return Trainer(**(usual | changes))

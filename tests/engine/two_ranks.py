@@ -33,7 +33,7 @@ def trainer(
     wrapped = distributed.wrap(model, tiny.CPU, world, sync_batchnorm=False)
     penalty = None if noisy else Penalty(regularizer=activity, weight=0.3)
     usual = {
-        "bare": model,
+        "unwrapped": model,
         "model": wrapped,
         "source": tiny.Vectors(count=count, batch_size=4),
         "shard": Shard(rank=rank, world=world, micro=micro),
@@ -81,7 +81,7 @@ def too_few(folder: Path, rank: int, world: int) -> None:
     run = trainer(folder, rank, world, noisy=False, count=1)
     options = {"shard": run.shard, "device": tiny.CPU, "precision": "fp32"}
     with pytest.raises(ConfigError, match="'test' has no batch for one of the processes"):
-        evaluate(run.bare, run.task, run.source, "test", **options)
+        evaluate(run.unwrapped, run.task, run.source, "test", **options)
     (folder / f"rank{rank}").touch()
 
 

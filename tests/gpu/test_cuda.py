@@ -10,12 +10,14 @@ import torch
 
 from models.mdeq.model import MDEQ
 from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit
-from phantom.engine import build, command
+from phantom.engine import build
+from phantom.engine.build import build_trainer
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.tasks.base import Score
 from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.cuda_graph import EAGER, StepGraphs
 from scripts import benchmark
+from tests.plans import plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -157,8 +159,7 @@ def make_trainer(folder, *options: str):
         *("wandb=disabled", "progress=false", f"runs={folder}", "optimizer.lr=0.01", "subset=500"),
         *options,
     ]
-    config, choices = command.compose(job)
-    trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    trainer = build_trainer(plan(job))
     trainer.folder.mkdir(parents=True)
     return trainer
 

@@ -62,7 +62,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 def test_parameter_counts_at_full_size(norm):
     with torch.device("meta"):
         model = make(dtype=torch.float32, div_val=4, norm=norm, **FULL_SIZE)
-    assert model.parameter_groups_count() == {
+    assert model.parameter_counts() == {
         "embedding_tables": 25_057_350,
         "input_projections": 649_600,
         "injection": 1_472_100,

@@ -64,7 +64,7 @@ def node_model(grad: GradientEstimator = EXACT, **changes) -> NodeIGNN:
 )
 def test_parameters_of_graph_classification(in_features, total, dead):
     model = graph_model(hidden=64, num_layers=3, in_features=in_features, num_classes=2)
-    groups = model.parameter_groups_count()
+    groups = model.parameter_counts()
     assert sum(p.numel() for p in model.parameters()) == sum(groups.values()) == total
     assert groups["dead"] == dead and groups["hidden"] == 4_160 and groups["classifier"] == 130
     alive = graph_model(hidden=64, num_layers=3, in_features=in_features, num_classes=2, layer=make_layer(dead=False))
@@ -77,13 +77,13 @@ def test_parameters_of_node_labelling():
         model = NodeIGNN(layer=make_layer(), **widths)
         spectral = NodeIGNN(layer=make_layer(SpectralGraphLayer), **widths)
     assert sum(p.numel() for p in model.parameters()) == 4_656_931
-    assert model.parameter_groups_count()["dead"] == 1_002_105
+    assert model.parameter_counts()["dead"] == 1_002_105
     assert sum(p.numel() for p in spectral.parameters()) == 4_664_206
 
 
 def test_parameters_of_chains():
     model = ChainsIGNN(hidden=16, dropout=0.5, layer=make_layer(), in_features=100, num_classes=2, deq=deq())
-    assert model.parameter_groups_count() == {"layers": 1_856, "dead": 1_616, "classifier": 32}
+    assert model.parameter_counts() == {"layers": 1_856, "dead": 1_616, "classifier": 32}
 
 
 def test_projection_is_the_nearest_point():

@@ -81,7 +81,7 @@ def test_parameter_counts_of_the_official_sizes(name):
             deq=DEQ(solver=Broyden(max_steps=22, tol=None), grad=UPG(k=5, lam=0.5)),
         )
     parts, total = COUNTS[name]
-    assert model.parameter_groups_count() == dict(zip(PARTS, parts, strict=True))
+    assert model.parameter_counts() == dict(zip(PARTS, parts, strict=True))
     assert sum(p.numel() for p in model.parameters()) == sum(parts) == total
 
 
@@ -91,7 +91,7 @@ def test_parameter_counts_of_the_official_sizes(name):
 )
 def test_stem_strides_and_stage0_rule(branches, num_downsamples, has_stage0, size):
     model = make(channels=(8,) * branches, head_channels=(2,) * branches, num_downsamples=num_downsamples)
-    assert (model.parameter_groups_count()["stage0"] > 0) == has_stage0
+    assert (model.parameter_counts()["stage0"] > 0) == has_stage0
     _, z0 = model.bind(digits(size=(16, 16)))
     assert z0[0].shape[2:] == (size, size)
     assert [model.stem[i].stride[0] for i in (0, 3)] == [1 + (num_downsamples >= 1), 1 + (num_downsamples >= 2)]

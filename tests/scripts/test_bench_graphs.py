@@ -2,8 +2,8 @@
 
 import torch
 
+from phantom.engine.measure.timing import StepTimer
 from scripts.bench import batches, measure, variants
-from scripts.bench.instruments import Clock
 
 
 def test_graphs_are_symmetric_normalised_and_fixed():
@@ -29,7 +29,7 @@ def test_every_layer_has_its_floor():
     ]
     settings = variants.settings([*options, "grad=upg,npg", "k=3"])
     device = torch.device("cpu")
-    upg, floor, npg, _ = measure.build_rows(settings, device, Clock("cpu", device), peer=False)
+    upg, floor, npg, _ = measure.build_rows(settings, device, StepTimer(device, clock="cpu"), peer=False)
     # three layers: four steps and the first evaluation each, then k with a graph, or one and k - 1 vjps
     assert (upg.facts["evals"], upg.facts["graph_evals"], upg.facts["vjps"]) == (15, 9, 0)
     assert (npg.facts["evals"], npg.facts["graph_evals"], npg.facts["vjps"]) == (15, 3, 6)

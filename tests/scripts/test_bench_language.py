@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from phantom.engine.errors import ConfigError
+from phantom.engine.measure.timing import StepTimer
 from scripts.bench import measure, report, variants
 from scripts.bench.unhoisted import UnhoistedCell
 
@@ -67,7 +68,7 @@ def test_hoisting_is_a_matter_of_the_transformer():
 
 def test_a_step_counts_tokens_and_evaluations():
     variant = make("grad=upg", "k=3")
-    score = variant.step(measure._no_phase)
+    score = variant.step(StepTimer(torch.device("cpu")))
     facts = measure.facts_of(variant, score, variants.work_of(variant, score))
     assert (facts["items"], facts["evals"], facts["graph_evals"], facts["vjps"]) == (15, 5, 3, 0)
     assert measure.trace(variant)["traced_evals"] == 8

@@ -42,9 +42,9 @@ def test_growth_counts_what_a_step_leaves_behind():
     rows = [measure.Row(s, variants.make(s, CPU), "ours") for s in variants.settings([*SMALL, "grad=upg,npg"])]
     honest = rows[1].variant.step
 
-    def leaky(phase):
+    def leaky(timer):
         kept.append(torch.zeros(1000))
-        return honest(phase)
+        return honest(timer)
 
     rows[1].variant.step = leaky
     measure_growth(rows, 5, CPU)
@@ -58,4 +58,4 @@ def test_growth_counts_what_a_step_leaves_behind():
 def test_every_way_to_run_ours_has_the_same_peer():
     options = ["grad=implicit", "compile=true,false", "gradient_precision=null,bf16", "precision=fp32"]
     peers = [variants.for_peer(setting) for setting in variants.settings([*SMALL, *options])]
-    assert len(peers) == 4 and all(peer.config == peers[0].config for peer in peers)
+    assert len(peers) == 4 and all(peer.plan.config == peers[0].plan.config for peer in peers)

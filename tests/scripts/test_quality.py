@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from phantom.engine import build, command
+from phantom.engine.build import build_trainer
 from scripts import quality
+from tests.plans import plan
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,7 @@ def result(tmp_path_factory):
         *("model.channels=[8,8]", "model.head_channels=[2,2]", "model.final_channels=8", "progress=false"),
         f"runs={folder}",
     ]
-    config, choices = command.compose(job)
-    trainer, _ = build.build_trainer(config, label="tiny", overrides=job, choices=choices)
+    trainer = build_trainer(plan(job))
     trainer.fit(resume=False)
     out = folder / "quality.json"
     quality.main([f"run={trainer.folder}", "images=3", "--out", str(out)])

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from phantom.engine import command
 from scripts import reproduce
+from tests.plans import composed
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def ran(tmp_path, monkeypatch):
     def fake(command, cwd):
         assert command[1].endswith("train.py")
         seen.append(command[2:])
-        config, _ = command.compose(command[2:])
+        config, _ = composed(command[2:])
         failed = config["k"] == 9 if "k" in config else False
         if not failed:
             (job,) = [job for job in jobs if job.overrides == command[2:]]
@@ -67,7 +67,7 @@ def test_a_list_of_all_commands_composes_and_runs_nothing(ran, tmp_path, capsys)
     assert len(lines) == 8 * 6 and not ran and not (tmp_path / "results").exists()
     words = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "train.py"] and "data.root=/my data" in line for line in words)
-    seeds = [command.compose(line[2:])[0]["seed"] for line in words[:6]]
+    seeds = [composed(line[2:])[0]["seed"] for line in words[:6]]
     assert seeds == list(range(6))
 
 

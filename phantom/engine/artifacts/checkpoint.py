@@ -11,14 +11,13 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from phantom.engine.artifacts.records import differences
 from phantom.engine.errors import CheckpointError
 
 # 2: one entry of random state and carries per rank; 3: averaged weights named as those of the model
@@ -102,13 +101,16 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
     model.load_state_dict(weights)
 
 
-def check_config(state: dict[str, Any], config: str, path: Path) -> None:
+def check_config(state: dict[str, Any], differences: Callable[[str], list[str]], path: Path) -> None:
     """Raise unless the run that wrote `state` had the same config, apart from where and how it runs.
+
+    Args:
+        differences: returns the root keys in which a saved config differs from that of this run.
 
     Raises:
         CheckpointError: names the root keys that differ.
     """
-    changed = differences(yaml.safe_load(config), yaml.safe_load(state["config"]))
+    changed = differences(state["config"])
     if changed:
         raise CheckpointError(
             f"the checkpoint {path} was written under another config (different: {', '.join(changed)}): "

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-UNITS = {"image_classification": "images", "language_modelling": "tokens"}
-
 
 class Progress:
     """Show the state of training; on anything but a terminal, one line per evaluation.

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ PLACES = (
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
 
 
-def run_folder(root: str, label: str, overrides: Sequence[str], seed: int) -> Path:
+def run_folder(root: Path, label: str, overrides: Sequence[str], seed: int) -> Path:
     """Return the folder of a run: a pure function of the experiment, the overrides and the seed.
 
     Args:
@@ -38,12 +39,69 @@ def run_folder(root: str, label: str, overrides: Sequence[str], seed: int) -> Pa
     slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
     if len(slug) > 80 or slug not in ("default", ",".join(kept)):  # cut, or spelt with other characters
         slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
-    return Path(root) / label / slug / f"seed{seed}"
+    return root / label / slug / f"seed{seed}"
 
 
 def meaningful(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that change what is run, sorted; those that only say where or how are left out."""
     return sorted(item for item in overrides if item.lstrip("+~").split("=")[0] not in PLACES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a finished run leaves in record.json, in this order.
+
+    Args:
+        label: the experiment's name, or model-data-gradient.
+        choices: the chosen leaf of every group.
+        overrides: the items of the command line that change what is run.
+        metric: the headline metric; `baseline` holds, per split, its value for a model that ignores its input.
+        data_digests: per split, a short hash of the examples that were read.
+        parameter_groups: number of parameters of every part of the model.
+        official_parameter_count: where the original counts otherwise, such as a shared weight twice; else None.
+        folder: the run folder, relative to the folder of all runs.
+        dirty: whether the code differed from `commit`; None where that is not known.
+        wall_seconds: of training and evaluations, summed over restarts.
+        final, best: metrics per split at the last evaluation, and at the one where the first split was best.
+        train: the last training row; `times`: seconds by phase; `items_per_second`: in step time, of `unit`.
+        peak_memory: bytes allocated on a GPU, or resident for the process on a CPU.
+    """
+
+    label: str
+    experiment: str | None
+    choices: dict[str, Any]
+    overrides: list[str]
+    scale: str
+    seed: int
+    config_hash: str
+    kind: str
+    metric: str
+    baseline: dict[str, float]
+    data_digests: dict[str, str]
+    num_parameters: int
+    parameter_groups: dict[str, int]
+    official_parameter_count: int | None
+    world_size: int
+    precision: str
+    gradient_precision: str | None
+    compile: bool
+    cuda_graph: bool
+    folder: str
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+    started: str
+    finished: str
+    wall_seconds: float
+    steps: int
+    final: dict[str, dict[str, float]]
+    best: dict[str, dict[str, float]]
+    train: dict[str, float]
+    times: dict[str, dict[str, float]]
+    items_per_second: float | None
+    unit: str
+    peak_memory: int
 
 
 class MetricsLog:

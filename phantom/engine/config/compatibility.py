@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from phantom.engine.config.configs import Configs
 from phantom.engine.config.instantiate import locate
-from phantom.engine.config.values import CONFIGS, leaves
 from phantom.engine.errors import ConfigError
+from phantom.engine.tasks import BUILT_IN, Task
 
 
-def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the model's constructor for this kind of task.
+def find_task(config: dict[str, Any]) -> Task:
+    """Return the task of the config's data: the built-in one of its kind, or the one that the source names itself.
+
+    Raises:
+        ConfigError: no task is of this kind.
+    """
+    source = locate(config["data"]["_target_"])
+    kind = _kind_of_data(config["data"])
+    own = getattr(source, "task", None)
+    found = [task for task in ([locate(own)] if own else BUILT_IN) if task.kind == kind]
+    if not found:
+        names = own or ", ".join(task.kind for task in BUILT_IN)
+        raise ConfigError(
+            f"kind={kind!r} of {source.__name__} is not that of a task ({names}): correct it, or set `task`"
+        )
+    return found[0]()
+
+
+def model_config(config: dict[str, Any], kind: str, configs: Configs) -> dict[str, Any]:
+    """Return the model's constructor for this kind of task, having checked that the model serves it.
 
     A model leaf is one constructor, or a family: a mapping from kinds of task to constructors.
 
@@ -21,34 +38,24 @@ def model_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
         ConfigError: the model does not serve the kind; names the kinds it does.
     """
     model = config["model"]
-    if "_target_" in model:
-        kinds = _declared(model["_target_"], "kinds")
-        if kind in kinds:
-            return model
-    else:
-        kinds = list(model)
-        if kind in kinds:
-            return model[kind]
+    kinds = kinds_of_model(model)
+    if kind in kinds:
+        return model if "_target_" in model else model[kind]
+    models = _fitting("model", configs, lambda leaf: kind in kinds_of_model(leaf))
+    data = _fitting("data", configs, lambda leaf: _kind_of_data(leaf) in kinds)
     raise ConfigError(
-        f"the model serves {', '.join(kinds)}, the data is {kind}: choose a model for this data "
-        f"({_fitting('model', lambda leaf: kind in _kinds_of_model(leaf))}) or data for this model "
-        f"({_fitting('data', lambda leaf: _kind_of_data(leaf) in kinds)})"
+        f"the model serves {', '.join(kinds)}, the data is {kind}: choose a model for this data ({models}) or data for "
+        f"this model ({data})"
     )
 
 
-def check_pair(config: dict[str, Any]) -> str:
-    """Return the kind of task of the data, having checked that the model serves it, before building either."""
-    kind = _kind_of_data(config["data"])
-    model_config(config, kind)
-    return kind
+def kinds_of_model(leaf: dict[str, Any]) -> list[str]:
+    """Return the kinds of task that a model leaf serves."""
+    return list(_declared(leaf["_target_"], "kinds") if "_target_" in leaf else leaf)
 
 
 def _kind_of_data(leaf: dict[str, Any]) -> str:
     return _declared(leaf["_target_"], "kind")
-
-
-def _kinds_of_model(leaf: dict[str, Any]) -> Sequence[str]:
-    return _declared(leaf["_target_"], "kinds") if "_target_" in leaf else list(leaf)
 
 
 def _declared(target: str, name: str) -> Any:
@@ -58,7 +65,6 @@ def _declared(target: str, name: str) -> Any:
     return found
 
 
-def _fitting(group: str, fits: Any) -> str:
-    files = {name: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for name in leaves(group)}
-    names = [name for name, leaf in files.items() if fits(OmegaConf.to_container(leaf, resolve=False))]
+def _fitting(group: str, configs: Configs, fits: Callable[[dict[str, Any]], bool]) -> str:
+    names = [name for name in configs.leaves(group) if fits(configs.read(group, name))]
     return f"{group}=" + "|".join(names) if names else f"no {group} fits"

@@ -1,4 +1,4 @@
-"""From a node of a config to an object: resolving, importing, and errors that name the field."""
+"""From a node of a config to an object, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from typing import Any
 
 import hydra.utils
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from phantom.engine.config.values import ESTIMATOR_KEYS
 from phantom.engine.errors import ConfigError
-
-# optional groups: absent from the config unless chosen
-OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "monitor")
-
-
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain data, checked for unused estimator keys and for values that are missing.
-
-    `k` and `lam` leave the config when an experiment pinned them for an estimator that was then replaced.
-    """
-    used = str(OmegaConf.to_container(cfg, resolve=False)["grad"])
-    container = OmegaConf.to_container(cfg, resolve=False)
-    for key in ESTIMATOR_KEYS:
-        if key in container and f"${{{key}}}" not in used:
-            del container[key]
-    try:
-        config = OmegaConf.to_container(OmegaConf.create(container), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    # `pretraining=null` on top of an experiment leaves the experiment's numbers without a constructor: that is None too
-    absent = {key: None for key in OPTIONAL if "_target_" not in (config.get(key) or {})}
-    return config | absent
 
 
 def instantiate(config: Any, field: str, **extra: Any) -> Any:
-    """Build the object of a config node; errors name the field and, for an unknown key, the valid ones."""
+    """Build the object of a config node; errors name the field and, for an unknown key, the valid ones.
+
+    Raises:
+        ConfigError: the constructor refuses the keys or the values.
+    """
     if config is None:
         return None
     try:
@@ -49,11 +28,20 @@ def instantiate(config: Any, field: str, **extra: Any) -> Any:
 
 
 def locate(target: str) -> Any:
-    """Return the class of a `_target_`."""
+    """Return the class or function of a `_target_`.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     try:
-        return hydra.utils.get_class(target)
+        return hydra.utils.get_object(target)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{target} cannot be imported: {str(error).splitlines()[0]}") from error
+
+
+def parameters_of(target: str) -> set[str]:
+    """Return the names of the arguments that the constructor of a `_target_` takes."""
+    return set(inspect.signature(locate(target)).parameters)
 
 
 def unknown_keys(config: Any, extra: dict[str, Any], cause: Exception) -> str:

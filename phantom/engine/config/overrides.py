@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,8 +12,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from phantom.engine.config.values import CONFIGS, ESTIMATOR_KEYS, leaves, nearest
+from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest
 from phantom.engine.errors import ConfigError
+
+ANY = "++"  # Hydra's mark of a key that need not be there
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -33,6 +34,11 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def given_keys(overrides: Sequence[str]) -> set[str]:
+    """Return the root keys that the items set, or reach into."""
+    return {item.key_or_group.split(".")[0] for item in parse(overrides)}
+
+
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every job of a sweep: the product of all comma-separated choices.
 
@@ -48,24 +54,23 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*options)]
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Check what Hydra would answer in words of its own: sweeps, deletions, and the chosen leaf of every group.
+def check_overrides(overrides: Sequence[str], configs: Configs) -> None:
+    """Reject sweeps, deletions and unknown leaves before Hydra does, so that the user sees our message.
 
     Raises:
         ConfigError: names the item and what is allowed.
     """
-    choices = groups()
     for item in parse(overrides):
         if item.is_sweep_override():
             raise ConfigError(f"{item.input_line} has several values: add -m to run them all, or keep one")
         if item.is_delete():
             raise ConfigError(f"{item.input_line} deletes a key: write {item.key_or_group}=null to have none of it")
-        if item.key_or_group in choices:
-            _check_leaf(item.key_or_group, item.value(), optional=choices[item.key_or_group] is None)
+        if item.key_or_group in configs.groups:
+            _check_leaf(item.key_or_group, item.value(), configs)
 
 
-def to_hydra(overrides: Sequence[str]) -> list[str]:
-    """Return the items in Hydra's words, which has `~group` for a group without a leaf, and no `group=null`.
+def to_hydra(overrides: Sequence[str], configs: Configs) -> list[str]:
+    """Return the items in Hydra's words: `~group` for `group=null`, `++k=3` for a key that train.yaml does not have.
 
     Raises:
         ConfigError: null is one of several values of a group, which Hydra cannot sweep.
@@ -73,38 +78,34 @@ def to_hydra(overrides: Sequence[str]) -> list[str]:
     items = []
     for item in parse(overrides):
         group, line = item.key_or_group, item.input_line
-        if group in groups() and item.is_sweep_override() and "null" in item.sweep_string_iterator():
+        if group in configs.groups and item.is_sweep_override() and "null" in item.sweep_string_iterator():
             raise ConfigError(f"{line}: null cannot be one of several leaves; run {group}=null on its own")
-        items.append(f"~{group}" if group in groups() and _is_null(item) else line)
+        if group in configs.groups and _is_null(item):
+            line = f"~{group}"
+        elif group in ESTIMATOR_KEYS and item.get_key_element() == group:
+            line = f"{ANY}{line}"
+        items.append(line)
     return items
 
 
 def from_hydra(overrides: Sequence[str]) -> list[str]:
-    """Return the items as they were given to `to_hydra`; nobody else may delete."""
-    return [f"{item[1:]}=null" if item.startswith("~") else item for item in overrides]
+    """Undo `to_hydra`: `~group` becomes `group=null` again, and `++k=3` becomes `k=3`."""
+    found = []
+    for item in overrides:
+        bare = item.removeprefix(ANY)
+        if item.startswith("~"):
+            found.append(f"{item[1:]}=null")
+        else:
+            found.append(bare if bare.split("=")[0] in ESTIMATOR_KEYS else item)
+    return found
 
 
 def _is_null(item: Override) -> bool:
     return not item.is_sweep_override() and not item.is_delete() and item.value() is None
 
 
-@cache
-def groups() -> dict[str, str | None]:
-    """Return the groups of configs/train.yaml with their default leaf."""
-    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)["defaults"]
-    items = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
-    return {group: leaf for group, leaf in items if not group.startswith("override ")}
-
-
-@cache
-def root_keys() -> frozenset[str]:
-    """Return every key that a resolved config may have: those of configs/train.yaml, its groups and the estimators'."""
-    root = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
-    return frozenset((set(root) | set(groups()) | set(ESTIMATOR_KEYS)) - {"experiment", "defaults", "hydra"})
-
-
-def _check_leaf(group: str, leaf: Any, *, optional: bool) -> None:
-    valid = leaves(group)
+def _check_leaf(group: str, leaf: Any, configs: Configs) -> None:
+    valid, optional = configs.leaves(group), configs.groups[group] is None
     if leaf in valid or (leaf is None and optional):
         return
     near = nearest(str(leaf), valid)
@@ -116,7 +117,7 @@ def _check_leaf(group: str, leaf: Any, *, optional: bool) -> None:
     raise ConfigError(f"{group}={'null' if leaf is None else leaf} is not known{near} Choose one of {names}")
 
 
-def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def change(config: dict[str, Any], overrides: Sequence[str], configs: Configs) -> dict[str, Any]:
     """Return a saved config with key=value items applied; every key must exist in it.
 
     Raises:
@@ -124,7 +125,7 @@ def change(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """
     if config["eval_solver"] is None and any(item.startswith("eval_solver.") for item in overrides):
         config["eval_solver"] = dict(config["solver"])
-    tree, defaults = OmegaConf.create(config), groups()
+    tree, defaults = OmegaConf.create(config), configs.groups
     OmegaConf.set_struct(tree, True)
     for item, override in zip(overrides, parse(overrides), strict=True):
         key, value = override.key_or_group, override.value()

@@ -1,23 +1,17 @@
-"""What can be said of a config before anything is built: its keys, their values, the leaves of a group."""
+"""Checks of the values of a resolved config, before anything is built."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from phantom.engine.artifacts.tracking import MODES
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
+from phantom.engine.tasks import Task
 from phantom.validate import is_number
 
-CONFIGS = Path(__file__).parents[3] / "configs"
-
-# root keys that only some estimators use
-ESTIMATOR_KEYS = ("k", "lam")
 # root keys that hold one of a few words
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "precision": PRECISIONS,
@@ -32,18 +26,6 @@ OPTIONAL_COUNTS = ("steps", "eval_every", "checkpoint_every", "subset", "test_su
 SWITCHES = ("compile", "cuda_graph", "deterministic", "sync_batchnorm", "progress")
 TEXTS = ("runs", "wandb_project")
 OTHERS = ("seed", "ema", "eval_splits")
-
-
-def leaves(group: str) -> list[str]:
-    """Return the names of all configs of a group, those of its subfolders as `folder/name`."""
-    folder = CONFIGS / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-
-
-def nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
-    """Return `; did you mean x?` for the nearest valid name, or a full stop where none is near."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else "."
 
 
 def check_root(config: dict[str, Any]) -> None:
@@ -79,7 +61,7 @@ def check_root(config: dict[str, Any]) -> None:
         raise ConfigError(f"eval_splits={splits!r} must be a list of splits of the data, such as [test]")
 
 
-def check_cuda_graph(config: dict[str, Any], kind: str) -> None:
+def check_cuda_graph(config: dict[str, Any], task: Task) -> None:
     """Check that a training step has fixed shapes and never waits for the host, where the config asks for a graph.
 
     Raises:
@@ -94,8 +76,8 @@ def check_cuda_graph(config: dict[str, Any], kind: str) -> None:
     problems += ["accumulate=1"] if config["accumulate"] != 1 else []
     if problems:
         raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(problems)}")
-    if kind != "image_classification":
-        raise ConfigError("cuda_graph=true serves image_classification, whose batches have a fixed shape")
+    if not task.fixed_shapes:
+        raise ConfigError(f"cuda_graph=true needs batches of a fixed shape, which {task.kind} does not have")
 
 
 def check_rates(settings: dict[str, Any]) -> None:

@@ -70,14 +70,29 @@ class Score(NamedTuple):
 
 
 class Task(ABC):
-    """One kind of training: how a batch is scored and how a tally becomes metrics."""
+    """One kind of training: how a batch is scored and how a tally becomes metrics.
 
+    kind: its name; a data set is of one kind, a model lists the kinds that it serves.
+    unit: the plural of what `Tally.count` counts, as in "images" per second.
+    metric, mode: the headline number of a report, and whether more or less of it is better.
+    fixed_shapes: all batches but the last of an epoch have the same shapes, and no batch carries anything to the next.
+    """
+
+    kind: ClassVar[str]
+    unit: ClassVar[str] = "items"
     metric: ClassVar[str]
     mode: ClassVar[Literal["max", "min"]]
+    fixed_shapes: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
-        """Run `model` on `batch`; `carry` is None on the first batch, then what the previous score returned."""
+        """Run `model` on `batch`.
+
+        Args:
+            carry: None at the start of an epoch or of an evaluation, then the `carry` of the score before. Tensors in
+                it are detached: it may be a tensor, or nested lists, tuples and dicts of tensors, which checkpoints
+                keep.
+        """
 
     @abstractmethod
     def report(self, tally: Tally) -> dict[str, float]:

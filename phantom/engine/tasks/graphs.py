@@ -19,6 +19,7 @@ SQUARES, ENTRIES = "squares", "entries"
 class GraphClassification(Task):
     """Score (graphs, labels (G,)) by the cross entropy of `model(graphs)`; counts graphs."""
 
+    kind: ClassVar[str] = "graph_classification"
     metric: ClassVar[str] = "accuracy"
     mode: ClassVar[Literal["max", "min"]] = "max"
 
@@ -34,6 +35,7 @@ class GraphClassification(Task):
 class NodeClassification(Task):
     """Score (graph, labels (N,), nodes (S,)) by the cross entropy of `model(graph)` on those nodes; counts nodes."""
 
+    kind: ClassVar[str] = "node_classification"
     metric: ClassVar[str] = "accuracy"
     mode: ClassVar[Literal["max", "min"]] = "max"
 
@@ -54,6 +56,7 @@ class NodeLabelling(Task):
     nothing is there to find, it is 0. `baseline` is that of the answer `all present`, 2p / (1 + p) for a share p.
     """
 
+    kind: ClassVar[str] = "node_labelling"
     metric: ClassVar[str] = "micro_f1"
     mode: ClassVar[Literal["max", "min"]] = "max"
 

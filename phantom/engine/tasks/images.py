@@ -13,8 +13,11 @@ from phantom.engine.tasks.base import Score, Tally, Task
 class ImageClassification(Task):
     """Score (images (B, C, H, W), labels (B,)) by the cross entropy of `model(images)`; counts images."""
 
+    kind: ClassVar[str] = "image_classification"
+    unit: ClassVar[str] = "images"
     metric: ClassVar[str] = "accuracy"
     mode: ClassVar[Literal["max", "min"]] = "max"
+    fixed_shapes: ClassVar[bool] = True
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         images, labels = batch

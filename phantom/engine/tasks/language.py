@@ -17,6 +17,8 @@ class LanguageModelling(Task):
     different lengths weigh as much as they have tokens.
     """
 
+    kind: ClassVar[str] = "language_modelling"
+    unit: ClassVar[str] = "tokens"
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
 

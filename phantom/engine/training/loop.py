@@ -1,13 +1,11 @@
 """The training loop: one page, for every task, model and estimator.
 
-One optimiser step takes this rank's micro-batches of one global batch; loss and gradients are sums divided once by the
-global count, so accumulation, ranks and short last batches need no special case. The only device-to-host
-synchronisations are at log rows, evaluations and checkpoints, marked below.
+The loop says when: which batch, settings and rate a step has, when to write a row, evaluate and save. The only
+device-to-host synchronisations are at log rows, evaluations and checkpoints, marked below.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
@@ -27,17 +24,15 @@ from phantom.engine.artifacts.records import MetricsLog, peak_memory
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.errors import CheckpointError, DivergenceError
 from phantom.engine.machine import distributed
-from phantom.engine.machine.precision import autocast
 from phantom.engine.measure.monitor import Monitor
-from phantom.engine.measure.solves import SolveMeter
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.source import Shard, Source
-from phantom.engine.tasks.base import Score, Tally, Task
-from phantom.engine.training.clipping import Clipping, gradient_norm, scale_gradients
-from phantom.engine.training.cuda_graph import StepGraphs
+from phantom.engine.tasks import Task
+from phantom.engine.training.clipping import Clipping
 from phantom.engine.training.evaluation import batch_to, evaluate
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
+from phantom.engine.training.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +62,21 @@ class Trainer:
     """Train a model; `fit` runs to the end, from wherever the last checkpoint in `folder` stands.
 
     Args:
-        model: as the task calls it (wrapped for several processes); `bare` is the same without the wrapper.
+        model: as the task calls it, wrapped for several processes; `unwrapped` is the same without the wrapper.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated.
         progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
+        differences: returns the root keys in which a checkpoint's config, as text, is another run's.
 
-    `seconds` is the wall clock of `fit` with its evaluations, over all processes that took turns at the run; what a
-    killed one did after its last checkpoint is done again, and not counted.
+    step: optimiser steps taken; `total`: those of the whole budget.
+    seconds: wall clock of `fit` with its evaluations, summed over restarts; work lost after the last checkpoint is not
+        counted.
+    best, final: metrics per split at the best evaluation so far and at the last one; train_report: the last row.
     """
 
     model: nn.Module
-    bare: nn.Module
+    unwrapped: nn.Module
     task: Task
     source: Source
     optimizer: Optimizer
@@ -95,6 +93,7 @@ class Trainer:
     progress: bool
     folder: Path
     config: str
+    differences: Callable[[str], list[str]]
     make_tracker: Callable[[], Tracker]
 
     step: int = 0
@@ -103,44 +102,48 @@ class Trainer:
     final: dict[str, dict[str, float]] = field(default_factory=dict)
     train_report: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.timer = StepTimer(self.device)
+        self.total = min(sum(self._lengths()), self.budget.steps or math.inf)
+        self._deqs = deqs_of(self.unwrapped)
+        for deq in self._deqs:
+            deq.clock = self.timer.phase
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._take_step = Step(
+            model=self.model,
+            unwrapped=self.unwrapped,
+            task=self.task,
+            optimizer=self.optimizer,
+            clipping=self.clipping,
+            ema_decay=self.ema_decay,
+            shard=self.shard,
+            device=self.device,
+            precision=self.precision,
+            cuda_graph=self.cuda_graph,
+            timer=self.timer,
+        )
+        self._started = 0.0
+        # opened by fit, which knows where the run stands, and on the first rank alone
+        self._log: MetricsLog | None = None
+        self._tracker: Tracker | None = None
+        self._progress: Progress | None = None
+
     def fit(self, *, resume: bool) -> None:
-        """Train to the end of the budget.
+        """Train to the end of the budget. A second call finds the budget spent, and does nothing.
 
         Raises:
             DivergenceError: the loss or the gradient stopped being finite; the last good checkpoint is kept.
             CheckpointError: the checkpoint to resume from is damaged or of another model.
         """
-        self._deqs = deqs_of(self.bare)
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        self._ema = None
-        if self.ema_decay is not None:
-            from timm.utils import ModelEmaV3  # slow to import; torch's AveragedModel asks the device at every step
-
-            self._ema = ModelEmaV3(self.bare, decay=self.ema_decay)
-        self._lengths = [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
-        self.total = min(sum(self._lengths), self.budget.steps or math.inf)
-        self._carries: list[Any] = [None] * self.shard.micro
+        if self._progress is not None and self.step >= self.total:
+            return
         if resume and (self.folder / "last.pt").exists():
             self._load(self.folder / "last.pt")
-        self._since = time.monotonic() - self.seconds
+        self._started = time.monotonic() - self.seconds
         main = self.shard.rank == 0
-        self.timer = StepTimer(self.device)
-        for deq in self._deqs:
-            deq.clock = self.timer.phase
-        self._graphs = None
-        if self.cuda_graph:
-            self._graphs = StepGraphs(
-                lambda batch: self._forward_backward(batch, None, 0.0),
-                deqs=self._deqs,
-                parameters=self._parameters,
-                timer=self.timer,
-            )
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker() if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress)
-        self._first_bad = torch.full((), -1, device=self.device)
-        self._reset_window()
         try:
             self._epochs()
         except BaseException:
@@ -153,7 +156,13 @@ class Trainer:
                 self._log.close()
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Close the tracker with the final record."""
+        """Close the tracker with the final record.
+
+        Raises:
+            RuntimeError: `fit`, which opens the tracker, has not run.
+        """
+        if self._progress is None:
+            raise RuntimeError("finish closes what fit opens: call fit first")
         if self._tracker is not None:
             self._tracker.finish(
                 {key: value for key, value in record.items() if isinstance(value, (int, float, str, dict))}
@@ -161,15 +170,18 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
+    def _lengths(self) -> list[int]:
+        return [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
+
     def _epochs(self) -> None:
         self.model.train()
         before = 0
-        for epoch, length in enumerate(self._lengths):
+        for epoch, length in enumerate(self._lengths()):
             start, before = self.step - before, before + length
             if start >= length or self.step >= self.total:
                 continue
             if start == 0:
-                self._carries = [None] * self.shard.micro
+                self._take_step.reset_carries()
             for micro_batches in self.source.train(epoch=epoch, start=start, shard=self.shard):
                 self._train_step(micro_batches, epoch)
                 self.step += 1
@@ -181,61 +193,8 @@ class Trainer:
         penalty_weight = self.rules.apply(self._deqs, self.step, self.total)
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = self.schedule.rate(self.step, base=base, total=self.total, epoch=epoch)
-        if not micro_batches:
-            return  # too few examples for every rank to have one
-        total: Tally | None = None
-        with self.timer.phase("step"):
-            for i, batch in enumerate(micro_batches):
-                last = i + 1 == len(micro_batches)
-                with contextlib.nullcontext() if last or self.shard.world == 1 else self.model.no_sync():
-                    score = self._score(batch_to(batch, self.device), i, penalty_weight)
-                self._meter.add(score.solutions)
-                total = score.tally if total is None else total + score.tally
-            with self.timer.phase("optimizer"):
-                self._update(total)
-        self.timer.end_step(total.count * self.shard.world)
-        self._window = total if self._window is None else self._window + total
-
-    def _score(self, batch: Any, micro: int, penalty_weight: float) -> Score:
-        """Run one micro-batch forward and backward."""
-        if self._graphs is not None:
-            return self._graphs(batch)
-        score = self._forward_backward(batch, self._carries[micro], penalty_weight)
-        self._carries[micro] = score.carry
-        return score
-
-    def _forward_backward(self, batch: Any, carry: Any, penalty_weight: float) -> Score:
-        """Add the gradients of a micro-batch; return its score without a graph."""
-        with autocast(self.precision, self.device):
-            score = self.task.score(self.model, batch, carry)
-        loss = score.tally.loss_sum
-        for solution in score.solutions:
-            if solution.penalty is not None:
-                loss = loss + penalty_weight * score.tally.count * solution.penalty
-        with self.timer.phase("backward"):
-            loss.backward()
-        return score.detach()
-
-    def _update(self, tally: Tally) -> None:
-        """Divide the summed gradients by the global count, check, clip and step."""
-        loss = tally.loss_sum
-        if self.shard.world > 1:
-            sums = torch.stack((loss, loss.new_full((), tally.count)))
-            dist.all_reduce(sums)
-            loss, count = sums
-            scale_gradients(self._parameters, self.shard.world / count)  # DDP has averaged over ranks already
-        else:
-            scale_gradients(self._parameters, 1 / tally.count)
-        norm = gradient_norm(self._parameters)
-        self._norm_sum, self._updates = self._norm_sum + norm, self._updates + 1
-        bad = ~(norm.isfinite() & loss.isfinite()) & (self._first_bad < 0)
-        self._first_bad.masked_fill_(bad, self.step + 1)  # counted as in the rows
-        if self.clipping is not None:
-            self.clipping.clip(self._parameters, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self._ema is not None:
-            self._ema.update(self.bare, step=self.step + 1)  # the first one copies
+        if micro_batches:  # none where there are too few examples for every rank to have one
+            self._take_step(micro_batches, number=self.step + 1, penalty_weight=penalty_weight)
 
     def _after_step(self, micro_batches: list[Any], epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
@@ -246,7 +205,7 @@ class Trainer:
         if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
             self._check_finite(epoch)
             batch = batch_to(micro_batches[0], self.device)
-            measured = self.monitor.measure(self.bare, self.task, batch, self._carries[0])
+            measured = self.monitor.measure(self.unwrapped, self.task, batch, self._take_step.carries[0])
             self._write({"kind": "monitor", **measured}, epoch)
         if saves or self.step % budget.log_every == 0:
             self._flush(epoch)  # device-to-host sync
@@ -257,14 +216,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- rows and evaluations
 
-    def _reset_window(self) -> None:
-        self._window: Tally | None = None
-        self._meter = SolveMeter()
-        self._norm_sum: Tensor | float = 0.0
-        self._updates = 0
-
     def _check_finite(self, epoch: int) -> None:
-        first_bad = int(self._first_bad)
+        first_bad = int(self._take_step.first_bad)
         if first_bad >= 0:
             raise DivergenceError(
                 f"the loss or its gradient stopped being finite at step {first_bad} (epoch {epoch}). The last good "
@@ -275,11 +228,11 @@ class Trainer:
 
     def _flush(self, epoch: int) -> None:
         self._check_finite(epoch)
-        if self._window is None:
+        window = self._take_step.window
+        if window.tally is None:
             return
-        tally = self._window.all_reduce()
-        row = {"kind": "train", **self.task.report(tally), **self._meter.report()}
-        row["gradient_norm"] = float(self._norm_sum) / self._updates
+        row = {"kind": "train", **self.task.report(window.tally.all_reduce()), **window.solves.report()}
+        row["gradient_norm"] = float(window.norm_sum) / window.updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         self.train_report = dict(row)
         times, speed = self.timer.recent()
@@ -287,7 +240,7 @@ class Trainer:
         row |= ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
         self._write(row, epoch)
         self._progress.train_row(row)
-        self._reset_window()
+        self._take_step.reset_window()
 
     def _evaluate(self, epoch: int) -> None:
         model = self.evaluated_model
@@ -320,21 +273,22 @@ class Trainer:
     @property
     def evaluated_model(self) -> nn.Module:
         """The weights that evaluation sees: the moving average when there is one."""
-        return self.bare if self._ema is None else self._ema.module
+        average = self._take_step.average
+        return self.unwrapped if average is None else average.module
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, name: str) -> None:
         """Write a checkpoint; every rank must call this."""
         # the weights are the same on all ranks, random state and carries are not
-        own = {"rng": checkpoints.rng_state(self.device), "carries": batch_to(self._carries, torch.device("cpu"))}
-        ranks = distributed.gather(own)
-        self.seconds = time.monotonic() - self._since
+        carries = batch_to(self._take_step.carries, torch.device("cpu"))
+        ranks = distributed.gather({"rng": checkpoints.rng_state(self.device), "carries": carries})
+        self.seconds = time.monotonic() - self._started
         if self.shard.rank > 0:
             return
         state = {
-            "model": self.bare.state_dict(),
-            "ema": None if self._ema is None else self._ema.module.state_dict(),
+            "model": self.unwrapped.state_dict(),
+            "ema": None if self._take_step.average is None else self._take_step.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -348,20 +302,20 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = checkpoints.load(path)
-        checkpoints.check_config(state, self.config, path)
+        checkpoints.check_config(state, self.differences, path)
         world = len(state["ranks"])
         if world != self.shard.world:
             raise CheckpointError(
                 f"the checkpoint {path} was written by {world} process(es), this run has {self.shard.world}: resume "
                 f"with {world}, or start anew with resume=never"
             )
-        checkpoints.load_weights(self.bare, state["model"], path)
+        checkpoints.load_weights(self.unwrapped, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self._ema is not None:
-            checkpoints.load_weights(self._ema.module, state["ema"], path)
+        if self._take_step.average is not None:
+            checkpoints.load_weights(self._take_step.average.module, state["ema"], path)
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
         self.seconds = state.get("seconds", 0.0)  # which early checkpoints do not know
         own = state["ranks"][self.shard.rank]
-        self._carries = batch_to(own["carries"], self.device)
+        self._take_step.carries = batch_to(own["carries"], self.device)
         checkpoints.set_rng_state(own["rng"], self.device)

@@ -1,0 +1,45 @@
+"""Configs that earlier versions saved: names that moved since, and root keys that did not exist yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# module of a `_target_` then: module now
+MOVED = {
+    **{f"data.{name}": f"data.graphs.{name}" for name in ("chains", "ppi", "ppi_synthetic", "tu")},
+    **{f"data.{name}": f"data.images.{name}" for name in ("cifar10", "digits", "imagenet")},
+    **{f"data.{name}": f"data.text.{name}" for name in ("pydocs", "wikitext")},
+    "models.ignn_layers": "models.ignn.layers",
+    "models.mdeq_cell": "models.mdeq.cell",
+    "models.transformer_cell": "models.deq_transformer.cell",
+    "phantom.engine.monitor": "phantom.engine.measure.monitor",
+    "phantom.engine.optim": "phantom.engine.training.clipping",
+    "phantom.engine.rules": "phantom.engine.training.rules",
+    "phantom.engine.schedule": "phantom.engine.training.schedule",
+}
+# the one-step gradient was NPG with these numbers in its leaf, and without k and lam at the root
+ONE_STEP = {"_target_": "phantom.NPG", "k": 1, "lam": 1.0}
+
+
+def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved config in the words of this version.
+
+    Args:
+        defaults: root keys with their default values, which a config from before they existed is given.
+    """
+    found = {**defaults, **_renamed(dict(config))}
+    if found.get("grad") == ONE_STEP and "k" not in found:
+        found["grad"] = {"_target_": "phantom.OneStep"}
+    return found
+
+
+def _renamed(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _moved(value) if key == "_target_" else _renamed(value) for key, value in node.items()}
+    return [_renamed(value) for value in node] if isinstance(node, list) else node
+
+
+def _moved(target: Any) -> Any:
+    module, _, name = str(target).rpartition(".")
+    return f"{MOVED[module]}.{name}" if module in MOVED else target

@@ -1,0 +1,177 @@
+"""A run as its config describes it: every setting checked and built, once, before data or a model exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.optim import Optimizer
+
+from phantom import DEQ, SHINE, Broyden, Solver
+from phantom.engine.artifacts import records
+from phantom.engine.config import compose
+from phantom.engine.config.compatibility import find_task, model_config
+from phantom.engine.config.configs import Configs
+from phantom.engine.config.instantiate import instantiate, unknown_keys
+from phantom.engine.config.upgrade import upgrade
+from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
+from phantom.engine.errors import ConfigError
+from phantom.engine.measure.monitor import Monitor
+from phantom.engine.tasks import Task
+from phantom.engine.training.clipping import Clipping
+from phantom.engine.training.loop import Budget
+from phantom.engine.training.rules import Rules
+from phantom.engine.training.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the command line, the builder, the record and the scripts know of a run.
+
+    Args:
+        config: the resolved config, plain values.
+        model_config: the constructor of the model for this kind of data.
+        label: the experiment's name, or model-data-gradient; with the scale unless it is the paper's.
+        choices: the chosen leaf of every group; empty for a config that was saved.
+        overrides: the `key=value` items behind the config.
+        make_optimizer: returns the optimiser of some parameters.
+        defaults: the root keys of train.yaml, for comparing with configs that lack some.
+    """
+
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+    label: str
+    choices: dict[str, Any]
+    overrides: tuple[str, ...]
+    task: Task
+    deq: DEQ
+    rules: Rules
+    schedule: Schedule
+    clipping: Clipping | None
+    monitor: Monitor | None
+    budget: Budget
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    defaults: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, a pure function of label, overrides and seed."""
+        return records.run_folder(self.root, self.label, self.overrides, self.config["seed"])
+
+    @property
+    def root(self) -> Path:
+        """The folder of all runs."""
+        return Path(self.config["runs"]).absolute()
+
+    @property
+    def text(self) -> str:
+        """The config as YAML, as checkpoints and the run folder keep it."""
+        return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+
+    def differences(self, text: str) -> list[str]:
+        """Return the root keys that say another run than the config saved as `text`; see `records.PLACES`."""
+        return records.differences(self.config, upgrade(yaml.safe_load(text), self.defaults))
+
+
+def make_plan(overrides: Sequence[str], configs: Configs) -> Plan:
+    """Return the plan of `train.py <overrides>`.
+
+    Raises:
+        ConfigError: an unknown key or leaf, an impossible value or pair, or a key the chosen estimator does not use.
+    """
+    config, choices = compose.compose(overrides, configs)
+    return plan_of(config, choices=choices, overrides=overrides, configs=configs)
+
+
+def plan_of(
+    config: dict[str, Any], *, configs: Configs, choices: dict[str, Any], overrides: Sequence[str], label: str = ""
+) -> Plan:
+    """Return the plan of a resolved config.
+
+    Args:
+        label: of a config that was saved, whose choices are not known.
+
+    Raises:
+        ConfigError: names the field, the value and what is allowed.
+    """
+    check_root(config)
+    task = find_task(config)
+    model = model_config(config, task.kind, configs)
+    check_cuda_graph(config, task)
+    deq = _deq(config)
+    return Plan(
+        config=config,
+        model_config=model,
+        label=label or _label(config, choices),
+        choices=choices,
+        overrides=tuple(overrides),
+        task=task,
+        deq=deq,
+        rules=_rules(config, deq),
+        make_optimizer=optimizer_factory(config["optimizer"]),
+        schedule=instantiate(config["schedule"], "schedule"),
+        clipping=instantiate(config["clipping"], "clipping"),
+        monitor=instantiate(config["monitor"], "monitor"),
+        budget=_budget(config),
+        defaults=configs.defaults,
+    )
+
+
+def _label(config: dict[str, Any], choices: dict[str, Any]) -> str:
+    label = choices.get("experiment") or "-".join(str(choices[group]) for group in ("model", "data", "grad"))
+    return label if config["scale"] == "paper" else f"{label}@{config['scale']}"
+
+
+def _deq(config: dict[str, Any]) -> DEQ:
+    solver: Solver = instantiate(config["solver"], "solver")
+    grad = instantiate(config["grad"], "grad")
+    eval_solver: Solver | None = instantiate(config["eval_solver"], "eval_solver")
+    dtype = torch.bfloat16 if config["gradient_precision"] == "bf16" else None
+    try:
+        deq = DEQ(solver=solver, grad=grad, eval_solver=eval_solver, graph_dtype=dtype)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    for name, found in (("solver", solver), ("eval_solver", eval_solver)):
+        if found is not None and found.max_steps < 1:
+            raise ConfigError(
+                f"{name}.max_steps={found.max_steps} must be an integer >= 1; grad=bptt trains without a solve"
+            )
+    if isinstance(grad, SHINE) and not isinstance(solver, Broyden):
+        raise ConfigError("grad=shine reuses the steps of the forward solve: it needs solver=broyden")
+    return deq
+
+
+def _rules(config: dict[str, Any], deq: DEQ) -> Rules:
+    return Rules(
+        solver=deq.solver,
+        grad=deq.grad,
+        seed=config["seed"],
+        pretraining=instantiate(config["pretraining"], "pretraining"),
+        penalty=instantiate(config["penalty"], "penalty"),
+        jitter=instantiate(config["jitter"], "jitter"),
+    )
+
+
+def _budget(config: dict[str, Any]) -> Budget:
+    names = ("epochs", "steps", "eval_every", "log_every", "checkpoint_every")
+    return Budget(**{name: config[name] for name in names}, eval_splits=tuple(config["eval_splits"]))
+
+
+def optimizer_factory(settings: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """Return the optimiser's constructor, tried on one parameter: optimisers check their values there."""
+    check_rates(settings)
+    partial = instantiate(settings, "optimizer")
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        try:
+            return partial(list(parameters))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"optimizer: {unknown_keys(settings, {}, error) or error}") from error
+
+    make([nn.Parameter(torch.zeros(2, 2))])
+    return make
