@@ -1,0 +1,87 @@
+"""A run folder that commit f9ad8de left: its config names modules that moved since, and lacks later root keys.
+
+old_run/ was interrupted after step 4 of 8 (grad=one_step, whose leaf has changed too); whole.jsonl and whole.json are
+the rows and the record of the same run without the interruption, by that commit.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phantom.engine.build import build_trainer
+from phantom.engine.config.instantiate import locate
+from phantom.engine.config.upgrade import MOVED, upgrade
+from phantom.engine.rebuild import evaluate_run
+from phantom.engine.run import run
+from tests.engine import tiny
+from tests.plans import plan
+from tests.tiny_run import TINY
+from train import CONFIGS
+
+OLD = Path(__file__).parent / "old_run"
+WHOLE = json.loads((OLD / "whole.json").read_text())
+
+
+def job(runs: Path) -> list[str]:
+    return [*TINY, "grad=one_step", "resume=auto", f"runs={runs}"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The run folder, copied to where this version looks for it."""
+    place = plan(job(tmp_path)).folder
+    assert str(place.relative_to(tmp_path)) == WHOLE["folder"], "the folder's name has not changed"
+    place.mkdir(parents=True)
+    for name in ("last.pt", "metrics.jsonl", "config.yaml"):
+        shutil.copy(OLD / name, place / name)
+    return place
+
+
+def test_it_is_resumed_and_ends_as_it_would_have(folder, tmp_path):
+    made = plan(job(tmp_path))
+    trainer = build_trainer(made)
+    record = run(trainer, made)
+    assert record["steps"] == 8
+    shutil.copy(OLD / "whole.jsonl", tmp_path / "metrics.jsonl")
+    rows, expected = tiny.rows(folder), tiny.rows(tmp_path)
+    assert [(row["kind"], row["step"]) for row in rows] == [(row["kind"], row["step"]) for row in expected]
+    for row, old in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(old["loss"], rel=1e-5)
+    assert record["final"]["test"]["accuracy"] == pytest.approx(WHOLE["final"]["test"]["accuracy"])
+
+
+def test_a_finished_one_is_not_trained_again(folder, tmp_path):
+    shutil.copy(OLD / "whole.json", folder / "record.json")
+    made = plan(job(tmp_path))
+    assert run(build_trainer(made), made) == WHOLE
+
+
+def test_it_is_evaluated(folder):
+    metrics = evaluate_run(folder, which="last", split=None, overrides=[], configs=CONFIGS)
+    row = next(row for row in tiny.rows(folder) if row["kind"] == "eval")
+    assert metrics["step"] == 4 and metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_another_config_is_still_another(folder, tmp_path):
+    text = (folder / "config.yaml").read_text()
+    assert plan(job(tmp_path)).differences(text) == []
+    assert plan([*job(tmp_path), "optimizer.lr=0.5"]).differences(text) == ["optimizer"]
+
+
+@pytest.mark.parametrize("module", sorted(set(MOVED.values())))
+def test_moved_names_lead_somewhere(module):
+    locate(module)
+
+
+def test_names_that_did_not_move_stay():
+    config = {
+        "model": {"_target_": "models.mdeq.MDEQ"},
+        "grad": {"_target_": "phantom.NPG", "k": 1, "lam": 1.0},
+        "k": 1,
+    }
+    assert upgrade(config, {"ema": None}) == config | {"ema": None}
+    old = yaml.safe_load((OLD / "config.yaml").read_text())
+    assert upgrade(old, {})["data"]["_target_"] == "data.images.digits.Digits"
