@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from phantom.validate import check_choice, check_count, check_number
+
 Activation = Literal["tanh", "relu"]
 
 
@@ -32,12 +34,9 @@ class SyntheticMap(nn.Module):
 
     def __init__(self, *, dim: int, spectral_norm: float, activation: Activation) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim={dim!r} must be an integer >= 1")
-        if not 0 < spectral_norm < 1:
-            raise ValueError(f"spectral_norm={spectral_norm!r} must be in (0, 1): f is a contraction by this factor")
-        if activation not in get_args(Activation):
-            raise ValueError(f"activation={activation!r} is not known; choose one of {', '.join(get_args(Activation))}")
+        check_count("dim", dim, least=1)
+        check_number("spectral_norm", spectral_norm, "(0, 1)", also=": f is a contraction by this factor")
+        check_choice("activation", activation, get_args(Activation))
         weight = torch.randn(dim, dim)
         self.weight = nn.Parameter(weight * (spectral_norm / torch.linalg.matrix_norm(weight, ord=2)))
         self.input_weight = nn.Parameter(torch.randn(dim, dim) / math.sqrt(dim))

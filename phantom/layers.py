@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from phantom.validate import check_number
+
 
 class WeightNorm(nn.Module):
     """Hold a weight as direction and length: weight = v * g / |v|, one length per output channel (axis 0).
@@ -68,5 +70,13 @@ def variational_mask(
 
 def check_dropout(p: float) -> None:
     """Raise unless `p` is in [0, 1)."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"dropout={p!r} must be in [0, 1): the probability that an entry is dropped")
+    check_number("dropout", p, "[0, 1)", also=": the probability that an entry is dropped")
+
+
+def cast_for_autocast(weight: Tensor) -> Tensor:
+    """Return `weight` in the dtype of the autocast that is active, if one is.
+
+    Autocast caches the casts of leaf parameters only: it would cast an effective weight in every evaluation of f.
+    """
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

@@ -1,6 +1,9 @@
-"""Checks of constructor arguments: each error names the argument, the value got and what is allowed."""
+"""Checks of arguments, for the whole project: each error names the argument, the value got and what is allowed."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 
 def is_number(value: object) -> bool:
@@ -8,19 +11,53 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: int, *, least: int) -> None:
-    """Raise unless `value` is an integer >= `least`."""
+def check_count(name: str, value: int, *, least: int, also: str = "") -> None:
+    """Raise ValueError unless `value` is an integer >= `least`; `also` ends the message with what else is allowed."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer >= {least}")
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}{also}")
+
+
+def check_counts(*, least: int, **counts: int) -> None:
+    """Raise ValueError unless every keyword is an integer >= `least`."""
+    for name, value in counts.items():
+        check_count(name, value, least=least)
+
+
+def check_number(name: str, value: float, allowed: str, *, also: str = "") -> None:
+    """Raise ValueError unless `value` is a finite number in `allowed`.
+
+    Args:
+        allowed: `>= 0` or `> 0` with any bound, or an interval such as `(0, 1]`.
+        also: ends the message, with a reason or with what else is allowed.
+    """
+    if is_number(value) and math.isfinite(value) and _within(value, allowed):
+        return
+    raise ValueError(f"{name}={value!r} must be {'a number' if allowed[0] == '>' else 'in'} {allowed}{also}")
+
+
+def _within(value: float, allowed: str) -> bool:
+    if allowed[0] == ">":
+        bound = float(allowed.lstrip(">="))
+        return value > bound or (value == bound and allowed.startswith(">="))
+    low, high = map(float, allowed[1:-1].split(","))
+    return (low < value or (low == value and allowed[0] == "[")) and (
+        value < high or (value == high and allowed[-1] == "]")
+    )
 
 
 def check_lam(value: float) -> None:
-    """Raise unless lam is in (0, 1], where Theorem 2 of Geng et al. 2021 holds."""
-    if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"lam={value!r} must be in (0, 1]: it weights the new iterate in z <- lam f(z) + (1 - lam) z")
+    """Raise ValueError unless lam is in (0, 1], where Theorem 2 of Geng et al. 2021 holds."""
+    check_number("lam", value, "(0, 1]", also=": it weights the new iterate in z <- lam f(z) + (1 - lam) z")
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `allowed`."""
+def check_choice(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(allowed)}")
+        names = ", ".join("null" if choice is None else choice for choice in allowed)
+        raise ValueError(f"{name}={value!r} is not known; choose one of {names}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_count
 
 Batch = tuple[Graph, Tensor, Tensor]  # the graph, labels (N,), the nodes to score (S,)
 
@@ -53,8 +54,7 @@ class Chains(Source):
         sizes = {"train": train_nodes, "valid": valid_nodes, "test": test_nodes}
         counts = {"length": length, "chains_per_class": chains_per_class, "num_classes": num_classes}
         for name, value in {**counts, **{f"{split}_nodes": size for split, size in sizes.items()}}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            check_count(name, value, least=1)
         if num_features < num_classes:
             raise ValueError(f"num_features={num_features!r} must be at least num_classes={num_classes}")
         self.shape = (num_classes, chains_per_class, length, num_features)

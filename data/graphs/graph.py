@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
+from phantom.validate import check_choice
 
 # Added to a computed spectral radius, as the official IGNN code does: |W|_inf stays below kappa / rho by a margin,
 # and a graph without cycles (rho = 0) needs no special case.
@@ -173,8 +174,7 @@ def normalized_adjacency(
     exactly 1: the matrix is similar to a row-stochastic one. `doubled` is what the official IGNN evaluation computes:
     on an undirected graph it has 2A + I, not the A + I trained with.
     """
-    if scaling not in ("symmetric", "doubled"):
-        raise ValueError(f"scaling={scaling!r} is not known; choose one of symmetric, doubled")
+    check_choice("scaling", scaling, ("symmetric", "doubled"))
     check_edges(edges, (num_nodes, num_nodes))
     loops = torch.arange(num_nodes).expand(2, num_nodes)
     pairs = torch.cat([edges, edges.flip(0), loops] if scaling == "doubled" else [edges, loops], dim=1)

@@ -23,6 +23,7 @@ from data.paths import cache_folder, data_root, root_hint
 from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_count
 
 Batch = tuple[Graph, Tensor]  # the union of some graphs, labels (N, 121) of zeros and ones
 
@@ -59,8 +60,7 @@ class LabelledGraphs(Source):
 
     def __init__(self, *, batch_size: int, eval_batch_size: int, seed: int) -> None:
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            check_count(name, value, least=1)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.spec = Spec(
             kind=self.kind,

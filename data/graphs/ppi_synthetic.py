@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data.graphs.ppi import NODES, NUM_FEATURES, NUM_LABELS, Batch, LabelledGraphs, labelled_graph
 from data.seeding import generator
+from phantom.validate import check_number
 
 COMMUNITIES = 16
 DRAWS = 38.0  # ends of edges drawn per node; without repeats about 27 neighbours are left, as many as in PPI
@@ -32,8 +33,7 @@ class SyntheticPPI(LabelledGraphs):
 
     def __init__(self, *, scale: float, generation_seed: int, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
-        if not scale > 0:
-            raise ValueError(f"scale={scale!r} must be > 0: 1 is the size of PPI")
+        check_number("scale", scale, "> 0", also=": 1 is the size of PPI")
         self.scale, self.generation_seed = scale, generation_seed
         common = generator(f"ppi_synthetic/{generation_seed}")
         self._means = torch.randn(COMMUNITIES, NUM_FEATURES, generator=common)

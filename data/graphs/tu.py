@@ -21,6 +21,7 @@ from data.paths import data_root, root_hint
 from data.seeding import generator
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_choice, check_count, check_flag, check_number
 
 Adjacency = Literal["doubled", "same"]
 Batch = tuple[Graph, Tensor]  # the union of G graphs, labels (G,)
@@ -86,22 +87,15 @@ class TUGraphs(Source):
         download: bool,
     ) -> None:
         check_fold(fold)
-        for argument, value, allowed in (
-            ("folds", folds, get_args(Folds)),
-            ("eval_adjacency", eval_adjacency, get_args(Adjacency)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{argument}={value!r} is not known; choose one of {', '.join(allowed)}")
+        check_choice("folds", folds, get_args(Folds))
+        check_choice("eval_adjacency", eval_adjacency, get_args(Adjacency))
         if folds == "official" and name not in official_names():
             raise ValueError(
                 f"folds='official' is known for {', '.join(official_names())}, not for {name!r}: use folds=stratified"
             )
-        if not 0 <= validation < 1:
-            raise ValueError(f"validation={validation!r} must be in [0, 1): a share of the training graphs")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer >= 1")
-        if not isinstance(merge_nodes, bool):
-            raise ValueError(f"merge_nodes={merge_nodes!r} must be true or false")
+        check_number("validation", validation, "[0, 1)", also=": a share of the training graphs")
+        check_count("batch_size", batch_size, least=1)
+        check_flag("merge_nodes", merge_nodes)
         self.root = data_root(root, name)
         self.name, self.folds, self.fold, self.split_seed, self.seed = name, folds, fold, split_seed, seed
         self.batch_size, self.shuffle, self.validation = batch_size, shuffle, validation

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.seeding import generator
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_choice, check_count
 
 Augment = Literal["none", "crop_flip"]
 PADDING = 4
@@ -68,11 +69,9 @@ class InMemoryImages(Source):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        if augment not in get_args(Augment):
-            raise ValueError(f"augment={augment!r} is not known; choose one of {', '.join(get_args(Augment))}")
+        check_choice("augment", augment, get_args(Augment))
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            check_count(name, value, least=1)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.augment, self.seed = augment, seed
         train, test = self.load()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_count
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, (B, L) int64 each
 log = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ class TokenStreams(Source):
 
     def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
         for name, value in (("streams", streams), ("eval_streams", eval_streams), ("segment", segment)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            check_count(name, value, least=1)
         self.streams, self.eval_streams, self.segment = streams, eval_streams, segment
         self._tokens, counts = self.load()
         self.splits = tuple(self._tokens)

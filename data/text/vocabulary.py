@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from phantom.engine.errors import DataError
+from phantom.validate import check_choice
 
 EOS, UNK = "<eos>", "<unk>"
 FORMAT = 1
@@ -78,8 +79,7 @@ class Vocabulary:
         Raises:
             DataError: a word is outside the vocabulary under `oov="error"`, or there is no `<unk>` to stand for it.
         """
-        if oov not in get_args(OOV):
-            raise ValueError(f"oov={oov!r} is not known; choose one of {', '.join(get_args(OOV))}")
+        check_choice("oov", oov, get_args(OOV))
         if oov == "unk" and UNK not in self.index:
             raise DataError(f"the vocabulary has no {UNK} for the unknown words of {source}: use data.oov=error")
         index, unknown = self.index, self.index.get(UNK)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phantom.validate import check_count
+
 
 class AdaptiveEmbedding(nn.Module):
     """Embed tokens: sqrt(D) P_i e, with e the token's row in the table of its bucket and P_i (D, w_i).
@@ -43,8 +45,7 @@ class AdaptiveEmbedding(nn.Module):
                 f"cutoffs={list(cutoffs)} do not fit a vocabulary of {vocab_size} words: they must be increasing "
                 f"integers from 1 to {vocab_size - 1}; set model.cutoffs to fit the data"
             )
-        if isinstance(div_val, bool) or not isinstance(div_val, int) or div_val < 1:
-            raise ValueError(f"div_val={div_val!r} must be an integer >= 1")
+        check_count("div_val", div_val, least=1)
         widths = [d_model // div_val**i for i in range(len(edges) - 1)]
         if widths[-1] < 1:
             raise ValueError(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from models.deq_transformer.attention import causal_mask, explicit_attention, fused_attention, relative_shift
 from phantom import WeightNorm, variational_mask
+from phantom.layers import cast_for_autocast
+from phantom.validate import check_choice
 
 Norm = Literal["post", "pre"]
 Residual = Literal["normalised", "plain"]
@@ -88,14 +90,14 @@ class Attention(nn.Module):
     ) -> BoundAttention:
         """Compute what one solve keeps of u (B, K, 3D), history (B, m, D) and positions (K, D)."""
         width, (length, keys) = history.shape[2], (history.shape[1], u.shape[1])
-        qkv = _for_autocast(self.qkv())
+        qkv = cast_for_autocast(self.qkv())
         past = F.linear(history, qkv[width:]) + u[:, :length, width:]
         key, value = self._heads(past, 2)
         explicit = double_backward or masks.attention is not None
-        r = F.linear(positions, _for_autocast(self.position())).unflatten(-1, (self.num_heads, -1))
+        r = F.linear(positions, cast_for_autocast(self.position())).unflatten(-1, (self.num_heads, -1))
         return BoundAttention(
             qkv=qkv,
-            out=_for_autocast(self.out()),
+            out=cast_for_autocast(self.out()),
             u=u[:, length:].contiguous(),
             key=key.contiguous(),
             value=value.contiguous(),
@@ -141,7 +143,9 @@ class FeedForward(nn.Module):
 
     def bind(self, masks: CellMasks) -> BoundFeedForward:
         """Compute the effective weights of one solve."""
-        return BoundFeedForward(_for_autocast(self.inner()), _for_autocast(self.outer()), masks.inner, masks.ffn)
+        return BoundFeedForward(
+            cast_for_autocast(self.inner()), cast_for_autocast(self.outer()), masks.inner, masks.ffn
+        )
 
     def forward(self, x: Tensor, bound: BoundFeedForward) -> Tensor:
         """Return the output (B, q, D) for `x` (B, q, D)."""
@@ -184,9 +188,8 @@ class TransformerCell(nn.Module):
         init_std: float,
     ) -> None:
         super().__init__()
-        for name, value, kind in (("norm", norm, Norm), ("preln_residual", preln_residual, Residual)):
-            if value not in get_args(kind):
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(kind))}")
+        check_choice("norm", norm, get_args(Norm))
+        check_choice("preln_residual", preln_residual, get_args(Residual))
         self.d_model, self.num_heads, self.d_inner = d_model, num_heads, d_inner
         self.norm, self.preln_residual = norm, preln_residual
         self.dropout, self.attention_dropout = dropout, attention_dropout
@@ -238,9 +241,3 @@ class TransformerCell(nn.Module):
             inner=draw((batch, 1, self.d_inner), p=self.dropout),
             ffn=draw((batch, 1, self.d_model), p=self.dropout),
         )
-
-
-def _for_autocast(weight: Tensor) -> Tensor:
-    # autocast caches casts of leaf parameters only: an effective weight would be cast anew in every evaluation of f
-    device = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

@@ -18,6 +18,7 @@ from models.deq_transformer.attention import sinusoids
 from models.deq_transformer.cell import CellMasks, Norm, Residual, TransformerCell
 from phantom import DEQ, Solution, variational_mask
 from phantom.layers import check_dropout
+from phantom.validate import check_counts, check_number
 
 Memory = tuple[Tensor, Tensor]  # past states (B, m, D) and their injections (B, m, 3D), without a graph
 
@@ -89,12 +90,13 @@ class DEQTransformer(nn.Module):
         deq: DEQ,
     ) -> None:
         super().__init__()
-        _check_counts(1, vocab_size=vocab_size, d_model=d_model, num_heads=num_heads, d_inner=d_inner, window=window)
-        _check_counts(0, mem_len=mem_len, eval_mem_len=eval_mem_len)
+        check_counts(
+            least=1, vocab_size=vocab_size, d_model=d_model, num_heads=num_heads, d_inner=d_inner, window=window
+        )
+        check_counts(least=0, mem_len=mem_len, eval_mem_len=eval_mem_len)
         check_dropout(dropout)
         check_dropout(attention_dropout)
-        if not init_std > 0:
-            raise ValueError(f"init_std={init_std!r} must be > 0")
+        check_number("init_std", init_std, "> 0")
         if d_model % 2 or d_model % num_heads:
             raise ValueError(f"d_model={d_model} must be even and a multiple of num_heads={num_heads}")
         self.d_model, self.dropout = d_model, dropout
@@ -208,9 +210,3 @@ class DEQTransformer(nn.Module):
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
-
-
-def _check_counts(least: int, **counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer >= {least}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ignn.sparse import Matrix, multiply
+from phantom.validate import check_number
 
 NodeMap = Callable[[Tensor], Tensor]
 
@@ -199,5 +200,4 @@ def _projected(weight: Tensor, radius: float) -> Tensor:
 
 def check_kappa(kappa: float) -> None:
     """Raise unless `kappa` is in (0, 1)."""
-    if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not 0 < kappa < 1:
-        raise ValueError(f"kappa={kappa!r} must be in (0, 1): it bounds |W|_inf rho(|A|), below one for a contraction")
+    check_number("kappa", kappa, "(0, 1)", also=": it bounds |W|_inf rho(|A|), below one for a contraction")

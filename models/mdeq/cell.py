@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.mdeq.group_norm import GroupNorm
 from phantom import WeightNorm, variational_mask
-from phantom.layers import check_dropout
+from phantom.layers import cast_for_autocast, check_dropout
 
 Branches = tuple[Tensor, ...]  # one (B, C_i, H_i, W_i) tensor per branch
 Masks = tuple[tuple[Tensor | None, ...], ...]  # per branch, per block
@@ -66,7 +66,7 @@ class ResidualBlock(nn.Module):
 
     def bind(self, u: Tensor | None, mask: Tensor | None) -> BoundBlock:
         """Compute the effective weights of one solve."""
-        return BoundBlock(_for_autocast(self.conv1()), _for_autocast(self.conv2()), mask, u)
+        return BoundBlock(cast_for_autocast(self.conv1()), cast_for_autocast(self.conv2()), mask, u)
 
     def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
         # in place throughout, with a graph too: no operation here saves the tensor that the next one overwrites
@@ -89,7 +89,7 @@ class PostFuse(nn.Module):
 
     def bind(self) -> Tensor:
         """Compute the effective weight of one solve."""
-        return _for_autocast(self.conv())
+        return cast_for_autocast(self.conv())
 
     def forward(self, s: Tensor, weight: Tensor) -> Tensor:
         return self.norm(F.conv2d(s.relu_(), weight))
@@ -204,9 +204,3 @@ def _stage(conv: nn.Conv2d, num_groups: int, *, relu: bool) -> nn.Sequential:
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="nearest")
-
-
-def _for_autocast(weight: Tensor) -> Tensor:
-    # autocast caches casts of leaf parameters only: an effective weight would be cast anew in every evaluation of f
-    device = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight

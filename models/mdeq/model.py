@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.mdeq.cell import Branches, MDEQCell
 from models.mdeq.head import MDEQHead, make_stage0, make_stem
 from phantom import DEQ, Solution
+from phantom.validate import check_choice, check_counts
 
 Init = Literal["normal", "default"]
 
@@ -70,7 +71,8 @@ class MDEQ(nn.Module):
     ) -> None:
         super().__init__()
         channels, head_channels = tuple(channels), tuple(head_channels)
-        _check_counts(
+        check_counts(
+            least=1,
             in_channels=in_channels,
             num_classes=num_classes,
             final_channels=final_channels,
@@ -91,8 +93,7 @@ class MDEQ(nn.Module):
                 f"num_groups={num_groups!r} must be at least 2, and num_groups and num_groups // 2 must divide every "
                 f"entry of channels={channels}"
             )
-        if init not in get_args(Init):
-            raise ValueError(f"init={init!r} is not known; choose one of {', '.join(get_args(Init))}")
+        check_choice("init", init, get_args(Init))
         self.in_channels = in_channels
         self.num_downsamples = num_downsamples
         self.stem = make_stem(in_channels, channels[0], num_downsamples=num_downsamples)
@@ -180,9 +181,3 @@ class MDEQ(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.01)
                 if module.bias is not None:
                     nn.init.normal_(module.bias, 0.0, 0.01)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer >= 1")

@@ -21,6 +21,7 @@ from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Source
 from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
+from phantom.validate import check_choice
 
 LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 
@@ -71,8 +72,10 @@ def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str], configs: 
         CheckpointError: the folder or its checkpoint is missing, damaged, or of another model.
         ConfigError: an override names an unknown key.
     """
-    if which not in ("last", "best"):
-        raise ConfigError(f"checkpoint={which!r} is not known; choose one of last, best")
+    try:
+        check_choice("checkpoint", which, ("last", "best"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"

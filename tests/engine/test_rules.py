@@ -111,7 +111,7 @@ def test_a_shorter_run_keeps_the_share_of_pretraining():
         (lambda: Jitter(below=0), r"jitter\.below"),
         (lambda: Pretraining(steps=0, layers=3), r"pretraining\.steps"),
         (lambda: Pretraining(steps=1, layers=0), r"pretraining\.layers"),
-        (lambda: Penalty(regularizer=JacobianRegularizer(), weight=-1.0), r"weight=-1\.0 must be >= 0"),
+        (lambda: Penalty(regularizer=JacobianRegularizer(), weight=-1.0), r"weight=-1\.0 must be a number >= 0"),
         (lambda: Penalty(regularizer=JacobianRegularizer(), weight=1.0, frequency=0.0), r"frequency=0\.0 .*\(0, 1\]"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from phantom.engine.artifacts.tracking import MODES
@@ -10,7 +9,7 @@ from phantom.engine.errors import ConfigError
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
 from phantom.engine.tasks import Task
-from phantom.validate import is_number
+from phantom.validate import check_choice, check_count, check_flag, check_number
 
 # root keys that hold one of a few words
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -37,25 +36,24 @@ def check_root(config: dict[str, Any]) -> None:
     missing = [k for k in (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *TEXTS, *OTHERS) if k not in config]
     if missing:
         raise ConfigError(f"the config has no {', '.join(missing)}: it was written by another version of this program")
-    for key, allowed in CHOICES.items():
-        if config[key] not in allowed:
-            names = ", ".join("null" if value is None else value for value in allowed)
-            raise ConfigError(f"{key}={config[key]!r} is not known; choose one of {names}")
-    for key in COUNTS:
-        _check_integer(key, config[key], least=1)
-    for key in OPTIONAL_COUNTS:
-        if config[key] is not None:
-            _check_integer(key, config[key], least=1, otherwise=" or null")
-    _check_integer("seed", config["seed"], least=0)
-    for key in SWITCHES:
-        if not isinstance(config[key], bool):
-            raise ConfigError(f"{key}={config[key]!r} must be true or false")
+    try:
+        for key, allowed in CHOICES.items():
+            check_choice(key, config[key], allowed)
+        for key in COUNTS:
+            check_count(key, config[key], least=1)
+        for key in OPTIONAL_COUNTS:
+            if config[key] is not None:
+                check_count(key, config[key], least=1, also=" or null")
+        check_count("seed", config["seed"], least=0)
+        for key in SWITCHES:
+            check_flag(key, config[key])
+        if config["ema"] is not None:
+            check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for key in TEXTS:
         if not isinstance(config[key], str) or not config[key]:
             raise ConfigError(f"{key}={config[key]!r} must be a name")
-    ema = config["ema"]
-    if ema is not None and not (is_number(ema) and 0 < ema < 1):
-        raise ConfigError(f"ema={ema!r} must be in (0, 1), or null for no average")
     splits = config["eval_splits"]
     if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
         raise ConfigError(f"eval_splits={splits!r} must be a list of splits of the data, such as [test]")
@@ -86,15 +84,11 @@ def check_rates(settings: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key and the value.
     """
-    for key in ("lr", "weight_decay", "momentum", "eps"):
-        value = settings.get(key, 0.0)
-        if not (is_number(value) and math.isfinite(value) and value >= 0):
-            raise ConfigError(f"optimizer.{key}={value!r} must be a number >= 0")
-    momentum = settings.get("momentum", 0.0)
-    if momentum >= 1:
-        raise ConfigError(f"optimizer.momentum={momentum!r} must be in [0, 1): past steps must fade")
-
-
-def _check_integer(key: str, value: Any, *, least: int, otherwise: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key}={value!r} must be an integer >= {least}{otherwise}")
+    try:
+        for key in ("lr", "weight_decay", "eps"):
+            check_number(f"optimizer.{key}", settings.get(key, 0.0), ">= 0")
+        check_number(
+            "optimizer.momentum", settings.get("momentum", 0.0), "[0, 1)", also=": an older step must count less"
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

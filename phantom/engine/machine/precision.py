@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from phantom.validate import check_choice
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -15,8 +17,7 @@ def set_up(precision: str, *, deterministic: bool) -> None:
     Raises:
         ValueError: `precision` is not one of `PRECISIONS`.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
     # only torch's per-backend switches: the solvers set them too, and torch refuses a mix with the older global ones
     kind = "ieee" if precision == "fp32" else "tf32"
     torch.backends.cuda.matmul.fp32_precision = kind

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phantom import Solution
@@ -97,3 +98,22 @@ class Task(ABC):
     @abstractmethod
     def report(self, tally: Tally) -> dict[str, float]:
         """Divide a tally (of one step, or of a whole split over all ranks) into metrics, `loss` among them."""
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits of a narrower format as float32: a loss summed in bfloat16 loses its digits."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def classification_tally(logits: Tensor, labels: Tensor) -> Tally:
+    """Return the summed cross entropy of `logits` (N, C) for `labels` (N,), with the number of correct predictions."""
+    loss = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
+    return Tally(loss, labels.numel(), {"correct": (logits.argmax(dim=1) == labels).sum()})
+
+
+def classification_report(tally: Tally) -> dict[str, float]:
+    """Return the mean loss and the accuracy in percent of a `classification_tally`."""
+    return {
+        "loss": float(tally.loss_sum) / tally.count,
+        "accuracy": 100 * float(tally.sums["correct"]) / tally.count,
+    }

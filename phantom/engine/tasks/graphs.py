@@ -7,10 +7,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from phantom import Solution
-from phantom.engine.tasks.base import Score, Tally, Task
+from phantom.engine.tasks.base import (
+    Score,
+    Tally,
+    Task,
+    at_least_float32,
+    classification_report,
+    classification_tally,
+)
 
 # |X*| of every implicit layer, as sums that add: squares and how many
 SQUARES, ENTRIES = "squares", "entries"
@@ -26,10 +33,10 @@ class GraphClassification(Task):
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch
         logits, solutions = model(graph)
-        return Score(_classified(logits, labels, solutions), solutions, None)
+        return Score(_with_states(classification_tally(logits, labels), solutions), solutions, None)
 
     def report(self, tally: Tally) -> dict[str, float]:
-        return _accuracy(tally)
+        return classification_report(tally) | _state_sizes(tally)
 
 
 class NodeClassification(Task):
@@ -42,10 +49,10 @@ class NodeClassification(Task):
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels, nodes = batch
         logits, solutions = model(graph)
-        return Score(_classified(logits[nodes], labels[nodes], solutions), solutions, None)
+        return Score(_with_states(classification_tally(logits[nodes], labels[nodes]), solutions), solutions, None)
 
     def report(self, tally: Tally) -> dict[str, float]:
-        return _accuracy(tally)
+        return classification_report(tally) | _state_sizes(tally)
 
 
 class NodeLabelling(Task):
@@ -69,8 +76,8 @@ class NodeLabelling(Task):
             "false_positives": (predicted & ~present).sum(),
             "false_negatives": (~predicted & present).sum(),
         }
-        loss = F.binary_cross_entropy_with_logits(_at_least_float32(logits), labels, reduction="sum")
-        return Score(Tally(loss, labels.numel(), sums | _state_sums(solutions)), solutions, None)
+        loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), labels, reduction="sum")
+        return Score(_with_states(Tally(loss, labels.numel(), sums), solutions), solutions, None)
 
     def report(self, tally: Tally) -> dict[str, float]:
         hits = 2 * float(tally.sums["true_positives"])
@@ -84,31 +91,13 @@ class NodeLabelling(Task):
         }
 
 
-def _classified(logits: Tensor, labels: Tensor, solutions: Sequence[Solution]) -> Tally:
-    loss = F.cross_entropy(_at_least_float32(logits), labels, reduction="sum")
-    correct = (logits.argmax(dim=1) == labels).sum()
-    return Tally(loss, labels.numel(), {"correct": correct} | _state_sums(solutions))
-
-
-def _accuracy(tally: Tally) -> dict[str, float]:
-    return {
-        "loss": float(tally.loss_sum) / tally.count,
-        "accuracy": 100 * float(tally.sums["correct"]) / tally.count,
-        **_state_sizes(tally),
-    }
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
-
-
-def _state_sums(solutions: Sequence[Solution]) -> dict[str, Tensor]:
-    sums = {}
+def _with_states(tally: Tally, solutions: Sequence[Solution]) -> Tally:
+    """Return the tally with what the size of every X* needs: the sum of its squares, and the number of its entries."""
     for i, solution in enumerate(solutions):
         z = solution.z_star
-        sums[f"{SQUARES}/{i}"] = torch.linalg.vector_norm(z.float()).square()
-        sums[f"{ENTRIES}/{i}"] = z.new_tensor(float(z.numel()))
-    return sums
+        tally.sums[f"{SQUARES}/{i}"] = torch.linalg.vector_norm(z.float()).square()
+        tally.sums[f"{ENTRIES}/{i}"] = z.new_tensor(float(z.numel()))
+    return tally
 
 
 def _state_sizes(tally: Tally) -> dict[str, float]:

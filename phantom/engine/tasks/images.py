@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import nn
 
-from phantom.engine.tasks.base import Score, Tally, Task
+from phantom.engine.tasks.base import Score, Tally, Task, classification_report, classification_tally
 
 
 class ImageClassification(Task):
@@ -22,12 +21,7 @@ class ImageClassification(Task):
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         images, labels = batch
         logits, solutions = model(images)
-        loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        return Score(Tally(loss, labels.shape[0], {"correct": correct}), solutions, None)
+        return Score(classification_tally(logits, labels), solutions, None)
 
     def report(self, tally: Tally) -> dict[str, float]:
-        return {
-            "loss": float(tally.loss_sum) / tally.count,
-            "accuracy": 100.0 * float(tally.sums["correct"]) / tally.count,
-        }
+        return classification_report(tally)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from phantom.validate import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,7 @@ class Clipping(ABC):
     max_norm: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_norm) and self.max_norm > 0):
-            raise ValueError(f"max_norm={self.max_norm!r} must be > 0; choose clipping=null to clip nothing")
+        check_number("max_norm", self.max_norm, "> 0", also="; choose clipping=null to clip nothing")
 
     @abstractmethod
     def clip(self, parameters: Iterable[nn.Parameter], total_norm: Tensor) -> None:
@@ -52,5 +52,5 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
     """Multiply all gradients by `factor` in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        # a factor of another number format would leave the fused kernel
+        # match the dtype, or _foreach_mul_ falls back to the slow path
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from phantom import BPTT, DEQ, GradientEstimator, Solver
 from phantom.deq import Regularizer
 from phantom.engine.training.schedule import share_of_run
-from phantom.validate import check_count, is_number
+from phantom.validate import check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,13 @@ class Penalty:
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_number(self.weight) or not self.weight >= 0:
-            raise ValueError(f"weight={self.weight!r} must be >= 0")
-        if not is_number(self.increment):
-            raise ValueError(f"increment={self.increment!r} must be a number")
+        check_number("weight", self.weight, ">= 0")
+        check_number("increment", self.increment, "(-inf, inf)")
         if self.increment_every is not None:
             check_count("increment_every", self.increment_every, least=1)
         if self.stop_step is not None:
             check_count("stop_step", self.stop_step, least=0)
-        if not is_number(self.frequency) or not 0 < self.frequency <= 1:
-            raise ValueError(f"frequency={self.frequency!r} must be in (0, 1]: the share of regularised steps")
+        check_number("frequency", self.frequency, "(0, 1]", also=": the share of regularised steps")
 
     def at(self, step: int, seed: int) -> float:
         if self.stop_step is not None and step >= self.stop_step:

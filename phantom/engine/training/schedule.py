@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from phantom.validate import check_count, is_number
+from phantom.validate import check_count, check_number
 
 
 class Schedule(ABC):
@@ -48,8 +48,7 @@ class Cosine(Schedule):
     of_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_number(self.floor) or not 0 <= self.floor < math.inf:
-            raise ValueError(f"floor={self.floor!r} must be a number >= 0")
+        check_number("floor", self.floor, ">= 0")
         check_count("warmup_steps", self.warmup_steps, least=0)
         if self.of_steps is not None:
             check_count("of_steps", self.of_steps, least=1)
@@ -73,8 +72,7 @@ class EpochSteps(Schedule):
             raise ValueError(f"epochs={self.epochs!r} must be a list of epochs, such as [50]")
         for epoch in self.epochs:
             check_count("epochs", epoch, least=0)
-        if not is_number(self.factor) or not 0 <= self.factor < math.inf:
-            raise ValueError(f"factor={self.factor!r} must be a number >= 0")
+        check_number("factor", self.factor, ">= 0")
 
     def rate(self, t: int, *, base: float, total: int, epoch: int) -> float:
         return base * self.factor ** sum(epoch >= start for start in self.epochs)
