@@ -3,9 +3,11 @@
     python evaluate.py run=runs/mdeq_tiny-digits-upg/default/seed0                       # the run's own number
     python evaluate.py run=<folder> checkpoint=best split=test eval_solver.max_steps=40   # another solver budget
     python evaluate.py run=<folder> data.root=/data/cifar10                               # the data moved
+    python evaluate.py run=<folder> trust=mypackage                                       # it may build classes of mine
     python evaluate.py run=<folder> eval_solver.max_steps=5,10,20 model.eval_mem_len=0,64 # every combination
     python evaluate.py official=<file.pth> source=phantom_grad model=mdeq_large data=cifar10
 
+A run folder builds classes of this project alone, whatever its config says; `trust` adds a package of yours.
 Further items of the form key=value change the run's config; with `official` they compose a config as for train.py.
 Prints the metrics, and the cost of the solves, as JSON; of several combinations a list, each with its overrides.
 """
@@ -26,7 +28,7 @@ from phantom.engine.rebuild import evaluate_official, evaluate_run
 from train import CONFIGS
 
 # arguments that are not config overrides, for run= and for official=
-OWN = {"run": ("checkpoint", "split"), "official": ("source", "split")}
+OWN = {"run": ("checkpoint", "split", "trust"), "official": ("source", "split")}
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +83,9 @@ def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
             load_reference=load_reference,
         )
     which = named.get("checkpoint", "last")
-    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS)
+    return evaluate_run(
+        Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS, trust=named.get("trust")
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from phantom.engine.artifacts import checkpoint
 from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import change
+from phantom.engine.config.trust import check_trusted
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.errors import CheckpointError, ConfigError
 from phantom.engine.plan import Plan, make_plan, plan_of
@@ -46,31 +47,43 @@ class Rebuilt(NamedTuple):
 
 
 def evaluate_run(
-    folder: Path, *, which: str, split: str | None, overrides: Sequence[str], configs: Configs
+    folder: Path,
+    *,
+    which: str,
+    split: str | None,
+    overrides: Sequence[str],
+    configs: Configs,
+    trust: str | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of a run's `last` or `best` checkpoint; without overrides, exactly the run's own numbers.
 
     Args:
         folder: the run folder.
         split: the split to evaluate; None takes the first of the run's `eval_splits`.
-        overrides: see `rebuild_run`.
+        overrides, trust: see `rebuild_run`.
 
     Raises:
         CheckpointError, ConfigError: see `rebuild_run`.
     """
-    return _evaluate(rebuild_run(folder, which=which, overrides=overrides, configs=configs), split)
+    run = rebuild_run(folder, which=which, overrides=overrides, configs=configs, trust=trust)
+    return _evaluate(run, split)
 
 
-def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str], configs: Configs) -> Rebuilt:
+def rebuild_run(
+    folder: Path, *, which: str, overrides: Sequence[str], configs: Configs, trust: str | None = None
+) -> Rebuilt:
     """Return the model of a run with the weights of its `last` or `best` checkpoint: the moving average if it has one.
+
+    The saved config is not trusted: it builds classes of this project and torch's optimisers, and nothing else.
 
     Args:
         overrides: key=value items that change the run's config, such as `eval_solver.max_steps=40`. An `eval_solver`
-            that the run does not have starts as a copy of its solver.
+            that the run does not have starts as a copy of its solver. They are the user's own, and trusted.
+        trust: a package of the user's own whose classes the saved config may build, too.
 
     Raises:
         CheckpointError: the folder or its checkpoint is missing, damaged, or of another model.
-        ConfigError: an override names an unknown key.
+        ConfigError: an override names an unknown key, or the saved config builds something else.
     """
     try:
         check_choice("checkpoint", which, ("last", "best"))
@@ -80,7 +93,9 @@ def rebuild_run(folder: Path, *, which: str, overrides: Sequence[str], configs: 
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
-    config = change(upgrade(yaml.safe_load(state["config"]), configs.defaults), overrides, configs)
+    saved = upgrade(yaml.safe_load(state["config"]), configs.defaults)
+    check_trusted(saved, trust=trust)
+    config = change(saved, overrides, configs)
     plan = plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
     weights = state["model"] if state["ema"] is None else state["ema"]
     return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})

@@ -1,0 +1,98 @@
+"""A run folder from elsewhere cannot run code: what its config names is refused before anything is constructed."""
+
+import sys
+
+import pytest
+import torch
+
+from phantom.engine.artifacts import checkpoint
+from phantom.engine.config.trust import check_trusted
+from phantom.engine.errors import ConfigError
+from phantom.engine.rebuild import rebuild_run
+from tests.plans import composed
+from train import CONFIGS
+
+CONFIG, _ = composed([])
+REFUSED = [
+    ("data", {"_target_": "torch.load", "f": "payload.pt", "weights_only": False}),
+    ("data", {"_target_": "phantom.deq.torch.load", "f": "payload.pt", "weights_only": False}),
+    ("solver", {"_target_": "shutil.copyfile", "src": "a", "dst": "b"}),
+    ("solver", {"_target_": "pathlib.Path.touch", "self": "a"}),
+    ("grad", {"_target_": "os.system", "command": "touch pwned"}),
+    ("grad", {"_target_": "builtins.eval", "_args_": ["1"]}),
+    ("grad", {"_target_": "hydra.utils.get_method", "path": "os.system"}),
+    ("grad", {"_target_": "phantom.engine.config.instantiate.hydra.utils.get_method", "path": "os.system"}),
+    ("schedule", {"_target_": "functools.partial", "_args_": ["os.system"]}),
+    ("optimizer", {"_target_": "timm.optim.create_optimizer", "_partial_": True}),
+    ("optimizer", {"_target_": "torch.optim.optimizer.Optimizer.load_state_dict"}),
+    ("optimizer", {"_target_": "torch.utils.cpp_extension.load", "name": "x", "sources": "x.cpp"}),
+    ("solver", {"_target_": "phantom.UPG", "k": 1, "lam": 1.0}),  # of the project, but no solver
+    ("model", {"_target_": "phantom.engine.artifacts.records.MetricsLog", "path": "x", "keep_until": 0}),
+    (
+        "monitor",
+        {"_target_": "phantom.engine.measure.monitor.Monitor", "every": 1, "exact_solver": {"_target_": "os.system"}},
+    ),
+    ("model", {"_target_": "models.ignn.GraphIGNN", "layer": {"_target_": "os.system", "_partial_": True}}),
+    ("model", {"_target_": "models.ignn.GraphIGNN", "layer": [{"_target_": "os.system"}]}),
+    ("penalty", {"_target_": "nothing.Like"}),
+    ("data", {"_target_": "data.nothing.Source"}),
+    ("seed", {"_target_": "os.getpid"}),
+]
+
+
+@pytest.mark.parametrize(("group", "node"), REFUSED, ids=[f"{g}={n['_target_']}" for g, n in REFUSED])
+def test_what_is_refused(group, node):
+    with pytest.raises(ConfigError, match=r"of the saved config is refused: .*trust=<package>"):
+        check_trusted(CONFIG | {group: node})
+
+
+def test_an_interpolation_is_refused():
+    with pytest.raises(ConfigError, match=r"runs='\$\{oc.env:HOME\}' of the saved config is refused"):
+        check_trusted(CONFIG | {"runs": "${oc.env:HOME}"})
+
+
+def test_nothing_is_imported_to_find_out(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="elsewhere"):
+        check_trusted(CONFIG | {"solver": {"_target_": "elsewhere.Solver"}})
+    assert "elsewhere" not in sys.modules
+
+
+@pytest.mark.parametrize("name", CONFIGS.leaves("experiment"))
+def test_every_experiment_is_trusted(name):
+    check_trusted(composed([f"experiment={name}"])[0])
+
+
+@pytest.mark.parametrize("items", [["optimizer=timm"], ["monitor=cosine"], ["penalty=jacobian", "jitter=below"]])
+def test_every_kind_of_leaf_is_trusted(items):
+    check_trusted(composed(items)[0])
+
+
+def test_a_package_of_the_user_is_admitted_by_name(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_test.py").write_text(
+        "from phantom import FixedPoint\nclass Mine(FixedPoint):\n    pass\ndef function(**_):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = CONFIG | {"solver": {"_target_": "mine_of_test.Mine", "max_steps": 3, "tol": None}}
+    with pytest.raises(ConfigError, match="trust=<package>"):
+        check_trusted(config)
+    check_trusted(config, trust="mine_of_test")
+    with pytest.raises(ConfigError, match=r"mine_of_test\.function"):
+        check_trusted(CONFIG | {"solver": {"_target_": "mine_of_test.function"}}, trust="mine_of_test")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_by_the_evaluation(tmp_path):
+    import yaml
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save(Payload(), tmp_path / "payload.pt")
+    attack = {"_target_": "torch.load", "f": str(tmp_path / "payload.pt"), "weights_only": False}
+    state = {"config": yaml.safe_dump(CONFIG | {"data": attack}), "ema": None, "model": {}, "step": 1}
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(ConfigError, match=r"data\._target_='torch.load' of the saved config is refused"):
+        rebuild_run(tmp_path, which="last", overrides=[], configs=CONFIGS)
+    assert not (tmp_path / "pwned").exists()
