@@ -1,7 +1,7 @@
 """Limits on the config of a saved run: it may build classes of this project and torch's optimisers, each in its place.
 
-A run folder from elsewhere is data, and must not run code. The list of targets that Hydra refuses since 1.3.6 is a second
-line of defence: these limits do not depend on it.
+A run folder from elsewhere is data, and must not run code. The list of targets that Hydra refuses since 1.3.6 is a
+second line of defence: these limits do not depend on it.
 """
 
 from __future__ import annotations
