@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,72 +42,87 @@ class Monitor:
 
     def measure(self, model: nn.Module, task: Task, batch: Any, carry: Any) -> dict[str, float]:
         """Return the measurements; random state, batch statistics, gradients and carry are left as they were."""
-        deqs = deqs_of(model)
-        kept = [(deq.grad, deq.regularizer, deq.clock) for deq in deqs]
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        for deq in deqs:
-            deq.regularizer, deq.clock = None, nullcontext
-        state = torch.get_rng_state()
-        cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        with _Batch(model, task, batch, carry) as measured:
+            return self._radii(measured) | self._cosines(measured)
 
-        def rewind() -> None:
-            torch.set_rng_state(state)
-            if cuda_state is not None:
-                torch.cuda.set_rng_state(cuda_state)
-            with torch.no_grad():
-                for buffer, value in zip(model.buffers(), buffers, strict=True):
-                    buffer.copy_(value)
-
-        try:
-            return self._radii(deqs, model, task, batch, carry, rewind) | self._cosines(
-                deqs, model, task, batch, carry, rewind
-            )
-        finally:
-            rewind()
-            for deq, (grad, regularizer, clock) in zip(deqs, kept, strict=True):
-                deq.grad, deq.regularizer, deq.clock = grad, regularizer, clock
-
-    def _radii(self, deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any, rewind: Callable) -> dict:
+    def _radii(self, measured: _Batch) -> dict[str, float]:
         if self.radius_steps == 0:
             return {}
         with torch.no_grad():
-            calls = capture(deqs, model, task, batch, carry)
-        rewind()
+            calls = measured.solves()
+        measured.rewind()
         values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
         return {
             name: float(torch.cat([damped_radius(mu, lam) for mu in values]).mean())
             for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam))
         }
 
-    def _cosines(self, deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any, rewind: Callable) -> dict:
+    def _cosines(self, measured: _Batch) -> dict[str, float]:
         if self.exact_solver is None:
             return {}
-        exact = Implicit(solver=self.exact_solver)
-        # only what lies before the equilibrium: the head's gradient is exact under every estimator
-        outputs = [f(out.z_star) for f, out in capture(deqs, model, task, batch, carry)]
-        outputs = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        reached = torch.autograd.grad(sum(outputs), parameters, allow_unused=True)
-        parameters = [p for p, gradient in zip(parameters, reached, strict=True) if gradient is not None]
-        rewind()
-
-        def gradient(estimator: GradientEstimator) -> list[Tensor]:
-            for deq in deqs:
-                deq.grad = estimator
-            loss = task.score(model, batch, carry).tally.loss_sum
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            rewind()
-            return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-
-        own = deqs[0].grad
-        reference = gradient(exact)
+        parameters = measured.parameters_before_the_equilibrium()
+        estimator = measured.deqs[0].grad
+        reference = measured.gradient(Implicit(solver=self.exact_solver), parameters)
         result = {}
-        for name, estimator in {"": own, **(self.compare or {})}.items():
-            estimate = gradient(estimator)
+        for name, compared in {"": estimator, **(self.compare or {})}.items():
+            estimate = measured.gradient(compared, parameters)
             suffix = f"/{name}" if name else ""
             result[f"gradient_cosine{suffix}"] = float(cosine(estimate, reference))
             result[f"gradient_norm_ratio{suffix}"] = float(norm_ratio(estimate, reference))
         return result
+
+
+class _Batch:
+    """One batch of a model, scored several times from the same random state and buffers; they are restored at exit."""
+
+    def __init__(self, model: nn.Module, task: Task, batch: Any, carry: Any) -> None:
+        self.model, self.task, self.batch, self.carry = model, task, batch, carry
+        self.deqs = deqs_of(model)
+        self._kept = [(deq.grad, deq.regularizer, deq.clock) for deq in self.deqs]
+        self._buffers = [buffer.clone() for buffer in model.buffers()]
+        self._state = torch.get_rng_state()
+        self._cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def __enter__(self) -> _Batch:
+        for deq in self.deqs:
+            deq.regularizer, deq.clock = None, nullcontext
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rewind()
+        for deq, (grad, regularizer, clock) in zip(self.deqs, self._kept, strict=True):
+            deq.grad, deq.regularizer, deq.clock = grad, regularizer, clock
+
+    def solves(self) -> list[tuple[Any, Solution]]:
+        """Return (f, solution) of every solve. Rewind after the last use of their graphs."""
+        return capture(self.deqs, self.model, self.task, self.batch, self.carry)
+
+    def parameters_before_the_equilibrium(self) -> list[nn.Parameter]:
+        """Return the parameters that f depends on: the head's gradient is exact under every estimator."""
+        outputs = [f(out.z_star) for f, out in self.solves()]
+        parts = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        reached = torch.autograd.grad(sum(parts), parameters, allow_unused=True)
+        self.rewind()
+        return [p for p, gradient in zip(parameters, reached, strict=True) if gradient is not None]
+
+    def gradient(self, estimator: GradientEstimator, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the gradient of the batch's loss by `estimator`."""
+        for deq in self.deqs:
+            deq.grad = estimator
+        loss = self.task.score(self.model, self.batch, self.carry).tally.loss_sum
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.rewind()
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+    def rewind(self) -> None:
+        """Restore the random state and the buffers of the beginning."""
+        torch.set_rng_state(self._state)
+        if self._cuda_state is not None:
+            torch.cuda.set_rng_state(self._cuda_state)
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), self._buffers, strict=True):
+                buffer.copy_(value)
 
 
 def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
