@@ -24,7 +24,7 @@ def build_model(plan: Plan, spec: Spec, deq: DEQ | None = None) -> nn.Module:
 
 
 def compile_cell(model: nn.Module) -> None:
-    """Compile f: the module `cell`, whose `forward` takes all that varies as arguments, becomes one graph.
+    """Compile f: torch compiles the module `cell` to one graph; its `forward` takes everything that varies as argument.
 
     Changes two settings of torch for the whole process, `donated_buffer` and `recompile_limit`.
 

@@ -112,7 +112,7 @@ def is_user_error(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    """Return what a user is told: one line, without a traceback."""
+    """Return the message for the user: one line, without a traceback."""
     found = _of_disk(error)
     if found is None:
         return str(error)

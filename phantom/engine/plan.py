@@ -74,7 +74,7 @@ class Plan:
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
 
     def differences(self, text: str) -> list[str]:
-        """Return the root keys that say another run than the config saved as `text`; see `records.PLACES`."""
+        """Return the root keys that say another run than the config saved as `text`; see `records.CIRCUMSTANCES`."""
         return records.differences(self.config, upgrade(yaml.safe_load(text), self.defaults))
 
 

@@ -28,7 +28,7 @@ LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 
 
 class Rebuilt(NamedTuple):
-    """A model with its weights, and what it was trained with.
+    """A model with its weights, the plan of its training, and its data.
 
     Args:
         about: facts about the weights, for the answer: their step, or the code base that wrote them.

@@ -24,7 +24,7 @@ from phantom.engine.measure.timing import StepTimer
 from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Spec
 from phantom.engine.tasks.base import Score
-from phantom.engine.training.cuda_graph import EAGER
+from phantom.engine.training.cuda_graph import WARM_UP_STEPS
 from phantom.engine.training.step import Step
 from scripts.bench import batches
 from scripts.bench.instruments import Tracer
@@ -82,7 +82,7 @@ class Variant:
     def replay(self, timer: StepTimer) -> None:
         """Capture forward and backward as a CUDA graph, and replay it from now on."""
         self.take = self._make_step(timer, cuda_graph=True)
-        for _ in range(EAGER + 1):
+        for _ in range(WARM_UP_STEPS + 1):
             self.step(timer)
 
     def _make_step(self, timer: StepTimer | Tracer, *, cuda_graph: bool) -> Step:

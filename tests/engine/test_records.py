@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from phantom.engine.artifacts import records
-from phantom.engine.artifacts.records import PLACES, MetricsLog, config_hash, differences, run_folder
+from phantom.engine.artifacts.records import CIRCUMSTANCES, MetricsLog, config_hash, differences, run_folder
 from tests.plans import trained
 
 CONFIG = {
@@ -45,7 +45,7 @@ def test_different_settings_have_different_folders():
     assert all(len(path.parts) == 5 for path in folders)
 
 
-@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize("key", CIRCUMSTANCES)
 def test_where_a_run_runs_changes_neither_folder_nor_hash(key):
     assert folder(f"{key}=1") == folder(f"+{key}=1") == folder()
     if key == "seed":  # a part of the path, and of what was run
@@ -229,6 +229,6 @@ def test_a_finished_run_is_trained_again_only_when_asked(tmp_path):
     before = (path / "last.pt").stat().st_mtime_ns
     again, _ = train(tmp_path)
     assert again == first and (path / "last.pt").stat().st_mtime_ns == before
-    anew, _ = train(tmp_path, resume=False)
+    again, _ = train(tmp_path, resume=False)
     assert (path / "last.pt").stat().st_mtime_ns > before
-    assert anew["final"] == first["final"] and anew["steps"] == first["steps"]
+    assert again["final"] == first["final"] and again["steps"] == first["steps"]

@@ -15,7 +15,7 @@ from phantom.engine.build import build_trainer
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.tasks.base import Score
 from phantom.engine.tasks.images import ImageClassification
-from phantom.engine.training.cuda_graph import EAGER, StepGraphs
+from phantom.engine.training.cuda_graph import WARM_UP_STEPS, StepGraphs
 from scripts import benchmark
 from tests.plans import plan
 
@@ -122,7 +122,7 @@ def run(count: int, *, graphs: bool, grad, dropout: float = 0.0) -> tuple[list[f
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("grad", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_replayed_steps_are_the_eager_ones(grad, dropout):
-    count = 4 * EAGER + 8
+    count = 4 * WARM_UP_STEPS + 8
     eager, plain, _ = run(count, graphs=False, grad=grad, dropout=dropout)
     replayed, graphed, timer = run(count, graphs=True, grad=grad, dropout=dropout)
     assert replayed == pytest.approx(eager, rel=1e-3)

@@ -24,7 +24,7 @@ from phantom.engine.errors import CheckpointError
 FORMAT = 3
 
 
-# what reading a file of arbitrary bytes raises, in zipfile, pickle and torch
+# exceptions that a corrupt checkpoint can raise in zipfile, pickle and torch
 UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -34,7 +34,9 @@ UNREADABLE = (
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")  # one name: what a killed run leaves behind is overwritten by the next
+    temporary = path.with_suffix(
+        ".tmp"
+    )  # always the same name, so that the next save overwrites the file of a killed run
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -64,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"the checkpoint {path} is damaged and cannot be read ({reason}). Use the other one of last.pt and best.pt "
-            "in that folder, or start anew with resume=never"
+            "in that folder, or start from the beginning with resume=never"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int):
@@ -74,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise CheckpointError(
             f"{path} has format {found} of checkpoints, this version of the program reads format {FORMAT}: use the "
-            "commit that the run's record names, or start anew with resume=never"
+            "commit that the run's record names, or start from the beginning with resume=never"
         )
     return state
 
@@ -114,7 +116,7 @@ def check_config(state: dict[str, Any], differences: Callable[[str], list[str]],
     if changed:
         raise CheckpointError(
             f"the checkpoint {path} was written under another config (different: {', '.join(changed)}): "
-            "resume with the same config, or start anew with resume=never"
+            "resume with the same config, or start from the beginning with resume=never"
         )
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-# Keys that say where or how to run, not what: they do not change a run's folder, nor its results by more than rounding.
-PLACES = (
+# Keys that say where or how to run, not what to train: they change neither a run's folder nor, beyond rounding, its
+# results.
+CIRCUMSTANCES = (
     *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every"),
     *("runs", "resume", "progress", "wandb", "wandb_project"),
     *("data.root", "data.download", "data.cache"),
@@ -37,14 +38,17 @@ def run_folder(root: Path, label: str, overrides: Sequence[str], seed: int) -> P
     """
     kept = [item for item in meaningful(overrides) if item.split("=")[0] not in ("experiment", "scale")]
     slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
-    if len(slug) > 80 or slug not in ("default", ",".join(kept)):  # cut, or spelt with other characters
+    if len(slug) > 80 or slug not in (
+        "default",
+        ",".join(kept),
+    ):  # too long, or with characters that a folder's name may not have
         slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
     return root / label / slug / f"seed{seed}"
 
 
 def meaningful(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that change what is run, sorted; those that only say where or how are left out."""
-    return sorted(item for item in overrides if item.lstrip("+~").split("=")[0] not in PLACES)
+    """Return the overrides that change the result of a run, sorted."""
+    return sorted(item for item in overrides if item.lstrip("+~").split("=")[0] not in CIRCUMSTANCES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Record:
     Args:
         label: the experiment's name, or model-data-gradient.
         choices: the chosen leaf of every group.
-        overrides: the items of the command line that change what is run.
+        overrides: the items of the command line that change the result.
         metric: the headline metric; `baseline` holds, per split, its value for a model that ignores its input.
         data_digests: per split, a short hash of the examples that were read.
         parameter_groups: number of parameters of every part of the model.
@@ -168,9 +172,9 @@ def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in PLACES or key == "seed"}
+    kept = {key: value for key, value in config.items() if key not in CIRCUMSTANCES or key == "seed"}
     if isinstance(kept.get("data"), dict):
-        kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in PLACES}
+        kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in CIRCUMSTANCES}
     return _without(kept, "compile")  # solvers have the key, too
 
 
@@ -186,7 +190,7 @@ def now() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe what a run ran on: device, versions, commit."""
+    """Return the circumstances of a run: device, versions, commit."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -200,7 +204,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     here = Path(__file__).parent
     # code that runs without its repository, as in a container, can be told its commit
     commit = _git(here, "rev-parse", "HEAD") or os.environ.get("PHANTOM_COMMIT")
-    # committed records do not change a run: writing them anew leaves the code as it is
+    # a record that is written again leaves the code as it is: results/ does not count as a change
     status = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
         "device": name,

@@ -12,9 +12,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Let freed memory stay with the process, for the next tensor of its size; on other systems than glibc do nothing.
 
-    glibc returns large blocks to the system when they are freed. A training step allocates the same blocks again and
-    again, and every page of them is then mapped and zeroed anew: tens of thousands of page faults a step. The memory of
-    the process stays at its peak instead.
+    By default glibc returns a large block to the system when it is freed. A training step allocates the same blocks as
+    the step before, and the system maps and zeroes every page of them again: tens of thousands of page faults a step.
+    With this the memory of the process stays at its peak.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -20,6 +20,9 @@ DEVICES = ("auto", "cpu", "cuda")
 def start(device: str) -> tuple[torch.device, int, int]:
     """Join the process group when launched by torchrun; return (this process's device, rank, world size).
 
+    On a CPU it also sets two options of the whole process: freed memory stays with the process, and denormal numbers
+    count as zero.
+
     Args:
         device: one of `DEVICES`; "auto" is a GPU when there is one.
 

@@ -75,7 +75,7 @@ class StepTimer:
         return marks
 
     def add_marks(self, marks: list[Span]) -> None:
-        """Count `marks` to the current step: those of a captured graph, which every replay times again."""
+        """Count `marks` to the current step: those of a captured graph; every replay records them again."""
         self._marks = [*self._marks, *marks]
 
     def take(self) -> dict[str, float]:

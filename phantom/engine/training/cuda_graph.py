@@ -14,7 +14,7 @@ from phantom import DEQ
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.tasks.base import Score, Tally
 
-EAGER = 3  # steps of a kind before it is captured: they warm up libraries and compiled code
+WARM_UP_STEPS = 3  # of a kind before it is captured: libraries and compiled code initialise in them
 
 
 @dataclass
@@ -30,16 +30,16 @@ class StepGraphs:
     """Run forward and backward eagerly until their kind is known, then replay them.
 
     A kind is the shapes of the batch with the solver and the estimator in use: the short last batch of an epoch and the
-    pretraining phase are kinds of their own. The first `EAGER` steps of a kind are ordinary ones; then it is captured,
-    and replayed from there on, with the same kernels on the same numbers. Gradients and solutions of a replay live in
-    the graph's memory, until the next one.
+    pretraining phase are kinds of their own. The first `WARM_UP_STEPS` steps of a kind are ordinary ones. Then it is
+    captured, and replayed from there on, with the same kernels on the same numbers. Gradients and solutions of a replay
+    live in the graph's memory, until the next one.
 
     The step must have fixed shapes and never wait for the host: fixed solver budgets (`tol=None`), one process, one
     micro-batch, a batch that is a tuple of tensors, and no carry.
 
     Args:
         step: computes the score of a batch, and the gradients of `parameters` from none.
-        deqs: the DEQ layers inside, whose settings tell kinds apart.
+        deqs: the DEQ layers inside; their settings are part of a kind.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StepGraphs:
         """Return the score of `batch`, with the gradients of the parameters set."""
         kind = (tuple((t.shape, t.dtype) for t in batch), tuple((deq.solver, deq.grad) for deq in self._deqs))
         if kind not in self._captured:
-            if self._seen[kind] < EAGER:
+            if self._seen[kind] < WARM_UP_STEPS:
                 self._seen[kind] += 1
                 return self._eager(batch)
             self._captured[kind] = self._capture(batch)

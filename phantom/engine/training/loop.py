@@ -41,10 +41,10 @@ class Budget:
 
     Args:
         epochs: passes over the training data.
-        steps: stop after so many optimiser steps, if earlier.
-        eval_every: evaluate every so many steps; None evaluates at the end of each epoch.
-        log_every: write a training row every so many steps.
-        checkpoint_every: save every so many steps, besides at each evaluation.
+        steps: stop after this number of optimiser steps, if it comes before the last epoch ends.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        log_every: steps between training rows.
+        checkpoint_every: steps between checkpoints, besides those of evaluations.
         eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint, and `best`
             in the record is what that checkpoint gives on all of them.
     """
@@ -63,7 +63,7 @@ class Trainer:
 
     Args:
         model: as the task calls it, wrapped for several processes; `unwrapped` is the same without the wrapper.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated.
+        ema_decay: decay of an exponential moving average of the weights; the loop then evaluates the average.
         progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
@@ -307,7 +307,7 @@ class Trainer:
         if world != self.shard.world:
             raise CheckpointError(
                 f"the checkpoint {path} was written by {world} process(es), this run has {self.shard.world}: resume "
-                f"with {world}, or start anew with resume=never"
+                f"with {world}, or start from the beginning with resume=never"
             )
         checkpoints.load_weights(self.unwrapped, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])

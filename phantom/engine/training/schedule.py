@@ -13,7 +13,7 @@ from phantom.validate import check_count, check_number
 
 
 class Schedule(ABC):
-    """A learning rate that the loop evaluates anew at every step; it holds no state, so resuming is exact."""
+    """A learning rate as a function of the step. It holds no state, so a resumed run continues exactly."""
 
     @abstractmethod
     def rate(self, t: int, *, base: float, total: int, epoch: int) -> float:
