@@ -1,6 +1,6 @@
 """Run every benchmark of a suite, one process each, and keep the tables.
 
-    python scripts/benchmark_suite.py cpu                        # configs/benchmark/cpu.yaml, about an hour
+    python scripts/benchmark_suite.py cpu                        # results/benchmark/cpu/study.yaml, about an hour
     python scripts/benchmark_suite.py gpu --deadline 600         # skip what would begin after ten minutes
     python scripts/benchmark_suite.py gpu --rehearse             # every row in small, on any machine: does it run?
 
@@ -20,14 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts import studies  # noqa: E402
 from scripts.bench import summary  # noqa: E402
 
-SUITES = ROOT / "configs" / "benchmark"
 # what a rehearsal changes; CUDA graphs need a GPU, and compiling takes minutes
 SMALL = {
     "batch": "2",
@@ -69,7 +67,7 @@ def summarise(suite: dict[str, Any], out: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the rows in order; exit with an error if one fails, after all others have run."""
-    suites = sorted(path.stem for path in SUITES.glob("*.yaml"))
+    suites = [name.removeprefix("benchmark/") for name in studies.names() if name.startswith("benchmark/")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=suites)
     parser.add_argument("--only", default=None, help="names of rows, comma-separated")
@@ -77,7 +75,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rehearse", action="store_true", help="every row in small, on the CPU")
     parser.add_argument("--summarise", action="store_true", help="only render summary.md from what is there")
     options = parser.parse_args(arguments)
-    suite = yaml.safe_load((SUITES / f"{options.suite}.yaml").read_text())
+    study = studies.load(f"benchmark/{options.suite}")
+    suite = {"title": study["title"], **study["benchmark"]}
     names = [row["name"] for row in suite["rows"]]
     wanted = names if options.only is None else options.only.split(",")
     unknown = sorted(set(wanted) - set(names))

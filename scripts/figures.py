@@ -4,7 +4,7 @@
     python scripts/figures.py chains run panels="length 10"       # one panel
     python scripts/figures.py chains draw                         # the figure and its table, from the committed curves
 
-A figure is configs/figure/<name>.yaml: lines (experiments), panels (overrides), a metric and a split. `run` writes
+A figure is results/<name>/study.yaml: lines (experiments), panels (overrides), a metric and a split. `run` writes
 results/<name>/curves.json, one entry per run, after each of them; `draw` reads nothing else and writes
 results/<name>/curves.png and curves.md.
 """
@@ -16,12 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import training  # noqa: E402
+from scripts import studies, training  # noqa: E402
 
 KEPT = ("label", "overrides", "scale", "seed", "num_parameters", "steps", "cpu_seconds")
 KEPT += ("device", "versions", "commit", "dirty", "started", "finished")
@@ -29,11 +27,11 @@ KEPT += ("device", "versions", "commit", "dirty", "started", "finished")
 
 def main(arguments: list[str]) -> None:
     """Run or draw a figure: its name, `run` or `draw`, and for `run` panels=<name,name,...>."""
-    known = {path.stem: path for path in sorted((ROOT / "configs" / "figure").glob("*.yaml"))}
+    known = [name for name in studies.names() if "figure" in studies.load(name)]
     if len(arguments) < 2 or arguments[0] not in known or arguments[1] not in ("run", "draw"):
         sys.exit(f"error: name a figure, one of {', '.join(known)}, then run or draw\n{__doc__}")
     name, action, *rest = arguments
-    figure = yaml.safe_load(known[name].read_text())
+    figure = studies.load(name)["figure"]
     wanted = [item.removeprefix("panels=").split(",") for item in rest if item.startswith("panels=")]
     panels = {panel["name"]: panel for panel in figure["panels"]}
     unknown = [item for item in rest if not item.startswith("panels=")] + [

@@ -1,6 +1,6 @@
 """Render the tables of the paper from committed records, and from nothing else.
 
-    python scripts/report.py            # every table of configs/report into results/<table>.md
+    python scripts/report.py            # the tables of every study, results/<study>/*.md
     python scripts/report.py table1
 
 Records lie in results/<experiment>/: one <seed or fold>.json per run at the full budget, and <name>@<scale>/ for
@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import studies  # noqa: E402
+
 SCALES = ("paper", "gpu", "smoke")
 
 
@@ -163,15 +165,15 @@ def _protocol(result: dict[str, Any] | None) -> str:
 
 def main(names: list[str]) -> None:
     """Render the named tables, or all."""
-    known = {path.stem: path for path in sorted((ROOT / "configs" / "report").glob("*.yaml"))}
+    known = [name for name in studies.names() if "tables" in studies.load(name)]
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"error: no table {', '.join(unknown)}; choose from {', '.join(known)}")
-    for name in names or known:
-        table = yaml.safe_load(known[name].read_text())
-        text = render_folds(table) if "protocols" in table else render(table)
-        (ROOT / "results" / f"{name}.md").write_text(text)
-        print(text)
+    for study in map(studies.load, names or known):
+        for name, table in study["tables"].items():
+            text = render_folds(table) if "protocols" in table else render(table)
+            (study["folder"] / f"{name}.md").write_text(text)
+            print(text)
 
 
 if __name__ == "__main__":

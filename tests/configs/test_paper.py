@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import yaml
 
 from phantom import NPG, UPG, Broyden, FixedPoint, Implicit
 from phantom.engine.training.rules import Pretraining
+from scripts import studies
 from tests.plans import plan
 from train import CONFIGS
 
@@ -146,8 +146,8 @@ def test_table4(data, row):
 
 
 def test_the_tables_quote_the_paper():
-    files = [CONFIGS.folder / "report" / f"{name}.yaml" for name in CONFIGS.leaves("report")]
-    rows = [row for file in files for row in yaml.safe_load(file.read_text())["rows"]]
+    tables = [table for name in studies.names() for table in studies.load(name).get("tables", {}).values()]
+    rows = [row for table in tables for row in table["rows"]]
     quoted = {row["experiment"]: row["paper"] for row in rows}
     ours = {name: paper for name, paper in quoted.items() if not name.startswith("table")}
     assert {name: quoted[name] for name in quoted if name not in ours} == PRINTED
