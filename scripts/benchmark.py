@@ -1,106 +1,118 @@
 """Time training steps: by phase, against their floor, against each other, and against torchdeq.
 
-    python scripts/benchmark.py model=mdeq_tiny batch=32 grad=upg,implicit k=5 --peer torchdeq
+    python scripts/benchmark.py model=mdeq_tiny batch=32 grad=upg,implicit k=5 peer=torchdeq
     python scripts/benchmark.py model=mdeq_tiny batch=32 grad=upg,implicit k=1,5,9 solver.max_steps=22 \\
         adjoint_solver.max_steps=24 precision=fp32,bf16 compile=false,true \\
-        --clock cpu --threads 1 --repeats 9 --out results/benchmark/mdeq_tiny.json
-
+        clock=cpu threads=1 repeats=9 out=results/benchmark/mdeq_tiny.json
     python scripts/benchmark.py model=deq_transformer_small batch=8 size=64 classes=5000 grad=upg,implicit
     python scripts/benchmark.py model=ignn batch=128 size=40 classes=2 solver=fixed_point grad=upg,npg
 
 Overrides are those of train.py (without data), and `batch`, `size` (pixels of a side, tokens of a segment, nodes of a
 graph), `classes` (or words of the vocabulary) and `hoist` (false: a Transformer cell that computes nothing once per
 solve); commas sweep. Batches are random, the memory of a language model is full. Budgets are fixed (`solver.tol=null`)
-unless given. All variants run in turn, round after round, in one process; ratios are paired by round. `--clock cpu
---threads 1` suits a machine that others use, too.
+unless given. All variants run in turn, round after round, in one process; ratios are paired by round. `clock=cpu
+threads=1` suits a machine that others use, too.
+
+    clock=wall|cpu   on a GPU, wall reads events
+    threads=<n>      threads of torch (default: torch's own)
+    device=cpu|cuda  (default: cuda where there is one)
+    repeats=9        timed rounds
+    warmup=1         rounds before them
+    peer=torchdeq    compare with this library, an optional dependency
+    growth=<n>       then count what <n> steps leave in memory
+    title=<text>     of the page
+    out=<file.json>  keep the numbers, and their page beside them as .md
+
+Or every benchmark of a suite, one process each, into results/benchmark/<suite>/:
+
+    python scripts/benchmark.py suite cpu                 # results/benchmark/cpu/study.yaml, about an hour
+    python scripts/benchmark.py suite gpu deadline=600    # skip what would begin after ten minutes
+    python scripts/benchmark.py suite gpu rehearse        # every row in small, on any machine: does it run?
+
+    rows=<name,...>  these rows alone
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+try:
+    import torch
 
-import torch  # noqa: E402
+    from phantom.engine.errors import ConfigError
+    from scripts import arguments, studies
+    from scripts.bench import result as benchmark
+    from scripts.bench.peer_torchdeq import PeerError
+    from scripts.reporting import benchmarks, pages
+    from scripts.running import suite
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
-from phantom.engine.artifacts.records import environment  # noqa: E402
-from phantom.engine.errors import ConfigError  # noqa: E402
-from phantom.engine.machine.allocator import keep_freed_memory  # noqa: E402
-from phantom.engine.measure.timing import StepTimer  # noqa: E402
-from scripts.bench import measure, report, variants  # noqa: E402
-from scripts.bench.growth import measure_growth  # noqa: E402
-from scripts.bench.peer_torchdeq import PeerError  # noqa: E402
+OWN = ("clock", "threads", "device", "repeats", "warmup", "peer", "growth", "title", "out")
 
 
-def main(arguments: list[str]) -> dict[str, Any]:
-    """Run the benchmark, print its tables, and write them where `--out` says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="key=value, as for train.py")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="on a GPU, wall reads events")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
-    parser.add_argument("--peer", choices=("torchdeq",), default=None, help="compare with this library")
-    parser.add_argument("--growth", type=int, default=None, help="then count what so many steps leave in memory")
-    parser.add_argument("--title", default="Training step")
-    parser.add_argument("--out", type=Path, default=None, help="a .json; the table is written beside it as .md")
-    options = parser.parse_intermixed_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
-    timer = StepTimer(device, clock=options.clock)
+def main(items: Sequence[str]) -> dict[str, Any] | None:
+    """Time one benchmark and return its result, or run a suite."""
+    if items and items[0] == "suite":
+        return run_suite(items[1:])
+    own, _, overrides = arguments.split(items, doc=__doc__, own=OWN)
+    options = read(own)
+    command = "python scripts/benchmark.py " + shlex.join(items)
     try:
-        settings = variants.settings(options.overrides)
-        rows = measure.build_rows(settings, device, timer, peer=options.peer is not None)
+        result = benchmark.take(overrides, options, command=command, say=lambda text: print(text, file=sys.stderr))
     except (ConfigError, PeerError) as error:
-        sys.exit(f"error: {error}")
-    measure.run(
-        rows, timer, repeats=options.repeats, warmup=options.warmup, say=lambda text: print(text, file=sys.stderr)
-    )
-    if options.growth is not None:
-        measure_growth(rows, options.growth, device)
-    result = {
-        "about": {
-            "title": options.title,
-            "command": "python scripts/benchmark.py " + shlex.join(arguments),
-            "machine": machine(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            **environment(device),
-            "clock": "cpu time of the process" if options.clock == "cpu" else f"wall ({device.type})",
-            "repeats": options.repeats,
-            "date": datetime.date.today().isoformat(),
-        },
-        "rows": [report.row_numbers(row) for row in rows],
-        "ratios": report.ratios(rows),
-    }
-    text = report.render(result)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(text)
+        arguments.fail(str(error))
+    print(benchmarks.render(result))
+    if "out" in own:
+        benchmark.write(result, Path(own["out"]))
+        pages.write_benchmark(Path(own["out"]))
     return result
 
 
-def machine(device: torch.device) -> str:
-    """Return the name of the device that does the work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def read(own: dict[str, str]) -> benchmark.Options:
+    """Return how to measure."""
+    device = arguments.choice(own, "device", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu")
+    clock = arguments.choice(own, "clock", ("wall", "cpu"), "wall")
+    if device == "cuda" and not torch.cuda.is_available():
+        arguments.fail("device=cuda needs a GPU that torch can use; choose device=cpu")
+    if device == "cuda" and clock == "cpu":
+        arguments.fail("clock=cpu does not see the work of a GPU; choose clock=wall, which reads its events")
+    if not own.get("out", ".json").endswith(".json"):
+        arguments.fail(f"out={own['out']} must end in .json; its page is written beside it")
+    return benchmark.Options(
+        clock=clock,
+        threads=arguments.count(own, "threads", None),
+        device=device,
+        repeats=arguments.count(own, "repeats", 9),
+        warmup=arguments.count(own, "warmup", 1, least=0),
+        peer=arguments.choice(own, "peer", ("torchdeq",), None) is not None,
+        growth=arguments.count(own, "growth", None),
+        title=own.get("title", "Training step"),
+    )
+
+
+def run_suite(items: Sequence[str]) -> None:
+    """Run the rows of a suite in order; exit with an error if one fails, after all others have run."""
+    known = [name for name in studies.names() if "benchmark" in studies.load(name)]
+    suites = [name.removeprefix("benchmark/") for name in known]
+    own, words, overrides = arguments.split(items, doc=__doc__, own=("rows", "deadline"), words=[*suites, "rehearse"])
+    named = [word for word in words if word in suites]
+    if overrides:
+        arguments.fail(f"{overrides[0]} is not for a suite, whose rows say what is timed; leave it out")
+    if len(named) != 1:
+        arguments.fail(f"name one suite, {' or '.join(suites)}")
+    study = studies.load(known[suites.index(named[0])])
+    wanted = arguments.some(own, "rows", [row["name"] for row in study["benchmark"]["rows"]], named[0])
+    rehearse, deadline = "rehearse" in words, arguments.count(own, "deadline", None)
+    failed = suite.run(study, wanted, deadline=deadline, rehearse=rehearse)
+    if not rehearse:
+        pages.write(study)
+    if failed:
+        arguments.fail(f"{', '.join(failed)} failed; see above")
 
 
 if __name__ == "__main__":

@@ -1,211 +1,59 @@
 """Compare solvers and gradient estimators on a trained model: what each costs, and how near it comes.
 
-    python scripts/quality.py run=<run folder> images=16 --out results/quality/mdeq_tiny.json
+    python scripts/quality.py run=<run folder> images=16 out=results/quality/mdeq_tiny.json
     python scripts/quality.py run=<run folder> checkpoint=best solver.max_steps=60 data.root=/data/cifar10
 
-The batch is the first of training. Solvers are compared by the relative residual of their best iterate; estimators at
-the equilibrium that the run's own solver finds. The reference is implicit differentiation with a long backward solve,
-whose residual is shown. Cosine and norm ratio are over all parameters before the equilibrium; the head's gradient is
-exact under every estimator. Other items of the form key=value change the run's config, as for evaluate.py.
+    run=<folder>          of the model
+    checkpoint=last|best  (default: last)
+    images=16             of the first training batch
+    title=<text>          of the page
+    out=<file.json>       keep the numbers, and their page beside them as .md
+
+Other items of the form key=value change the run's config, as for evaluate.py. What is compared, and with which
+reference, is in scripts/bench/quality.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from phantom import (  # noqa: E402
-    NPG,
-    SHINE,
-    UPG,
-    Anderson,
-    Broyden,
-    FixedPoint,
-    GradientEstimator,
-    Implicit,
-    Solution,
-    Solver,
-)
-from phantom.deq import deqs_of  # noqa: E402
-from phantom.diagnostics import best_damping, damped_radius, ritz_values  # noqa: E402
-from phantom.engine import command  # noqa: E402
-from phantom.engine.artifacts import records  # noqa: E402
-from phantom.engine.measure.monitor import Monitor, capture  # noqa: E402
-from phantom.engine.measure.timing import StepTimer  # noqa: E402
-from phantom.engine.rebuild import Rebuilt, rebuild_run  # noqa: E402
-from phantom.engine.training.evaluation import batch_to  # noqa: E402
-from phantom.solve import solve  # noqa: E402
-from phantom.state import Packing  # noqa: E402
-from train import CONFIGS  # noqa: E402
-
-EXACT = Broyden(max_steps=150, tol=1e-6)
-EVALUATIONS = (6, 12, 23, 45)
-REPEATS = 3
+try:
+    from phantom.engine.artifacts import records
+    from phantom.engine.errors import UserError
+    from phantom.engine.rebuild import rebuild_run
+    from scripts import arguments
+    from scripts.bench import quality, result
+    from scripts.reporting import pages
+    from scripts.reporting import quality as page
+    from train import CONFIGS
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 
-def estimators(lam: float) -> dict[str, GradientEstimator]:
-    """Return the estimators to compare; `lam` is the damping that the measured spectrum asks for."""
-    found: dict[str, GradientEstimator] = {"one step": NPG(k=1, lam=1.0), "SHINE": SHINE()}
-    for k in (3, 5, 9):
-        for value in sorted({0.25, 0.5, 1.0, lam}):
-            found[f"NPG k={k} lam={value:g}"] = NPG(k=k, lam=value)
-            found[f"UPG k={k} lam={value:g}"] = UPG(k=k, lam=value)
-    for tol in (0.3, 0.1):
-        solver = FixedPoint(max_steps=40, tol=tol, lam=lam)
-        found[f"NPG lam={lam:g}, k by tol={tol:g}"] = Implicit(solver=solver)
-    for steps in (5, 10, 22):
-        found[f"implicit, {steps} Broyden steps"] = Implicit(solver=Broyden(max_steps=steps, tol=None))
-    return found
-
-
-def solvers(steps: int) -> dict[str, Solver]:
-    """Return the solvers to compare, with a fixed budget."""
-    budget: dict[str, Any] = {"max_steps": steps, "tol": None}
-    return {
-        "Broyden": Broyden(**budget),
-        "Anderson, memory 6": Anderson(**budget),
-        **{f"fixed point, lam={lam:g}": FixedPoint(**budget, lam=lam) for lam in (1.0, 0.7, 0.5, 0.3)},
-    }
-
-
-def residuals(calls: list[tuple[Any, Solution]]) -> list[dict[str, Any]]:
-    """Return per solver the median residual after some evaluations of f, from the initial guess of every solve."""
-    rows = []
-    for name, solver in solvers(max(EVALUATIONS) - 1).items():
-        traces = []
-        for f, out in calls:
-            packing = Packing(out.z0)
-            traces.append(solve(packing.wrap(f), packing.pack(out.z0), solver)[1].trace)
-        best = torch.cat(traces, dim=1).nan_to_num(torch.inf).cummin(dim=0).values
-        rows.append({"solver": name, "residual": {str(n): float(best[n - 1].median()) for n in EVALUATIONS}})
-    return rows
-
-
-def measure(run: Rebuilt, images: int) -> dict[str, Any]:
-    """Return the spectrum's radii, and per estimator its cost, cosine and norm ratio, on the first training images."""
-    model, task = run.model, run.task
-    batch = next(iter(run.source.train(epoch=0, start=0, shard=run.shard)))[0]
-    batch = batch_to(tuple(part[:images] for part in batch), run.device)
-    model.train()
-    deqs = deqs_of(model)
-    with torch.no_grad():
-        calls = capture(deqs, model, task, batch, None)
-    spectrum = torch.cat([ritz_values(f, out.z_star, num_steps=40) for f, out in calls])
-    lam = best_damping(spectrum)
-    compared = estimators(lam)
-    quality = Monitor(every=1, radius_steps=0, exact_solver=EXACT, compare=compared).measure(model, task, batch, None)
-    rows = [
-        {
-            "estimator": name,
-            **cost(run, batch, estimator),
-            "cosine": quality[f"gradient_cosine/{name}"],
-            "norm_ratio": quality[f"gradient_norm_ratio/{name}"],
-        }
-        for name, estimator in compared.items()
-    ]
-    reference = cost(run, batch, Implicit(solver=EXACT))
-    return {
-        "images": images,
-        "residual": float(torch.cat([out.stats.residual for _, out in calls]).median()),
-        "radius": {f"{value:g}": float(damped_radius(spectrum, value).mean()) for value in (0.25, 0.5, lam, 1.0)},
-        "best_lam": lam,
-        "reference": {"estimator": repr(Implicit(solver=EXACT)), **reference},
-        "solvers": residuals(calls),
-        "rows": rows,
-    }
-
-
-def cost(run: Rebuilt, batch: Any, estimator: GradientEstimator) -> dict[str, Any]:
-    """Return evaluations of f with a graph, vjps, the residual of a backward solve, and the gradient part's seconds."""
-    kind = "wall" if run.device.type == "cuda" else "cpu"
-    timer, seconds = StepTimer(run.device, clock=kind), []
-    for deq in deqs_of(run.model):
-        deq.grad, deq.clock = estimator, timer.phase
-    for _ in range(REPEATS):
-        score = run.task.score(run.model, batch, None)
-        with timer.phase("backward"):
-            score.tally.loss_sum.backward()
-        run.model.zero_grad()
-        times = timer.take()
-        seconds.append(times["attach"] + times["backward"])
-    for deq in deqs_of(run.model):
-        deq.clock = nullcontext
-    stats = [solution.stats for solution in score.solutions]
-    adjoint = [s.adjoint.residual for s in stats if s.adjoint is not None]
-    return {
-        "graph_evals": estimator.k if isinstance(estimator, UPG) else 1,
-        "vjps": sum(s.num_vjps for s in stats),
-        "adjoint_residual": float(torch.cat(adjoint).median()) if adjoint else None,
-        "seconds": statistics.median(seconds),
-    }
-
-
-def render(result: dict[str, Any]) -> str:
-    """Return the comparison as a Markdown table, the cheapest gradient first."""
-    reference = result["reference"]
-    radii = ", ".join(f"{value:.2f} at lam={name}" for name, value in result["radius"].items())
-    lines = [
-        f"# {result['title']}",
-        "",
-        f"`{result['command']}`",
-        "",
-        f"{result['images']} training images, weights of step {result['step']}, median forward residual "
-        f"{result['residual']:.1e}. Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} "
-        f"vjps, median backward residual {reference['adjoint_residual']:.1e}. Milliseconds are those of attach and "
-        f"backward, the head included ({result['device']}).",
-        "",
-        "| estimator | f with a graph | vjps | ms | cosine | norm ratio | backward residual |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in sorted(result["rows"], key=lambda row: row["seconds"]):
-        residual = "" if row["adjoint_residual"] is None else f"{row['adjoint_residual']:.1e}"
-        cells = [str(row["graph_evals"]), str(row["vjps"]), f"{1e3 * row['seconds']:.0f}"]
-        cells += [f"{row['cosine']:.3f}", f"{row['norm_ratio']:.2f}", residual]
-        lines.append(f"| {row['estimator']} | " + " | ".join(cells) + " |")
-    lines += ["", "Median relative residual of the best iterate after so many evaluations of f:", ""]
-    lines += ["| solver | " + " | ".join(map(str, EVALUATIONS)) + " |", "| --- |" + " ---: |" * len(EVALUATIONS)]
-    for row in result["solvers"]:
-        lines.append(f"| {row['solver']} | " + " | ".join(f"{row['residual'][str(n)]:.1e}" for n in EVALUATIONS) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main(arguments: list[str]) -> None:
-    """Measure, print the table, and write it where `--out` says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("items", nargs="+", help="run=<folder>, checkpoint=last|best, images=<n>, and overrides")
-    parser.add_argument("--title", default="Solvers and gradient estimators on a trained model")
-    parser.add_argument("--out", type=Path, default=None, help="a .json; the table is written beside it as .md")
-    options = parser.parse_intermixed_args(arguments)
-    own = dict(item.split("=", 1) for item in options.items if item.split("=")[0] in ("run", "checkpoint", "images"))
-    overrides = [item for item in options.items if item.split("=")[0] not in ("run", "checkpoint", "images")]
+def main(items: Sequence[str]) -> None:
+    """Measure, print the page, and write it where `out` says."""
+    own, _, overrides = arguments.split(items, doc=__doc__, own=("run", "checkpoint", "images", "title", "out"))
+    if "run" not in own:
+        arguments.fail("name a run folder with run=<folder>")
+    if not own.get("out", ".json").endswith(".json"):
+        arguments.fail(f"out={own['out']} must end in .json; its page is written beside it")
+    which = arguments.choice(own, "checkpoint", ("last", "best"), "last")
+    images = arguments.count(own, "images", 16)
     try:
-        run = rebuild_run(Path(own["run"]), which=own.get("checkpoint", "last"), overrides=overrides, configs=CONFIGS)
-    except KeyError:
-        sys.exit("error: name a run folder with run=<folder>")
-    except Exception as error:
-        if not command.is_user_error(error):
-            raise
-        sys.exit(f"error: {error}")
-    shown = [*(f"{key}={value}" for key, value in own.items() if key != "run"), *records.meaningful(overrides)]
-    line = " ".join(["python scripts/quality.py run=<run folder>", *shown])
-    about = {"title": options.title, "command": line, **run.about, **records.environment(run.device)}
-    result = about | measure(run, int(own.get("images", 16)))
-    text = render(result)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(text)
+        run = rebuild_run(Path(own["run"]), which=which, overrides=overrides, configs=CONFIGS)
+    except UserError as error:
+        arguments.fail(str(error))
+    shown = [f"{key}={own[key]}" for key in ("checkpoint", "images") if key in own]
+    line = " ".join(["python scripts/quality.py run=<run folder>", *shown, *records.meaningful(overrides)])
+    title = own.get("title", "Solvers and gradient estimators on a trained model")
+    about = {"title": title, "command": line, **run.about, **records.environment(run.device)}
+    found = about | quality.measure(run, images)
+    print(page.render(found))
+    if "out" in own:
+        result.write(found, Path(own["out"]))
+        pages.write_quality(Path(own["out"]))
 
 
 if __name__ == "__main__":

@@ -1,179 +1,38 @@
-"""Render the tables of the paper from committed records, and from nothing else.
+"""Render the pages of studies from their records, and from nothing else.
 
-    python scripts/report.py            # the tables of every study, results/<study>/*.md
-    python scripts/report.py table1
+    python scripts/report.py                  # every page of results/, and its index results/README.md
+    python scripts/report.py table1 chains    # these studies, and print their pages
 
-Records lie in results/<experiment>/: one <seed or fold>.json per run at the full budget, and <name>@<scale>/ for
-smaller budgets, which a cell shows with its label. A cell is mean ± std (n); a row without a record prints --. A table
-with `protocols` shows results/<experiment>.json, the record of ten folds. A table whose rows have a `group` shows
-training times, and how many times faster a row trains than the first one of its group.
+A study is a folder of results/ with a study.yaml; see scripts/studies.py. A cell of a table is mean ± std (n), a
+smaller budget is labelled, and a row without a record prints --. A figure is drawn once it has a curve. This needs no
+torch.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts import studies  # noqa: E402
-
-SCALES = ("paper", "gpu", "smoke")
+try:
+    from scripts import arguments, studies
+    from scripts.reporting import pages
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 
-def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return (scale, records) of an experiment at the largest budget that has any."""
-    for scale in SCALES:
-        folder = ROOT / "results" / (experiment if scale == "paper" else f"{experiment}@{scale}")
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        if records:
-            return scale, records
-    return "paper", []
-
-
-def cell(values: list[float], std: str, scale: str) -> str:
-    """Return `mean ± std (n)`, with the label of a smaller budget; `std` is sample or population."""
-    if not values:
-        return "--"
-    mean, label = statistics.fmean(values), "" if scale == "paper" else f" [{scale}]"
-    if len(values) == 1:
-        return f"{mean:.2f} (1){label}"
-    spread = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
-    return f"{mean:.2f} ± {spread:.2f} ({len(values)}){label}"
-
-
-def training_seconds(records: list[dict[str, Any]]) -> float | None:
-    """Return the time of a training without evaluations: median step time times steps, the median over the runs."""
-    times = [record["times"]["step"]["median"] * record["steps"] for record in records if "step" in record["times"]]
-    return statistics.median(times) if times else None
-
-
-def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """Return how many times faster `row` trains than the `first` one of its group; -- unless both ran alike."""
-    (scale, records), (other, reference) = records_of(row["experiment"]), records_of(first["experiment"])
-    mine, theirs = training_seconds(records), training_seconds(reference)
-    if mine is None or theirs is None or scale != other:
-        return "--"
-    if len({(record["device"], precision(record)) for record in (*records, *reference)}) > 1:
-        return "--"
-    return f"{theirs / mine:.1f}x"
-
-
-def render(table: dict[str, Any]) -> str:
-    """Return the table as Markdown: the paper's number, ours by the paper's protocol, and the honest one."""
-    metric, split, std = table["metric"], table["split"], table["std"]
-    groups: dict[str, dict[str, Any]] = {}
-    for row in table["rows"]:
-        groups.setdefault(row.get("group"), row)
-    timed = list(groups) != [None]
-    heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
-    heads[7:7] = ["training h", "speed", "paper's speed"] if timed else []
-    lines = [
-        f"# {table['title']}",
-        "",
-        f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
-        f"mean ± {std} std (n runs). Smaller budgets are labelled; * marks uncommitted changes; -- means not run. "
-        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
-        + (" Training time is the median step times the steps; speed is relative to the first row." if timed else ""),
-        "",
-        f"| {' | '.join(heads)} |",
-        "|" + " --- |" * len(heads),
-    ]
-    for row in table["rows"]:
-        scale, records = records_of(row["experiment"])
-        best = [record["best"][split][metric] for record in records]
-        last = [record["final"][split][metric] for record in records]
-        facts = [budget(row, scale, records), *measured(records)]
-        if timed:
-            seconds = training_seconds(records)
-            hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
-            facts[3:3] = [hours, speed(row, groups[row["group"]]), row["speed"]]
-        lines.append(
-            f"| {' | '.join([row['name'], row['paper'], cell(best, std, scale), cell(last, std, scale), *facts])} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def precision(record: dict[str, Any]) -> str:
-    """Return the precision of a run, and that of its gradient part where it has another one."""
-    own = record["gradient_precision"]
-    return record["precision"] + (f" (gradient part {own})" if own else "")
-
-
-def budget(row: dict[str, Any], scale: str, records: list[dict[str, Any]]) -> str:
-    """Return the scale, the steps and a precision other than float32; what the paper does not have ran in `full`."""
-    if not records:
-        return "--"
-    name = "full" if scale == "paper" and row["paper"] == "--" else scale
-    precisions = {precision(record) for record in records} - {"fp32"}
-    return ", ".join([name, f"{records[0]['steps']} steps", *sorted(precisions)])
-
-
-def measured(records: list[dict[str, Any]]) -> list[str]:
-    """Return the cells on parameters, step time, peak memory and commits."""
-    if not records:
-        return ["--"] * 4
-    steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
-    commits = {(record["commit"] or "none")[:8] + ("*" if record["dirty"] else "") for record in records}
-    return [
-        f"{records[0]['num_parameters']:,}",
-        f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
-        f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
-        ", ".join(sorted(commits)),
-    ]
-
-
-def render_folds(table: dict[str, Any]) -> str:
-    """Return the table of ten folds as Markdown: the paper's number, and ours by every protocol of scripts/folds.py."""
-    protocols = table["protocols"]
-    lines = [
-        f"# {table['title']}",
-        "",
-        "mean ± population std. The paper chooses the best test epoch of each fold, which is optimistic; an epoch "
-        "chosen by the other folds, or by validation graphs held out of training, is not. * marks uncommitted changes; "
-        "-- means not run.",
-        "",
-        f"| row | paper | {' | '.join(protocols.values())} | folds | parameters | CPU s per fold | commit |",
-        "| --- | --- |" + " --- |" * (len(protocols) + 4),
-    ]
-    for row in table["rows"]:
-        path = ROOT / "results" / f"{row['experiment']}.json"
-        cells = [row["name"], row["paper"]]
-        if path.exists():
-            record = json.loads(path.read_text())
-            cells += [_protocol(record["protocols"].get(name)) for name in protocols]
-            seconds = record["cpu_seconds"]
-            cells += [
-                str(len(record["folds"])),
-                f"{record['num_parameters']:,}",
-                f"{seconds['mean']:.0f} ({seconds['min']:.0f} to {seconds['max']:.0f})" if seconds else "--",
-                ", ".join(commit[:8] for commit in record["commit"].split(", ")) + ("*" if record["dirty"] else ""),
-            ]
-        else:
-            cells += ["--"] * (len(protocols) + 4)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _protocol(result: dict[str, Any] | None) -> str:
-    return "--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}"
-
-
-def main(names: list[str]) -> None:
-    """Render the named tables, or all."""
-    known = [name for name in studies.names() if "tables" in studies.load(name)]
+def main(names: Sequence[str]) -> None:
+    """Render the named studies, or all."""
+    known = studies.names()
+    arguments.split([name for name in names if name.startswith("-") or "=" in name], doc=__doc__)
     unknown = [name for name in names if name not in known]
     if unknown:
-        sys.exit(f"error: no table {', '.join(unknown)}; choose from {', '.join(known)}")
+        arguments.fail(f"no study {', '.join(unknown)}; choose from {', '.join(known)}")
     for study in map(studies.load, names or known):
-        for name, table in study["tables"].items():
-            text = render_folds(table) if "protocols" in table else render(table)
-            (study["folder"] / f"{name}.md").write_text(text)
-            print(text)
+        for path, text in pages.write(study).items():
+            print(text if names else path.relative_to(studies.ROOT))
+        if "figure" in study and not (study["folder"] / "curves.json").exists():
+            print(f"{study['name']} has no curve to draw yet: python scripts/reproduce.py {study['name']}")
+    pages.write_index()
 
 
 if __name__ == "__main__":

@@ -1,86 +1,67 @@
-"""Run the rows of a table and keep their records.
+"""Run what a study lacks, and keep the records.
 
-    python scripts/reproduce.py table1                                  # all rows, all repeats, the paper's budget
+    python scripts/reproduce.py table1                            # every seed of every row, at the paper's budget
     python scripts/reproduce.py table1 rows=upg_k5_lam0.5,implicit scale=smoke data.root=/data/cifar10
-    python scripts/reproduce.py table1 list                             # the commands, one a line, and nothing run
+    python scripts/reproduce.py table1 list                       # the commands, one a line, and nothing run
+    python scripts/reproduce.py table4 rows=cox2_implicit         # ten folds, as many at a time as cores
+    python scripts/reproduce.py table4 rows=cox2_implicit data.folds=stratified data.eval_adjacency=same \\
+        data.validation=0.1 eval_splits=[valid,test]              # an honest protocol
+    python scripts/reproduce.py chains panels="length 10"         # the lines of one panel of a figure
 
-Each run is `python train.py experiment=<table>/<row> seed=<n> ...`; finished runs are not run again, interrupted ones
-resume. Records are copied to results/<table>/<row>[@scale]/seed<n>.json; `scripts/report.py` renders them. Overrides
-that make it another experiment are in the name of the folder, which no table shows.
+    rows=<name,...>    these rows or lines alone
+    panels=<name,...>  these panels of a figure alone
+    folds=<n,...>      these folds alone; their record is written only once all ten are run together
+    jobs=<n>           runs at a time; several have one thread each
+    again              run what has a record, too
+    list               print the commands and run nothing
+
+Everything else goes to train.py. What has a record in results/ is not run; finished runs of runs/ are not trained
+again, interrupted ones resume. Overrides that make it another experiment are in the name of the record, which no page
+shows. `python scripts/report.py` renders the pages.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from phantom.engine.artifacts import records  # noqa: E402
-from phantom.engine.errors import ConfigError  # noqa: E402
-from phantom.engine.plan import make_plan  # noqa: E402
-from train import CONFIGS  # noqa: E402
-
-# overrides of train.py under which a run still is a run of its row; the table shows a precision
-SAME_ROW = ("experiment", "scale", "precision", "gradient_precision", "deterministic")
+try:
+    from phantom.engine.errors import UserError
+    from scripts import arguments, studies
+    from scripts.running import process
+    from scripts.running import study as running
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 
-class Job(NamedTuple):
-    """One run: its command line, its record, and where the record is kept."""
-
-    overrides: list[str]
-    record: Path
-    kept: Path
-
-
-def jobs_of(row: str, overrides: Sequence[str]) -> Iterator[Job]:
-    """Yield one job per repeat of an experiment; `repeats` is this script's, the rest is for train.py.
-
-    Raises:
-        ConfigError: the overrides do not compose, or set the seed.
-    """
-    if any(item.startswith("seed=") for item in overrides):
-        raise ConfigError("seed is set by this script, from 0 to repeats - 1; use train.py for another one")
-    made = make_plan([f"experiment={row}", *overrides], CONFIGS)
-    config, label = made.config, made.label
-    items = [f"experiment={row}", *(item for item in overrides if not item.startswith("repeats="))]
-    other = [item for item in items if item.split("=")[0] not in SAME_ROW]
-    extra = records.run_folder(Path(), label, other, 0).parent.name
-    kept = ROOT / "results" / (label if extra == "default" else f"{label}@{extra}")
-    for seed in range(config["repeats"]):
-        folder = ROOT / records.run_folder(made.root, label, items, seed)
-        yield Job([*items, f"seed={seed}"], folder / "record.json", kept / f"seed{seed}.json")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run a table: its name first, then rows=..., list, and overrides of train.py."""
-    tables = sorted({name.split("/")[0] for name in CONFIGS.leaves("experiment")})
-    if not arguments or arguments[0] not in tables:
-        sys.exit(f"error: name a table first, one of {', '.join(tables)}\n{__doc__}")
-    table, *rest = arguments
-    known = [name.removeprefix(f"{table}/") for name in CONFIGS.leaves("experiment") if name.startswith(f"{table}/")]
-    named = [row for item in rest if item.startswith("rows=") for row in item.removeprefix("rows=").split(",")]
-    unknown = [row for row in named if row not in known]
-    if unknown:
-        sys.exit(f"error: {table} has no row {', '.join(unknown)}; it has {', '.join(known)}")
-    overrides = [item for item in rest if item != "list" and not item.startswith("rows=")]
+def main(items: Sequence[str]) -> None:
+    """Run a study: its name first, then the items of this command, and overrides of train.py."""
+    known = [name for name in studies.names() if running.rows_of(studies.load(name))]
+    name = items[0] if items else ""
+    own, words, overrides = arguments.split(
+        items[1:] if name in known else [item for item in items if item.startswith("-")],
+        doc=__doc__,
+        own=("rows", "panels", "folds", "jobs"),
+        words=("list", "again"),
+    )
+    if name not in known:
+        other = f"{name} is no study of training runs, results/README.md has its command; " * (name in studies.names())
+        arguments.fail(f"{other}name a study first, one of {', '.join(known)}")
+    study, jobs = studies.load(name), arguments.count(own, "jobs", None)
     try:
-        jobs = [job for row in named or known for job in jobs_of(f"{table}/{row}", overrides)]
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    for job in jobs:
-        print(shlex.join(["python", "train.py", *job.overrides]), flush=True)
-        if "list" in rest:
+        works = running.works(study, own, overrides, again="again" in words)
+    except UserError as error:
+        arguments.fail(str(error))
+    if not works:
+        print(f"nothing is missing in {study['name']}; `again` runs it once more", file=sys.stderr)
+    for work in works:
+        if "list" in words:
+            print(*(run.line() for run in work.runs), sep="\n")
             continue
-        if subprocess.run([sys.executable, str(ROOT / "train.py"), *job.overrides], cwd=ROOT).returncode:
-            sys.exit("error: that run failed, see above; start again to resume there")
-        records.write_json(job.kept, json.loads(job.record.read_text()))
+        try:
+            process.execute(work, jobs)
+        except RuntimeError as error:
+            arguments.fail(str(error))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ results/<study>/study.yaml has a `title`, and what the study shows:
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,8 @@ def load(name: str) -> dict[str, Any]:
     """Return the definition of a study, with its `name` and its `folder`."""
     folder = results() / name
     return {"name": name, "folder": folder, **yaml.safe_load((folder / "study.yaml").read_text())}
+
+
+def curves(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a figure kept in `path`, one entry a panel and line; none where nothing has been run."""
+    return json.loads(path.read_text())["runs"] if path.exists() else []

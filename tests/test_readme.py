@@ -16,7 +16,9 @@ import phantom
 from phantom.engine.config.overrides import change, expand
 from phantom.gradient.adjoint import AdjointEstimator
 from phantom.solve import solve
-from scripts import reproduce
+from scripts import benchmark, reproduce, studies
+from scripts.arguments import split
+from scripts.running import process
 from tests.plans import plan
 from train import CONFIGS
 
@@ -88,10 +90,20 @@ def test_evaluation_lines_fit_a_run(command):
 def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
     lines = [shlex.split(line) for line in commands() if line.startswith("python scripts/")]
     assert len(lines) >= 3 and all((ROOT / line[1]).is_file() for line in lines)
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be run"))
-    for line in lines:
-        if line[1].endswith("reproduce.py"):
-            reproduce.main([*line[2:], *([] if "list" in line else ["list"])])
+    monkeypatch.setattr(process, "train", lambda *_, **__: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(benchmark.suite, "run", lambda study, rows, **_: [] if rows else pytest.fail("no row"))
+    monkeypatch.setattr(benchmark.pages, "write", lambda study: None)
+    for _, script, *items in lines:
+        if script.endswith("reproduce.py"):
+            reproduce.main([*items, *([] if "list" in items else ["list"])])
+        elif script.endswith("report.py"):
+            assert set(items) <= set(studies.names())
+        elif "suite" in items:
+            benchmark.main(items)
+        else:
+            own, _, overrides = split(items, doc="", own=benchmark.OWN)
+            benchmark.read(own)
+            assert expand(overrides)
     assert len(capsys.readouterr().out.splitlines()) > 10
 
 

@@ -26,7 +26,7 @@ def check_fold(fold: int) -> None:
     """Raise unless `fold` is one of 0..9."""
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < NUM_FOLDS:
         raise ValueError(
-            f"fold={fold!r} must be an integer 0..{NUM_FOLDS - 1}: a run trains one fold, scripts/folds.py runs all ten"
+            f"fold={fold!r} must be an integer 0..{NUM_FOLDS - 1}: a run trains one, scripts/reproduce.py all ten"
         )
 
 

@@ -38,7 +38,7 @@ class TorchDEQ(nn.Module):
             from torchdeq import get_deq
         except ImportError as error:
             raise PeerError(
-                "--peer torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
+                "peer=torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
                 "`pip install --no-deps --target peers torchdeq`, with PYTHONPATH=peers"
             ) from error
         self.clock = nullcontext

@@ -211,6 +211,6 @@ def test_the_benchmark_replays_its_steps(options):
     """A step before the capture must leave no graph alive: its nodes belong to another stream."""
     sizes = ["batch=4", "size=16", "k=2", "lam=0.5", "solver.max_steps=4", "adjoint_solver.max_steps=4"]
     ours = ["model=mdeq_tiny", "grad=upg,implicit", "cuda_graph=true", "precision=tf32", *sizes, *options]
-    rows = benchmark.main([*ours, "--repeats", "2"])["rows"]
+    rows = benchmark.main([*ours, "repeats=2"])["rows"]
     assert len(rows) == 4, "each with its floor"
     assert all(row["seconds"][phase]["low"] > 0 for row in rows for phase in ("solve", "backward"))

@@ -5,7 +5,7 @@ import torch
 
 from phantom.engine.errors import ConfigError
 from phantom.engine.measure.timing import StepTimer
-from scripts.bench import measure, report, variants
+from scripts.bench import measure, ratios, variants
 from scripts.bench.unhoisted import UnhoistedCell
 
 SMALL = [
@@ -80,5 +80,5 @@ def test_the_ratio_of_hoisting_pairs_rows_that_differ_in_nothing_else():
         row = measure.Row(setting, variants.make(setting, torch.device("cpu")), "ours", times=[{"rest": 1.0}])
         row.floor = row
         rows.append(row)
-    pairs = [(item["a"], item["b"]) for item in report.ratios(rows)["hoisting"]]
+    pairs = [(item["a"], item["b"]) for item in ratios.ratios(rows)["hoisting"]]
     assert pairs == [(f"{name} hoist=False", f"{name} hoist=True") for name in ("upg k=5", "implicit")]

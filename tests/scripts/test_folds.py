@@ -5,7 +5,9 @@ import statistics
 
 import pytest
 
-from scripts import folds, training
+from phantom.engine.errors import ConfigError
+from scripts import reproduce, studies
+from scripts.running import folds, process
 
 FACTS = {
     "label": "table4/cox2_implicit",
@@ -70,20 +72,67 @@ def test_curves_are_read_by_split(tmp_path):
         {"kind": "eval", "split": "test", "epoch": 1, "accuracy": 4.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert training.curve(tmp_path, "valid", "accuracy") == ([0], [2.0])
-    assert training.curve(tmp_path, "test", "accuracy") == ([0, 1], [3.0, 4.0])
-    assert training.curve(tmp_path, "train", "accuracy") == ([], [])
+    assert process.curve(tmp_path, "valid", "accuracy") == ([0], [2.0])
+    assert process.curve(tmp_path, "test", "accuracy") == ([0, 1], [3.0, 4.0])
+    assert process.curve(tmp_path, "train", "accuracy") == ([], [])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["experiment=chains/implicit"], "no folds"),
-        (["experiment=table4/cox2_implicit", "data.fold=3"], "only=3"),
-        (["experiment=table4/cox2_implicit", "only=10"], "from 0 to 9"),
-        (["experiment=table4/nothing"], "error"),
+        (["chains", "folds=3"], "no folds"),
+        (["table4", "rows=cox2_implicit", "data.fold=3"], "folds=3"),
+        (["table4", "rows=cox2_implicit", "seed=3"], "seed is set"),
+        (["table4", "rows=cox2_implicit", "repeats=3"], "one run per fold"),
+        (["table4", "rows=cox2_implicit", "folds=10"], "no fold 10; it has 0, .*, 9"),
+        (["table4", "rows=nothing"], "error: table4 has no row nothing"),
     ],
 )
 def test_impossible_commands(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        folds.main(arguments)
+        reproduce.main(arguments)
+
+
+def test_an_experiment_without_folds_has_none():
+    with pytest.raises(ConfigError, match="chains/implicit has no folds"):
+        folds.work("chains/implicit", [])
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Train nothing: leave the log and the record that a fold would have left, and note the command lines."""
+    lines = []
+
+    def train(overrides, folder, *, alone):
+        assert not alone, "a thread each"
+        lines.append(overrides)
+        fold = int(folder.name.removeprefix("seed")) - 42
+        folder.mkdir(parents=True)
+        rows = [{"kind": "eval", "split": "test", "epoch": i, "accuracy": 50.0 + fold + i} for i in range(2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = {"test": {"accuracy": 51.0 + fold}}
+        return {**FACTS, "seed": 42 + fold, "final": scores, "best": scores, "overrides": overrides}
+
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(process, "train", train)
+    return lines
+
+
+def test_ten_folds_leave_one_record(trained, tmp_path):
+    process.execute(folds.work("table4/cox2_implicit", ["data.root=/data"]), 3)
+    record = json.loads((tmp_path / "results/table4/cox2_implicit.json").read_text())
+    assert [item["fold"] for item in record["folds"]] == list(range(10))
+    assert record["protocols"]["last_epoch"]["values"] == [51.0 + fold for fold in range(10)]
+    assert record["wall_seconds"] >= 0
+    assert sorted(trained, key=lambda line: int(line[-1][5:])) == [
+        ["experiment=table4/cox2_implicit", "data.root=/data", f"data.fold={fold}", f"seed={42 + fold}"]
+        for fold in range(10)
+    ]
+
+
+def test_other_overrides_are_in_the_name_and_some_folds_leave_none(trained, tmp_path):
+    process.execute(folds.work("table4/cox2_implicit", ["epochs=2"], [0, 3]), None)
+    assert len(trained) == 2 and not (tmp_path / "results").exists()
+    process.execute(folds.work("table4/cox2_implicit", ["epochs=2", "scale=smoke"]), None)
+    kept = [path.name for path in (tmp_path / "results" / "table4").iterdir()]
+    assert kept == ["cox2_implicit@smoke@epochs=2.json"]

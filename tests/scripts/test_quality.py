@@ -21,7 +21,7 @@ def result(tmp_path_factory):
     trainer = build_trainer(plan(job))
     trainer.fit(resume=False)
     out = folder / "quality.json"
-    quality.main([f"run={trainer.folder}", "images=3", "--out", str(out)])
+    quality.main([f"run={trainer.folder}", "images=3", f"out={out}"])
     return json.loads(out.read_text()) | {"text": out.with_suffix(".md").read_text()}
 
 

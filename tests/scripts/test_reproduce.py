@@ -1,41 +1,34 @@
-"""reproduce.py runs the rows of a table, every repeat, and keeps a record only where it belongs."""
+"""reproduce.py runs the rows that a study lacks, every repeat, and keeps a record only where it belongs."""
 
 import json
 import shlex
-import subprocess
+import shutil
 
 import pytest
 
-from scripts import reproduce
+from scripts import reproduce, studies
+from scripts.running import process
 from tests.plans import composed
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Run nothing: note the overrides, and leave the record that train.py would have left."""
+    """Run nothing: note the overrides, and return the record that train.py would have left."""
     seen = []
 
-    def fake(command, cwd):
-        assert command[1].endswith("train.py")
-        seen.append(command[2:])
-        config, _ = composed(command[2:])
-        failed = config["k"] == 9 if "k" in config else False
-        if not failed:
-            (job,) = [job for job in jobs if job.overrides == command[2:]]
-            job.record.parent.mkdir(parents=True)
-            job.record.write_text(json.dumps({"overrides": command[2:]}))
-        return subprocess.CompletedProcess(command, int(failed))
+    def fake(overrides, folder, *, alone):
+        assert alone, "its output is shown"
+        seen.append(overrides)
+        config, _ = composed(overrides)
+        if config.get("k") == 9:
+            raise RuntimeError("that run failed")
+        return {"overrides": overrides}
 
-    jobs, original = [], reproduce.jobs_of
-
-    def noted(*arguments):
-        found = list(original(*arguments))
-        jobs.extend(found)
-        return found
-
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    monkeypatch.setattr(reproduce, "jobs_of", noted)
-    monkeypatch.setattr(reproduce.subprocess, "run", fake)
+    for path in (studies.ROOT / "results").glob("table*/study.yaml"):
+        (tmp_path / "results" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "results" / path.parent.name)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(process, "train", fake)
     return seen
 
 
@@ -55,6 +48,22 @@ def test_every_repeat_of_the_rows_asked_for(ran, tmp_path):
     assert record["overrides"] == ran[3]
 
 
+def test_what_has_a_record_is_not_run_unless_asked_for(ran, tmp_path, capsys):
+    reproduce.main(["table1", "rows=implicit", "repeats=1"])
+    reproduce.main(["table1", "rows=implicit", "repeats=2"])
+    assert [line[-1] for line in ran] == ["seed=0", "seed=1"]
+    reproduce.main(["table1", "rows=implicit", "repeats=2"])
+    assert len(ran) == 2 and "nothing is missing in table1; `again`" in capsys.readouterr().err
+    reproduce.main(["table1", "rows=implicit", "repeats=2", "again"])
+    assert len(ran) == 4
+    (tmp_path / "results/table4/cox2_implicit.json").write_text("{}")
+    reproduce.main(["table4", "rows=cox2_implicit,cox2_upg_k5_lam0.5", "list"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "table4" in line]
+    assert [line[2:4] for line in lines] == [
+        ["experiment=table4/cox2_upg_k5_lam0.5", f"data.fold={fold}"] for fold in range(10)
+    ]
+
+
 def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_path):
     reproduce.main(["table3", "rows=imagenet_upg", "scale=smoke"])
     reproduce.main(["table3", "rows=imagenet_upg", "k=3"])
@@ -64,7 +73,7 @@ def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_
 def test_a_list_of_all_commands_composes_and_runs_nothing(ran, tmp_path, capsys):
     reproduce.main(["table1", "list", "data.root=/my data"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 * 6 and not ran and not (tmp_path / "results").exists()
+    assert len(lines) == 8 * 6 and not ran and not kept(tmp_path)
     words = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "train.py"] and "data.root=/my data" in line for line in words)
     seeds = [composed(line[2:])[0]["seed"] for line in words[:6]]
@@ -80,15 +89,23 @@ def test_a_failed_run_ends_it_and_keeps_what_was_there(ran, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a table first, one of chains, .*table1"),
-        (["table9"], "name a table first"),
+        ([], "name a study first, one of table1"),
+        (["table9"], "name a study first"),
         (["table1", "rows=implicit,upg"], "table1 has no row upg; it has implicit, "),
         (["table1", "seed=3"], "seed is set by this script"),
         (["table1", "rows=implicit", "k=3"], "k is not used"),
         (["table1", "rows=implicit", "scale=tiny"], "choose one of gpu, paper, smoke"),
+        (["table1", "jobs=0"], "jobs=0 must be an integer >= 1"),
+        (["table1", "folds=3"], "table1 has no folds"),
+        (["table1", "--list"], "no flags here but --help"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(ran, arguments, message):
     with pytest.raises(SystemExit, match=f"(?i){message}"):
         reproduce.main(arguments)
     assert not ran
+
+
+def test_a_study_of_another_kind_says_where_to_look():
+    with pytest.raises(SystemExit, match=r"benchmark/cpu is no study of training runs, results/README\.md has its"):
+        reproduce.main(["benchmark/cpu"])

@@ -1,47 +1,43 @@
-"""The tables of a whole suite: every comparison of its rows on one page."""
+"""The page of a whole suite of benchmarks: every comparison of its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.bench.report import growth_table, interval_cell
+from scripts.reporting import markdown
+from scripts.reporting.benchmarks import growth_table, interval_cell
+
+SPEED = ("model", "variant", "torchdeq / ours", "ours / floor")
+SPEED += ("solver memory, ours / torchdeq", "syncs in the solve")
+IMPLICIT = ("model", "against", "total", "backward", "total in torchdeq", "backward in torchdeq", "the paper")
 
 
 def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> str:
-    """Return one page of Markdown from (title of a row, what the paper reports for it, result of its benchmark)."""
-    found = {key: [] for key in ("speed", "implicit", "growth")}
+    """Return the page from (title of a row, the paper's number for it, result of its benchmark)."""
+    speed, implicit, growth = [], [], []
     for name, paper, result in results:
         grown = growth_table(result)
         if grown:  # at a size chosen for that, whose times tell nothing
-            found["growth"] += ["", f"## {name}", "", *grown]
+            growth += [f"## {name}", grown]
             continue
-        found["speed"] += [f"| {name} | {cells} |" for cells in _speed(result)]
-        found["implicit"] += [f"| {name} | {cells} | {paper} |" for cells in _implicit(result)]
+        speed += [[name, *cells] for cells in _speed(result)]
+        implicit += [[name, *cells, paper] for cells in _implicit(result)]
     machines = sorted({result["about"]["machine"] for _, _, result in results})
     clocks = sorted({result["about"]["clock"] for _, _, result in results})
-    lines = [
+    return markdown.page(
         f"# {title}",
-        "",
         f"{', '.join(machines)}; clock: {', '.join(clocks)}. Ratios of whole training steps paired by round: median, "
         "and the interval that holds it at 95 %. The floor of a step is its evaluations of f, their backward passes "
         "and vjps, the rest of the model, and nothing else, with the same cell.",
-        "",
-        "| model | variant | torchdeq / ours | ours / floor | solver memory, ours / torchdeq | syncs in the solve |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        *found["speed"],
-        "",
+        markdown.table(SPEED, speed, "llrrrr"),
         "## Implicit differentiation over phantom gradients",
-        "",
-        "| model | against | total | backward | total in torchdeq | backward in torchdeq | the paper |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-        *found["implicit"],
-        *found["growth"],
-    ]
-    return "\n".join(lines) + "\n"
+        markdown.table(IMPLICIT, implicit, "llrrrrl"),
+        *growth,
+    )
 
 
-def _speed(result: dict[str, Any]) -> list[str]:
+def _speed(result: dict[str, Any]) -> list[list[str]]:
     overheads = {item["a"]: item for item in result["ratios"]["overhead"]}
     peers = {item["b"]: item for item in result["ratios"]["speedup"]}
     rows = {row["label"]: row for row in result["rows"]}
@@ -52,13 +48,12 @@ def _speed(result: dict[str, Any]) -> list[str]:
         traced = other is not None and "peak_bytes" in row and "peak_bytes" in other
         memory = f"{row['peak_bytes']['solver'] / other['peak_bytes']['solver']:.2f}" if traced else ""
         syncs = str(row["syncs"]["solve"]) if "syncs" in row else ""
-        cells = [label, interval_cell(peer, "total"), interval_cell(overhead, "total"), memory, syncs]
-        found.append(" | ".join(cells))
+        found.append([label, interval_cell(peer, "total"), interval_cell(overhead, "total"), memory, syncs])
     return found
 
 
-def _implicit(result: dict[str, Any]) -> list[str]:
-    """Return a line per pair of ours, beside the same pair of torchdeq where it was timed."""
+def _implicit(result: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of every pair of ours, beside the same pair of torchdeq where it was timed."""
     pairs = result["ratios"]["implicit"]
     peer_of = {item["b"]: item["a"] for item in result["ratios"]["speedup"]}
     theirs = {(item["a"], item["b"]): item for item in pairs}
@@ -67,6 +62,5 @@ def _implicit(result: dict[str, Any]) -> list[str]:
         if item["a"].startswith("torchdeq"):
             continue
         other = theirs.get((peer_of.get(item["a"]), peer_of.get(item["b"])))
-        cells = [interval_cell(x, part) for x in (item, other) for part in ("total", "backward")]
-        found.append(" | ".join([item["b"], *cells]))
+        found.append([item["b"], *(interval_cell(x, part) for x in (item, other) for part in ("total", "backward"))])
     return found

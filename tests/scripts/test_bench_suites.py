@@ -2,8 +2,9 @@
 
 import torch
 
-from scripts.bench import measure, report, summary, variants
+from scripts.bench import measure, variants
 from scripts.bench.growth import measure_growth
+from scripts.reporting import benchmarks, suites
 
 SMALL = ["model=mdeq_tiny", "batch=1", "size=4", "solver.max_steps=2"]
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def test_a_page_pairs_ours_with_its_floor_its_peer_and_the_peers_own_ratio():
             ],
         },
     }
-    page = summary.render("Page", [("Model", "1.4x", result)])
+    page = suites.render("Page", [("Model", "1.4x", result)])
     assert "| Model | upg k=5 | 1.90 [1.80, 2.00] | 1.05 [0.95, 1.15] | 0.50 | 0 |" in page
     numbers = "1.50 [1.40, 1.60] | 3.50 [3.40, 3.60] | 1.70 [1.60, 1.80] | 5.50 [5.40, 5.60]"
     assert f"| Model | upg k=5 | {numbers} | 1.4x |" in page
@@ -51,7 +52,7 @@ def test_growth_counts_what_a_step_leaves_behind():
     assert [r.facts["growth"]["tensors"] for r in rows] == [0, 5]
     assert [r.facts["growth"]["bytes"] for r in rows] == [0, 20_000]
     facts = [{"label": r.variant.label, "growth": r.facts["growth"]} for r in rows]
-    table = report.growth_table({"rows": facts})
+    table = benchmarks.growth_table({"rows": facts}).splitlines()
     assert table[-1].startswith(f"| {rows[1].variant.label} | 5 | +5 | +20000 | ")
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from phantom.engine.artifacts import records
-from scripts import report
+from scripts import report, studies
+from scripts.reporting import tables
 
 HEAD = {"title": "T", "metric": "accuracy", "split": "test", "std": "sample"}
 
@@ -27,7 +28,7 @@ def record(best: float, last: float, **changes) -> dict:
 @pytest.fixture
 def keep(tmp_path, monkeypatch):
     """Return a function that commits records of an experiment, in a repository of its own."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
 
     def write(name: str, *found: dict) -> None:
         for seed, content in enumerate(found):
@@ -39,7 +40,7 @@ def keep(tmp_path, monkeypatch):
 def table(*rows: dict, **changes) -> list[dict[str, str]]:
     """Return the rows of a rendered table by column."""
     rows = [{"name": row["experiment"], "paper": "90.0", **row} for row in rows]
-    lines = [line for line in report.render({**HEAD, **changes, "rows": rows}).splitlines() if line.startswith("|")]
+    lines = [line for line in tables.render({**HEAD, **changes, "rows": rows}).splitlines() if line.startswith("|")]
     cells = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
     assert len({len(line) for line in cells}) == 1 and set(cells[1]) == {"---"}
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
@@ -117,5 +118,5 @@ def test_no_speed_between_runs_that_differ_in_more_than_their_method(keep, other
 
 
 def test_unknown_tables_are_refused():
-    with pytest.raises(SystemExit, match=r"no table table9; choose from .*table1"):
+    with pytest.raises(SystemExit, match=r"no study table9; choose from .*table1"):
         report.main(["table9"])

@@ -3,7 +3,9 @@
 import pytest
 
 from phantom.engine.artifacts import records
-from scripts import folds, report
+from scripts import studies
+from scripts.reporting import tables
+from scripts.running import folds
 from tests.scripts.test_folds import run
 
 TABLE = {
@@ -18,12 +20,12 @@ TABLE = {
 
 @pytest.mark.parametrize("dirty", [False, True])
 def test_a_row_is_the_record(tmp_path, monkeypatch, dirty):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
     runs = [run(0, [70.0, 90.0, 80.0]), run(1, [60.0, 70.0, 74.0])]
     for commit, item in zip(("aaaaaaaaaa", "bbbbbbbbbb"), runs, strict=True):
         item |= {"commit": commit, "dirty": dirty}
     records.write_json(tmp_path / "results" / "table4" / "cox2_implicit.json", folds.summarise(runs, [0, 1]))
-    first, second = report.render_folds(TABLE).splitlines()[-2:]
+    first, second = tables.render(TABLE).splitlines()[-2:]
     # best epochs 90 and 74, last ones 80 and 74: population deviations 8 and 3
     mark = "*" if dirty else ""
     assert first == (

@@ -1,0 +1,84 @@
+"""The one dialect of the commands here: `key=value` items as for train.py, bare words, and --help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+
+class Arguments(NamedTuple):
+    """A command line, taken apart.
+
+    Args:
+        own: the items whose key belongs to the command.
+        words: the bare words.
+        overrides: all other items, for train.py.
+    """
+
+    own: dict[str, str]
+    words: list[str]
+    overrides: list[str]
+
+
+def split(
+    arguments: Sequence[str], *, doc: str | None, own: Sequence[str] = (), words: Sequence[str] = ()
+) -> Arguments:
+    """Take a command line apart; print `doc` and end the program where --help is asked for.
+
+    Args:
+        own: keys of the command itself.
+        words: bare words that are allowed.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print((doc or "").strip())
+        raise SystemExit(0)
+    found = Arguments({}, [], [])
+    for item in arguments:
+        key, equals, value = item.partition("=")
+        if item.startswith("-"):
+            fail(f"{item} is not known: there are no flags here but --help; write key=value")
+        if not equals:
+            if item not in words:
+                allowed = f"neither one of {', '.join(words)}, nor" if words else "not"
+                fail(f"{item!r} is {allowed} of the form key=value; see --help")
+            found.words.append(item)
+        elif key not in own:
+            found.overrides.append(item)
+        elif key in found.own:
+            fail(f"{key} is given twice: {key}={found.own[key]} and {item}")
+        else:
+            found.own[key] = value
+    return found
+
+
+def count(own: dict[str, str], key: str, default: int | None, least: int = 1) -> int | None:
+    """Return the integer of an item, or the default where it is not given."""
+    if key not in own:
+        return default
+    if not own[key].isdecimal() or int(own[key]) < least:
+        fail(f"{key}={own[key]} must be an integer >= {least}")
+    return int(own[key])
+
+
+def choice(own: dict[str, str], key: str, allowed: Sequence[str], default: str | None) -> str | None:
+    """Return the value of an item, or the default where it is not given."""
+    if key in own and own[key] not in allowed:
+        fail(f"{key}={own[key]} is not known; choose {' or '.join(allowed)}")
+    return own.get(key, default)
+
+
+def some(own: dict[str, str], key: str, allowed: Sequence[str], where: str) -> list[str]:
+    """Return the comma-separated names of an item, or all that are allowed where it is not given."""
+    if key not in own:
+        return list(allowed)
+    wanted = list(dict.fromkeys(own[key].split(",")))
+    unknown = [name for name in wanted if name not in allowed]
+    if unknown:
+        fail(f"{where} has no {key.removesuffix('s')} {', '.join(unknown)}; it has {', '.join(allowed)}")
+    return wanted
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one sentence for the user."""
+    sys.exit(f"error: {message}")

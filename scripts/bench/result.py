@@ -1,0 +1,95 @@
+"""One benchmark: its variants are built, timed in turn, and compared."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from phantom.engine.artifacts.records import environment
+from phantom.engine.machine.allocator import keep_freed_memory
+from phantom.engine.measure.timing import StepTimer
+from scripts.bench import measure, ratios, variants
+from scripts.bench.growth import measure_growth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to measure.
+
+    Args:
+        clock: wall (on a GPU, its events), or cpu: the CPU time of this process.
+        threads: of torch; None for torch's own number.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        peer: whether to time torchdeq, too.
+        growth: then count what this number of steps leaves in memory; None for not.
+    """
+
+    clock: Literal["wall", "cpu"]
+    threads: int | None
+    device: str
+    repeats: int
+    warmup: int
+    peer: bool
+    growth: int | None
+    title: str
+
+
+def take(overrides: Sequence[str], options: Options, *, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the result of a benchmark: `about`, `rows` and `ratios`.
+
+    Args:
+        overrides: those of train.py and of the benchmark, see scripts/bench/variants.py.
+        command: what was typed; it is kept with the numbers.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+        PeerError: torchdeq is not installed, or has nothing that corresponds.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
+    timer = StepTimer(device, clock=options.clock)
+    rows = measure.build_rows(variants.settings(overrides), device, timer, peer=options.peer)
+    measure.run(rows, timer, repeats=options.repeats, warmup=options.warmup, say=say)
+    if options.growth is not None:
+        measure_growth(rows, options.growth, device)
+    return {
+        "about": {
+            "title": options.title,
+            "command": command,
+            "machine": machine(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            **environment(device),
+            "clock": "cpu time of the process" if options.clock == "cpu" else f"wall ({device.type})",
+            "repeats": options.repeats,
+            "date": datetime.date.today().isoformat(),
+        },
+        "rows": [ratios.row_numbers(row) for row in rows],
+        "ratios": ratios.ratios(rows),
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write the numbers of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of the device that does the work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

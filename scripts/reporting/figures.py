@@ -1,0 +1,60 @@
+"""Figures of curves: panels beside each other, a line per experiment; and their numbers as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scripts.reporting import markdown
+
+
+def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """Return the page of the figure's numbers: last and best value of every run; -- means not run."""
+    panels = [panel["name"] for panel in figure["panels"]]
+    about = "Last value, in brackets the best and the epoch it was first reached (from 0); -- means not run."
+    found = {(entry["panel"], entry["line"]): entry for entry in entries}
+    rows = [[line["name"], *(_cell(found.get((panel, line["name"]))) for panel in panels)] for line in figure["lines"]]
+    commits = sorted({(entry["commit"] or "none")[:8] for entry in entries})
+    source = f"Commit {', '.join(commits) or '--'}. The curves are in `curves.json`, drawn in `curves.png`."
+    return markdown.page(f"# {figure['title']}", about, markdown.table(["", *panels], rows), source)
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "--"
+    values = entry["values"]
+    top = max(values)
+    return f"{values[-1]:.1f} ({top:.1f}, {entry['epochs'][values.index(top)]})"
+
+
+def draw(figure: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> None:
+    """Draw the figure into `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = figure["panels"]
+    canvas, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    names = [line["name"] for line in figure["lines"]]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for entry in entries:
+            if entry["panel"] == panel["name"]:
+                place = names.index(entry["line"])  # the first line lies on top
+                style = {"color": f"C{place}", "zorder": 3 - 0.1 * place, "linewidth": 1.2}
+                axis.plot(entry["epochs"], entry["values"], label=entry["line"], **style)
+        axis.set(title=panel["name"], xlabel="epoch")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"{figure['split']} {figure['metric']}")
+    handles = {handle.get_label(): handle for axis in axes[0] for handle in axis.get_lines()}
+    canvas.legend(
+        [handles[name] for name in names if name in handles],
+        [name for name in names if name in handles],
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+    )
+    canvas.savefig(path, dpi=120)
+    pyplot.close(canvas)

@@ -1,0 +1,96 @@
+"""The pages of every study, and the index of all: text from records, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts import studies
+from scripts.reporting import benchmarks, figures, markdown, quality, suites, tables
+
+
+def of(study: dict[str, Any]) -> dict[Path, str]:
+    """Return the text of every page of a study that has something to show, by the path it is kept at."""
+    folder, found = study["folder"], {}
+    for name, table in study.get("tables", {}).items():
+        found[folder / f"{name}.md"] = tables.render(table)
+    if "figure" in study:
+        entries = studies.curves(folder / "curves.json")
+        found[folder / "curves.md"] = figures.table(study["figure"], entries)
+    if "benchmark" in study:
+        rows = study["benchmark"]["rows"]
+        results = {row["name"]: _read(folder / f"{row['name']}.json") for row in rows}
+        shown = [(row, results[row["name"]]) for row in rows if results[row["name"]] is not None]
+        found |= {folder / f"{row['name']}.md": benchmarks.render(result) for row, result in shown}
+        if shown:
+            parts = [(row["title"], row.get("paper", ""), result) for row, result in shown]
+            found[folder / "summary.md"] = suites.render(study["title"], parts)
+    for name in study.get("quality", []):
+        found[folder / f"{name}.md"] = quality.render(_read(folder / f"{name}.json"))
+    return found
+
+
+def write(study: dict[str, Any]) -> dict[Path, str]:
+    """Write the pages of a study, and its figure once there is something to draw; return the pages."""
+    found = of(study)
+    for path, text in found.items():
+        path.write_text(text)
+    if "figure" in study:
+        entries = studies.curves(study["folder"] / "curves.json")
+        if entries:
+            figures.draw(study["figure"], entries, study["folder"] / "curves.png")
+    return found
+
+
+def write_benchmark(path: Path) -> str:
+    """Write the page of a benchmark's result beside it, and return it."""
+    return _beside(path, benchmarks.render(_read(path)))
+
+
+def write_quality(path: Path) -> str:
+    """Write the page of a comparison of estimators beside it, and return it."""
+    return _beside(path, quality.render(_read(path)))
+
+
+def write_index() -> None:
+    """Write results/README.md."""
+    (studies.results() / "README.md").write_text(index())
+
+
+def index() -> str:
+    """Return the list of all studies, with their pages and the commands that fill them."""
+    rows = []
+    for study in map(studies.load, studies.names()):
+        files = [f"[{path.stem}]({path.relative_to(studies.results()).as_posix()})" for path in _front(study)]
+        rows.append([study["name"], study["title"], ", ".join(files), f"`{_command(study)}`"])
+    return markdown.page(
+        "# Results",
+        "A folder with a `study.yaml` is a study: its definition, its records (`.json`), and its pages, which "
+        "`python scripts/report.py [study ...]` renders from the records and from nothing else, this one included. "
+        "The last column runs what a study lacks. What was learnt on the way is in [log.md](log.md).",
+        markdown.table(["study", "", "pages", "command"], rows),
+    )
+
+
+def _front(study: dict[str, Any]) -> list[Path]:
+    """Return the pages of a study that stand for the rest."""
+    pages = list(of(study))
+    return [path for path in pages if path.stem == "summary"] or pages
+
+
+def _command(study: dict[str, Any]) -> str:
+    if "benchmark" in study:
+        return f"python scripts/benchmark.py suite {study['name'].removeprefix('benchmark/')}"
+    if "quality" in study:
+        return f"python scripts/quality.py run=<folder> out={study['folder'].relative_to(studies.ROOT)}/<name>.json"
+    return f"python scripts/reproduce.py {study['name']}"
+
+
+def _beside(path: Path, text: str) -> str:
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,145 @@
+"""Tables of the records of experiments: a row per experiment, over its seeds or over its folds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from scripts import studies
+from scripts.reporting import markdown
+
+SCALES = ("paper", "gpu", "smoke")
+
+
+def render(table: dict[str, Any]) -> str:
+    """Return the page of a table; one with `protocols` is over folds, any other over seeds."""
+    return _folds(table) if "protocols" in table else _seeds(table)
+
+
+def _seeds(table: dict[str, Any]) -> str:
+    """Return the paper's number, ours by the paper's protocol, and the honest one."""
+    metric, split, std = table["metric"], table["split"], table["std"]
+    groups: dict[str, dict[str, Any]] = {}
+    for row in table["rows"]:
+        groups.setdefault(row.get("group"), row)
+    timed = list(groups) != [None]
+    heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
+    heads[7:7] = ["training h", "speed", "paper's speed"] if timed else []
+    about = (
+        f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
+        f"mean ± {std} std (n runs). Smaller budgets are labelled; * marks uncommitted changes; -- means not run. "
+        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
+        + (" Training time is the median step times the steps; speed is relative to the first row." if timed else "")
+    )
+    rows = []
+    for row in table["rows"]:
+        scale, records = records_of(row["experiment"])
+        best = [record["best"][split][metric] for record in records]
+        last = [record["final"][split][metric] for record in records]
+        cells = [budget(row, scale, records), *measured(records)]
+        if timed:
+            seconds = training_seconds(records)
+            hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
+            cells[3:3] = [hours, speed(row, groups[row["group"]]), row["speed"]]
+        rows.append([row["name"], row["paper"], cell(best, std, scale), cell(last, std, scale), *cells])
+    return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
+
+
+def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
+    """Return (scale, records) of an experiment at the largest budget that has any."""
+    for scale in SCALES:
+        folder = studies.results() / (experiment if scale == "paper" else f"{experiment}@{scale}")
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        if records:
+            return scale, records
+    return "paper", []
+
+
+def cell(values: list[float], std: str, scale: str) -> str:
+    """Return `mean ± std (n)`, with the label of a smaller budget; `std` is sample or population."""
+    if not values:
+        return "--"
+    mean, label = statistics.fmean(values), "" if scale == "paper" else f" [{scale}]"
+    if len(values) == 1:
+        return f"{mean:.2f} (1){label}"
+    deviation = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
+    return f"{mean:.2f} ± {deviation:.2f} ({len(values)}){label}"
+
+
+def training_seconds(records: list[dict[str, Any]]) -> float | None:
+    """Return the time of a training without evaluations: median step time times steps, the median over the runs."""
+    times = [record["times"]["step"]["median"] * record["steps"] for record in records if "step" in record["times"]]
+    return statistics.median(times) if times else None
+
+
+def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """Return how many times faster `row` trains than the `first` one of its group; -- unless both ran alike."""
+    (scale, records), (other, reference) = records_of(row["experiment"]), records_of(first["experiment"])
+    mine, theirs = training_seconds(records), training_seconds(reference)
+    if mine is None or theirs is None or scale != other:
+        return "--"
+    if len({(record["device"], precision(record)) for record in (*records, *reference)}) > 1:
+        return "--"
+    return f"{theirs / mine:.1f}x"
+
+
+def precision(record: dict[str, Any]) -> str:
+    """Return the precision of a run, and that of its gradient part where it has another one."""
+    own = record["gradient_precision"]
+    return record["precision"] + (f" (gradient part {own})" if own else "")
+
+
+def budget(row: dict[str, Any], scale: str, records: list[dict[str, Any]]) -> str:
+    """Return the scale, the steps and a precision other than float32; a row without a number of the paper is `full`."""
+    if not records:
+        return "--"
+    name = "full" if scale == "paper" and row["paper"] == "--" else scale
+    precisions = {precision(record) for record in records} - {"fp32"}
+    return ", ".join([name, f"{records[0]['steps']} steps", *sorted(precisions)])
+
+
+def measured(records: list[dict[str, Any]]) -> list[str]:
+    """Return the cells on parameters, step time, peak memory and commits."""
+    if not records:
+        return ["--"] * 4
+    steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
+    commits = {(record["commit"] or "none")[:8] + ("*" if record["dirty"] else "") for record in records}
+    return [
+        f"{records[0]['num_parameters']:,}",
+        f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
+        f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
+        ", ".join(sorted(commits)),
+    ]
+
+
+def _folds(table: dict[str, Any]) -> str:
+    """Return the paper's number, and ours by every protocol of scripts/running/folds.py."""
+    protocols = table["protocols"]
+    about = (
+        "mean ± population std. The paper chooses the best test epoch of each fold, which is optimistic; an epoch "
+        "chosen by the other folds, or by validation graphs held out of training, is not. * marks uncommitted changes; "
+        "-- means not run."
+    )
+    heads = ["row", "paper", *protocols.values(), "folds", "parameters", "CPU s per fold", "commit"]
+    rows = []
+    for row in table["rows"]:
+        path = studies.results() / f"{row['experiment']}.json"
+        if path.exists():
+            cells = _folds_cells(json.loads(path.read_text()), list(protocols))
+        else:
+            cells = ["--"] * (len(protocols) + 4)
+        rows.append([row["name"], row["paper"], *cells])
+    return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
+
+
+def _folds_cells(record: dict[str, Any], protocols: list[str]) -> list[str]:
+    results = [record["protocols"].get(name) for name in protocols]
+    seconds = record["cpu_seconds"]
+    return [
+        *("--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}" for result in results),
+        str(len(record["folds"])),
+        f"{record['num_parameters']:,}",
+        f"{seconds['mean']:.0f} ({seconds['min']:.0f} to {seconds['max']:.0f})" if seconds else "--",
+        ", ".join(commit[:8] for commit in record["commit"].split(", ")) + ("*" if record["dirty"] else ""),
+    ]

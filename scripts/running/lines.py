@@ -1,0 +1,60 @@
+"""The lines of a figure: every experiment in every panel, and the curves they leave in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from phantom.engine.errors import ConfigError
+from scripts import studies
+from scripts.running.process import Run, Work, curve, folder_of, plan, variant_of
+
+KEPT = ("label", "overrides", "scale", "seed", "num_parameters", "steps", "cpu_seconds")
+KEPT += ("device", "versions", "commit", "dirty", "started", "finished")
+
+
+def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, panels: Sequence[str], again: bool) -> Work:
+    """Return the runs of some panels that the figure lacks, or all of them.
+
+    The curves go to curves.json in `folder`; with overrides that make it another figure, these are in the file's name.
+
+    Raises:
+        ConfigError: the overrides do not compose, or set the seed.
+    """
+    if any(item.startswith(("seed=", "repeats=")) for item in overrides):
+        raise ConfigError("a line of a figure is one run with its experiment's seed; use train.py for another one")
+    runs, places = [], {}
+    for panel in [panel for panel in figure["panels"] if panel["name"] in panels]:
+        for line in figure["lines"]:
+            items = [f"experiment={line['experiment']}", *figure["overrides"], *panel["overrides"], *overrides]
+            items = list({item.split("=")[0]: item for item in items}.values())  # the last one of a key counts
+            config, label = plan(items)
+            scale = "" if config["scale"] == "paper" else f"@{config['scale']}"
+            kept = folder / f"curves{scale}{variant_of(overrides)}.json"
+            place = (panel["name"], line["name"])
+            if again or place not in {(entry["panel"], entry["line"]) for entry in studies.curves(kept)}:
+                run = Run(", ".join(place), items, folder_of(config, label, items, config["seed"]), kept)
+                runs.append(run)
+                places[run.folder] = place
+
+    def keep(run: Run, record: dict[str, Any]) -> None:
+        panel, line = places[run.folder]
+        entry = {"panel": panel, "line": line, **{key: record[key] for key in KEPT}}
+        epochs, values = curve(run.folder, figure["split"], figure["metric"])
+        entry |= {"metric": figure["metric"], "split": figure["split"], "epochs": epochs, "values": values}
+        entries = {(old["panel"], old["line"]): old for old in studies.curves(run.kept)}
+        entries[panel, line] = entry
+        write(list(entries.values()), run.kept)
+        print(f"{run.name}: best {max(values):.2f}, last {values[-1]:.2f}", flush=True)
+
+    return Work(runs, keep, small=figure.get("small", False))
+
+
+def write(entries: list[dict[str, Any]], path: Path) -> None:
+    """Write the runs, one a line: curves of hundreds of values would fill as many lines each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text('{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n")
+    temporary.replace(path)

@@ -1,0 +1,159 @@
+"""Runs of train.py, each in a process of its own: where one leaves its record, and how several run at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from phantom.engine.artifacts import records
+from phantom.engine.plan import make_plan
+from scripts import studies
+from train import CONFIGS
+
+# overrides under which a run still is a run of its row: a table shows scale and precision
+SAME_ROW = ("experiment", "scale", "precision", "gradient_precision", "deterministic")
+
+
+class Run(NamedTuple):
+    """One run of train.py.
+
+    Args:
+        name: what is printed of it.
+        overrides: its command line.
+        folder: the run folder it leaves.
+        kept: the file of results/ that its record goes to.
+    """
+
+    name: str
+    overrides: list[str]
+    folder: Path
+    kept: Path
+
+    def line(self) -> str:
+        """Return the command that a person would type."""
+        return shlex.join(["python", "train.py", *self.overrides])
+
+
+@dataclass(frozen=True)
+class Work:
+    """Runs that belong together, and what becomes of their records.
+
+    Args:
+        keep: takes a run and its record as soon as it is finished.
+        begin: is called before the first one starts.
+        small: one thread a run is best, and as many run at a time as there are cores; otherwise one, with all threads.
+    """
+
+    runs: Sequence[Run]
+    keep: Callable[[Run, dict[str, Any]], None]
+    small: bool = False
+    begin: Callable[[], None] = lambda: None
+
+
+def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return (resolved config, label) of `train.py <overrides>`.
+
+    Raises:
+        ConfigError: the overrides do not compose.
+    """
+    made = make_plan(overrides, CONFIGS)
+    return made.config, made.label
+
+
+def folder_of(config: dict[str, Any], label: str, overrides: Sequence[str], seed: int) -> Path:
+    """Return the folder of a run."""
+    return studies.ROOT / records.run_folder(Path(config["runs"]), label, overrides, seed)
+
+
+def variant_of(overrides: Sequence[str]) -> str:
+    """Return what the overrides make of a row, as `@k=3`: empty where it stays the row that a table shows."""
+    other = [item for item in overrides if item.split("=")[0] not in SAME_ROW]
+    name = records.run_folder(Path(), "label", other, 0).parent.name
+    return "" if name == "default" else f"@{name}"
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def execute(work: Work, jobs: int | None) -> None:
+    """Run everything, `jobs` at a time, and keep each record as it comes; the first failure ends it.
+
+    Raises:
+        RuntimeError: a run failed; those that were running have finished, their folders are kept.
+    """
+    jobs = min(jobs or (cores() if work.small else 1), max(1, len(work.runs)))
+    alone = jobs == 1 and not work.small
+
+    failed = threading.Event()  # the pool itself would begin the next run before it hears of a failure
+
+    def start(run: Run) -> dict[str, Any] | None:
+        if failed.is_set():
+            return None
+        print(run.line(), flush=True)
+        try:
+            return train(run.overrides, run.folder, alone=alone)
+        except BaseException:
+            failed.set()
+            raise
+
+    work.begin()
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(start, run): run for run in work.runs}
+        for future in as_completed(started):
+            if future.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+                raise future.exception()
+            if future.result() is not None:
+                work.keep(started[future], future.result())
+
+
+def train(overrides: Sequence[str], folder: Path, *, alone: bool = False) -> dict[str, Any]:
+    """Run `train.py <overrides>` and return the record it leaves in `folder`, with the CPU seconds of that process.
+
+    A finished run is not trained again, an interrupted one resumes; the seconds are those of the process that finished.
+
+    Args:
+        alone: show what the run prints, and leave it all threads; otherwise it has one thread and no progress bar.
+
+    Raises:
+        RuntimeError: the process failed; the message holds the end of its output.
+    """
+    new = not (folder / "record.json").exists()
+    items = [*overrides, *([] if alone else ["progress=false"])]
+    environment = dict(os.environ) if alone else {"OMP_NUM_THREADS": "1", **os.environ}
+    captured = {} if alone else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    line = [sys.executable, str(studies.ROOT / "train.py"), *items]
+    process = subprocess.Popen(line, cwd=studies.ROOT, env=environment, **captured)
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout or ()))
+    reader.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    reader.join()
+    if process.returncode:
+        shown = "\n" + "".join(output[-15:]) if output else " see above; start again to resume there"
+        raise RuntimeError(f"{shlex.join(['train.py', *items])} failed:{shown}")
+    path = folder / "record.json"
+    record = json.loads(path.read_text())
+    if new:
+        record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
+        records.write_json(path, record)
+    return record
+
+
+def curve(folder: Path, split: str, metric: str) -> tuple[list[int], list[float]]:
+    """Return (epochs, values) of a metric at every evaluation of a run on one split; both empty where it has none."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "eval" and row["split"] == split]
+    return [row["epoch"] for row in rows], [row[metric] for row in rows]

@@ -1,0 +1,76 @@
+"""The benchmark's command: its own items are checked before anything is built, and a suite runs each row apart."""
+
+import json
+import subprocess
+
+import pytest
+
+from phantom.engine.config.overrides import expand
+from scripts import benchmark, studies
+from scripts.bench import variants
+from scripts.running import suite
+
+SUITES = [name for name in studies.names() if "benchmark" in studies.load(name)]
+ROWS = [(name, row) for name in SUITES for row in studies.load(name)["benchmark"]["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["repeats=0"], "repeats=0 must be an integer >= 1"),
+        (["clock=sun"], "choose wall or cpu"),
+        (["device=tpu"], "choose cpu or cuda"),
+        (["peer=jaxopt"], "choose torchdeq"),
+        (["out=page.md"], "must end in .json"),
+        (["model=mdeq_tiny", "batch=0"], "batch=0 must be an integer >= 1"),
+        (["suite"], "name one suite, cpu or gpu"),
+        (["suite", "tpu"], "'tpu' is neither one of cpu, gpu, rehearse"),
+        (["suite", "cpu", "rows=mdeq"], "cpu has no row mdeq; it has mdeq_tiny_float32, "),
+        (["suite", "cpu", "k=3"], "k=3 is not for a suite"),
+    ],
+)
+def test_mistakes_are_one_sentence(items, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        benchmark.main(items)
+
+
+def test_numbers_and_their_page_are_kept_together(tmp_path, capsys):
+    out = tmp_path / "deep" / "tiny.json"
+    items = ["model=mdeq_tiny", "batch=1", "size=4", "solver.max_steps=2", "repeats=2", "clock=cpu", "device=cpu"]
+    result = benchmark.main([*items, "title=A tiny step", f"out={out}"])
+    assert json.loads(out.read_text()) == result and result["about"]["repeats"] == 2
+    assert result["about"]["command"].startswith("python scripts/benchmark.py model=mdeq_tiny batch=1 ")
+    page = out.with_suffix(".md").read_text()
+    assert page.startswith("# A tiny step\n") and page in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=lambda part: part["name"] if isinstance(part, dict) else part)
+def test_every_row_of_a_suite_composes(name, row):
+    study = studies.load(name)
+    for rehearse in (False, True):
+        items = suite.items(study, row, rehearse=rehearse)
+        own, _, overrides = benchmark.arguments.split(items, doc="", own=benchmark.OWN)
+        assert all(len(job) >= 3 for job in expand(overrides))
+        assert ("out" in own) is not rehearse
+        if not rehearse:
+            assert own["out"] == f"results/{name}/{row['name']}.json" and own["title"] == row["title"]
+            assert own["repeats"] == {"benchmark/cpu": "15", "benchmark/gpu": "9"}[name]
+    assert variants.settings(overrides)
+
+
+def test_a_suite_goes_on_after_a_failure_and_stops_at_its_deadline(monkeypatch, capsys):
+    ran = []
+
+    def fake(line, **_):
+        ran.append(line[3:])
+        return subprocess.CompletedProcess(line, returncode=len(ran) == 1, stderr="out of memory")
+
+    monkeypatch.setattr(suite.subprocess, "run", fake)
+    with pytest.raises(SystemExit, match="error: mdeq_tiny_k failed"):
+        benchmark.main(["suite", "cpu", "rehearse", "rows=mdeq_tiny_k,ignn"])
+    shown = capsys.readouterr()
+    assert len(ran) == 2 and "ignn: done" in shown.out and "out of memory" in shown.err
+    assert {"model=mdeq_tiny", "size=8", "batch=2", "device=cpu"} <= set(ran[0])
+    study = studies.load("benchmark/cpu")
+    assert suite.run(study, ["ignn"], deadline=-1.0, rehearse=True) == [] and len(ran) == 2
+    assert "ignn: left out, the deadline has passed" in capsys.readouterr().out

@@ -1,0 +1,50 @@
+"""What lies in results/ is what the records render to, and the one writer of tables writes tables."""
+
+import pytest
+
+from scripts import report, studies
+from scripts.reporting import markdown, pages
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_the_pages_kept_are_those_of_the_records(name):
+    found = pages.of(studies.load(name))
+    assert found
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path} is old: python scripts/report.py {name}"
+
+
+def test_the_index_is_that_of_the_studies():
+    text = (studies.results() / "README.md").read_text()
+    assert text == pages.index()
+    for name in studies.names():
+        assert f"| {name} | {studies.load(name)['title']} |" in text
+
+
+def test_every_page_belongs_to_a_study():
+    rendered = {path for name in studies.names() for path in pages.of(studies.load(name))}
+    by_hand = {studies.results() / name for name in ("README.md", "log.md")}
+    assert {*studies.results().rglob("*.md")} == rendered | by_hand
+
+
+def test_all_studies_are_rendered_in_their_places(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results" / "a" / "b").mkdir(parents=True)
+    row = "{name: x, experiment: a/x, paper: '1.0'}"
+    table = f"{{title: T, metric: accuracy, split: test, std: sample, rows: [{row}]}}"
+    (tmp_path / "results" / "a" / "b" / "study.yaml").write_text(f"title: A study\ntables: {{one: {table}}}\n")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    report.main([])
+    assert capsys.readouterr().out.split() == ["results/a/b/one.md"]
+    assert "| x | 1.0 | -- |" in (tmp_path / "results/a/b/one.md").read_text()
+    index = (tmp_path / "results" / "README.md").read_text()
+    assert "| a/b | A study | [one](a/b/one.md) | `python scripts/reproduce.py a/b` |" in index
+    report.main(["a/b"])
+    assert capsys.readouterr().out.startswith("# T\n")
+
+
+def test_a_table_is_written_as_markdown_reads_it():
+    text = markdown.table(["", "n"], [["a", "1"], ["", ""]], "lr")
+    assert text == "| | n |\n| --- | ---: |\n| a | 1 |\n|  |  |"
+    assert markdown.page("# T", text) == f"# T\n\n{text}\n"
+    with pytest.raises(ValueError, match="has 1 cells, the table has the columns a, b"):
+        markdown.table(["a", "b"], [["x"]])
