@@ -6,6 +6,11 @@ sum=$(sha256sum requirements.txt | cut -d' ' -f1)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
   echo "installing the requirements into .venv (once)" >&2
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  # -qq leaves errors alone: pip warns of every place that it finds no packages in
+  .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
   echo "$sum" > "$stamp"
 fi
+# puts the repository on the path of .venv, so that scripts/ finds its packages; relative, so that the folder may move
+for site in .venv/lib/python*/site-packages; do
+  echo ../../../.. > "$site/repository.pth"
+done
