@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,27 @@ def test_requirements_txt_says_what_pyproject_says():
     listed = [line for extra, names in EXTRAS.items() if extra != "dev" for line in names]
     assert parsed(lines) == parsed([*PROJECT["dependencies"], *listed]) and len(parsed(lines)) == len(lines)
     assert set(EXTRAS) == {"train", "graphs", "text", "test", "dev"}
+
+
+def test_the_workflow_is_the_test_script_with_the_oldest_and_the_newest_torch():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
+    assert jobs["test"]["steps"][-1] == {"run": "bash scripts/test.sh"}
+    (torch,) = [Requirement(line) for line in PROJECT["dependencies"]]
+    asked = [Requirement(entry["torch"]) for entry in jobs["test"]["strategy"]["matrix"]["include"]]
+    (oldest,) = [str(asks.specifier) for asks in asked if asks != torch]
+    assert torch in asked and str(torch.specifier) == oldest.replace("==", ">=").removesuffix(".*")
+    pythons = [entry["python"] for entry in jobs["test"]["strategy"]["matrix"]["include"]]
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+
+
+def test_the_hooks_are_those_of_the_test_script():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = [hook["entry"] for hook in hooks]
+    script = (ROOT / "scripts/test.sh").read_text()
+    for tool in (".venv/bin/ruff check", ".venv/bin/ruff format", ".venv/bin/python -m pytest -q"):
+        assert tool in script and any(entry.startswith(tool) for entry in entries)
+    named = [word for entry in entries for word in entry.split() if word.startswith("tests/")]
+    assert named and all((ROOT / name).exists() for name in named)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""Laws of the program that no single module can keep: what a run builds, and when."""
+
+import functools
+import sys
+from collections import Counter
+
+import hydra
+import pytest
+
+import train
+from phantom import DEQ
+from phantom.engine import command
+from phantom.engine.build import build_trainer
+from tests.plans import plan
+from tests.tiny_run import TINY
+
+SHORT = [*(item for item in TINY if not item.startswith("steps=")), "steps=2"]
+
+
+def test_a_trainer_has_all_its_attributes_before_fit(tmp_path):
+    trainer = build_trainer(plan([*SHORT, f"runs={tmp_path}", "ema=0.9", "monitor=radius", "monitor.every=1"]))
+    before = [set(vars(part)) for part in (trainer, trainer._take_step, trainer.rules)]
+    trainer.fit(resume=False)
+    assert trainer.step == 2
+    assert [set(vars(part)) for part in (trainer, trainer._take_step, trainer.rules)] == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "runs"),
+    [
+        (["grad=implicit", "monitor=cosine", "monitor.every=1"], 1),
+        (["-m", "grad=upg,npg", "k=2"], 2),
+    ],
+    ids=["one run", "a sweep of two"],
+)
+def test_a_run_is_composed_once_and_has_one_deq(overrides, runs, tmp_path, monkeypatch):
+    counts = Counter()
+
+    def counted(name, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(hydra, "compose", counted("compositions", hydra.compose))
+    monkeypatch.setattr(DEQ, "__init__", counted("DEQs", DEQ.__init__))
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, f"runs={tmp_path}", *overrides])
+    command.run(train.job, train.CONFIGS)
+    assert len(list(tmp_path.rglob("record.json"))) == runs
+    assert counts == {"compositions": runs, "DEQs": runs}
