@@ -18,6 +18,8 @@ from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
 from phantom.validate import check_choice
 
+Scaling = Literal["symmetric", "doubled"]
+
 # Added to a computed spectral radius, as the official IGNN code does: |W|_inf stays below kappa / rho by a margin,
 # and a graph without cycles (rho = 0) needs no special case.
 RADIUS_MARGIN = 1e-5
@@ -166,7 +168,7 @@ def _compress(row: Tensor, column: Tensor, weights: Tensor, shape: tuple[int, in
 
 
 def normalized_adjacency(
-    edges: Tensor, num_nodes: int, scaling: Literal["symmetric", "doubled"], dtype: torch.dtype = torch.float32
+    edges: Tensor, num_nodes: int, scaling: Scaling, dtype: torch.dtype = torch.float32
 ) -> SparseMatrix:
     """Return D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; `doubled` takes A + A^T in the place of A.
 

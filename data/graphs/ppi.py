@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -134,11 +134,11 @@ class PPI(LabelledGraphs):
         converted = cache_folder() / f"ppi-{seed_of(f'{raw.resolve()}/{sizes}'):x}"
 
         class Converted(Original):
-            raw_dir = os.fspath(raw)
-            processed_dir = os.fspath(converted)
+            raw_dir = property(lambda _: os.fspath(raw))
+            processed_dir = property(lambda _: os.fspath(converted))
 
         try:
-            data = Converted(os.fspath(self.root), "val" if split == "valid" else split)
+            data: Any = Converted(os.fspath(self.root), "val" if split == "valid" else split)
         except (KeyError, IndexError, OSError, RuntimeError, ValueError) as error:
             raise DataError(f"{raw} cannot be downloaded or read as PPI: {error}") from error
         shape = (len(data), data.num_features, data[0].y.shape[1])

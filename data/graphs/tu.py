@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.graphs.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
-from data.graphs.graph import Graph, check_parts, normalized_adjacency, union, without_deprecations
+from data.graphs.graph import Graph, Scaling, check_parts, normalized_adjacency, union, without_deprecations
 from data.graphs.quotient import quotient
 from data.paths import data_root, root_hint
 from data.seeding import generator
@@ -99,7 +99,8 @@ class TUGraphs(Source):
         self.root = data_root(root, name)
         self.name, self.folds, self.fold, self.split_seed, self.seed = name, folds, fold, split_seed, seed
         self.batch_size, self.shuffle, self.validation = batch_size, shuffle, validation
-        self.scaling = {"train": "symmetric", "eval": "doubled" if eval_adjacency == "doubled" else "symmetric"}
+        doubled: Scaling = "doubled" if eval_adjacency == "doubled" else "symmetric"
+        self.scaling: dict[str, Scaling] = {"train": "symmetric", "eval": doubled}
         self.merge_nodes, self.download = merge_nodes, download
         self.splits = ("train", "valid", "test") if validation > 0 else ("train", "test")
         self._graphs: dict[tuple[str, int], Graph] = {}
@@ -173,9 +174,8 @@ class TUGraphs(Source):
             return []
         from sklearn.model_selection import train_test_split
 
-        return train_test_split(
-            train, test_size=count, stratify=self.raw.labels[train].numpy(), random_state=self.split_seed
-        )[1]
+        labels = self.raw.labels[train].numpy()
+        return list(train_test_split(train, test_size=count, stratify=labels, random_state=self.split_seed)[1])
 
     def _batch(self, ids: Sequence[int], use: str, *, keep: bool) -> Batch:
         key = (use, *ids)
@@ -187,7 +187,7 @@ class TUGraphs(Source):
             self._batches[key] = batch
         return batch
 
-    def _graph(self, scaling: str, index: int) -> Graph:
+    def _graph(self, scaling: Scaling, index: int) -> Graph:
         if (scaling, index) not in self._graphs:
             graph = self.raw.graph(index, scaling)
             self._graphs[scaling, index] = quotient(graph) if self.merge_nodes else graph
@@ -208,7 +208,7 @@ class Raw:
         self.features, self.edges, self.nodes, self.arcs, self.labels = features, edges, nodes, arcs, labels
         self.facts = Facts(features.shape[1], int(labels.max()) + 1, labels.numel())
 
-    def graph(self, index: int, scaling: str) -> Graph:
+    def graph(self, index: int, scaling: Scaling) -> Graph:
         """Return one graph with its normalised adjacency."""
         features = self.features[self.nodes[index] : self.nodes[index + 1]]
         edges = self.edges[:, self.arcs[index] : self.arcs[index + 1]]
@@ -237,7 +237,8 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
         raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
     try:
-        data, slices, sizes = read_tu_data(os.fspath(folder), name)
+        read: Any = read_tu_data(os.fspath(folder), name)
+        data, slices, sizes = read
     except (IndexError, RuntimeError, ValueError) as error:
         raise DataError(f"{folder} holds files that cannot be read as a TU data set: {error}") from error
     nodes, arcs = slices["x"], slices["edge_index"]
@@ -272,8 +273,8 @@ def _fetch(root: Path, name: str) -> None:
         from torch_geometric.datasets import TUDataset
 
     class Here(TUDataset):
-        raw_dir = os.fspath(root / "raw")
-        processed_dir = os.fspath(root / "processed")
+        raw_dir = property(lambda _: os.fspath(root / "raw"))
+        processed_dir = property(lambda _: os.fspath(root / "processed"))
 
     try:
         Here(os.fspath(root), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,9 +26,9 @@ class Digits(InMemoryImages):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        digits = load_digits()
+        digits: Any = load_digits()
         # 16 grey levels and white, as bytes
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
         labels = torch.from_numpy(digits.target).long()
         train, test = train_test_split(range(len(labels)), test_size=NUM_TEST, random_state=0, stratify=digits.target)
-        return tuple(ImageSet(images[index], labels[index]) for index in (train, test))
+        return ImageSet(images[train], labels[train]), ImageSet(images[test], labels[test])

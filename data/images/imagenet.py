@@ -6,8 +6,8 @@ Images are (B, 3, H, W) float32, normalised per channel.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ class ImageNet(Source):
         from torchvision.transforms import v2
 
         normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        augment = v2.RandomResizedCrop(crop, scale=tuple(scale), ratio=tuple(ratio), antialias=True)
+        (least, most), (narrow, wide) = scale, ratio
+        augment = v2.RandomResizedCrop(crop, scale=(least, most), ratio=(narrow, wide), antialias=True)
         try:
             train, test = ImageFolder(str(folder / "train")), ImageFolder(str(folder / "val"))
         except FileNotFoundError as error:
@@ -124,7 +125,7 @@ class ImageNet(Source):
 class Pictures(Dataset):
     """Decode and transform one picture; `key` is (epoch, index), and the random draws depend on it and the seed."""
 
-    def __init__(self, samples: list[tuple[str, int]], transform: object, seed: int) -> None:
+    def __init__(self, samples: list[tuple[str, int]], transform: Callable[[Any], Tensor], seed: int) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:

@@ -82,7 +82,7 @@ class Vocabulary:
         check_choice("oov", oov, get_args(OOV))
         if oov == "unk" and UNK not in self.index:
             raise DataError(f"the vocabulary has no {UNK} for the unknown words of {source}: use data.oov=error")
-        index, unknown = self.index, self.index.get(UNK)
+        index, unknown = self.index, self.index.get(UNK, -1)
         for number, words in enumerate(lines, start=1):
             if oov == "unk":
                 yield [*(index.get(word, unknown) for word in words), 0]

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,8 @@ class WikiText103(TokenStreams):
         unknown = [split for split in self._files if split not in TOKENS]
         if unknown or "train" not in self._files:
             raise ValueError(f"files={dict(files)} must name a file for train, and may for valid and test, only")
-        self._download, self._oov, self._allow_partial = download, oov, allow_partial
+        self._download, self._allow_partial = download, allow_partial
+        self._oov: OOV = oov
         self._cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "tokens"
         super().__init__(streams=streams, eval_streams=eval_streams, segment=segment)
 
@@ -163,14 +165,14 @@ def download(paths: Mapping[str, Path]) -> None:
 
     for split, path in missing.items():
         try:
-            lines = load_dataset("Salesforce/wikitext", "wikitext-103-v1", split=HUB_SPLITS[split])
+            lines: Any = load_dataset("Salesforce/wikitext", "wikitext-103-v1", split=HUB_SPLITS[split])
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"wikitext-103-v1 could not be fetched from Hugging Face ({str(error).splitlines()[0]}): put the "
                 f"wiki.*.tokens files into {path.parent}, or try again"
             ) from error
 
-        def fill(part: Path, lines=lines) -> None:
+        def fill(part: Path, lines: Any = lines) -> None:
             with open(part, "w", encoding="utf-8") as file:
                 for row in lines:
                     file.write(row["text"].rstrip("\n") + "\n")

@@ -61,6 +61,9 @@ class ImplicitGraphLayer(nn.Module):
     Source: Gu et al., *Implicit Graph Neural Networks* (2020), and its official code.
     """
 
+    W: Tensor
+    omega_1: Tensor
+
     def __init__(self, *, in_features: int, features: int, kappa: float, dead_parameters: bool) -> None:
         super().__init__()
         check_kappa(kappa)
@@ -132,6 +135,9 @@ class SpectralWeight(nn.Module):
 
     Source: Miyato et al., *Spectral Normalization* (2018), in the capped form of torchdeq.
     """
+
+    u: Tensor
+    v: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

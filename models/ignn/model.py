@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class GraphIGNN(nn.Module):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("graph_classification",)
+    layers: Any  # a ModuleList of GraphLayers
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class NodeIGNN(nn.Module):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("node_labelling",)
+    layers: Any  # a ModuleList of GraphLayers
 
     def __init__(
         self, *, widths: Sequence[int], layer: LayerFactory, in_features: int, num_labels: int, deq: DEQ
@@ -132,6 +134,7 @@ class ChainsIGNN(nn.Module):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("node_classification",)
+    layers: Any  # a ModuleList of GraphLayers
 
     def __init__(
         self, *, hidden: int, dropout: float, layer: LayerFactory, in_features: int, num_classes: int, deq: DEQ

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 class Rows(Protocol):
@@ -53,10 +52,10 @@ def _sums(x: Tensor, rows: Rows) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, rows: Rows, columns: Rows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Rows, columns: Rows) -> Tensor:
         ctx.rows, ctx.columns = rows, columns
         return _sums(x, rows)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _product(g.contiguous(), ctx.columns, ctx.rows), None, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,11 @@ class MDEQCell(nn.Module):
         dropout: probability of the variational dropout in each residual block.
     """
 
+    # ModuleLists: by branch and block, by target and source, by branch
+    branches: Any
+    fusion: Any
+    post_fuse: Any
+
     def __init__(
         self, *, channels: Sequence[int], expansion: int, num_groups: int, num_blocks: int, dropout: float
     ) -> None:
@@ -196,7 +201,7 @@ def _transition(channels: tuple[int, ...], *, source: int, target: int, num_grou
 
 
 def _stage(conv: nn.Conv2d, num_groups: int, *, relu: bool) -> nn.Sequential:
-    layers = OrderedDict(conv=conv, norm=GroupNorm(num_groups, conv.out_channels))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=GroupNorm(num_groups, conv.out_channels))
     if relu:
         layers["relu"] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)

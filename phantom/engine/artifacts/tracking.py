@@ -22,7 +22,7 @@ class Tracker:
     """
 
     def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        self._run = None
+        self._run: Any = None  # wandb is imported only where it is used
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         if mode == "disabled":
@@ -32,7 +32,8 @@ class Tracker:
         except ImportError:
             log.warning("wandb is not installed: metrics go to metrics.jsonl only (wandb=disabled says so silently)")
             return
-        options = {
+        options: dict[str, Any] = {
+            "mode": mode,
             "project": project,
             "name": name,
             "id": _identifier(folder),  # one per folder: a resumed run continues its own curve
@@ -42,11 +43,12 @@ class Tracker:
             "settings": wandb.Settings(silent=True, init_timeout=30),
         }
         try:
-            self._run = wandb.init(mode=mode, **options)
+            self._run = wandb.init(**options)
         except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
             log.warning("wandb cannot log %s (%s): logging offline, `wandb sync` uploads it later", mode, error)
             wandb.teardown()  # the failed attempt still holds the run's id
-            self._run = wandb.init(mode="offline", **options)
+            options["mode"] = "offline"
+            self._run = wandb.init(**options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

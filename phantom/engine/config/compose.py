@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest
+from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plain
 from phantom.engine.config.instantiate import parameters_of
 from phantom.engine.config.overrides import check_overrides, given_keys, to_hydra
 from phantom.engine.errors import ConfigError
@@ -35,9 +35,9 @@ def compose(overrides: Sequence[str], configs: Configs) -> tuple[dict[str, Any],
     return resolve(tree, overrides, configs), choices_of(tree.hydra.runtime.choices)
 
 
-def choices_of(choices: DictConfig) -> dict[str, Any]:
+def choices_of(choices: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the chosen leaf of every group of ours; Hydra's own groups say nothing about a run."""
-    return {group: leaf for group, leaf in sorted(choices.items()) if not group.startswith("hydra/")}
+    return {str(group): leaf for group, leaf in sorted(choices.items()) if not str(group).startswith("hydra/")}
 
 
 def resolve(tree: DictConfig, overrides: Sequence[str], configs: Configs) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def resolve(tree: DictConfig, overrides: Sequence[str], configs: Configs) -> dic
     Raises:
         ConfigError: a missing value, an unknown root key, or a key that the chosen estimator does not use.
     """
-    container = OmegaConf.to_container(tree, resolve=False)
+    container = plain(tree, resolve=False)
     container.pop("hydra", None)
     try:
-        config = OmegaConf.to_container(OmegaConf.create(container), resolve=True, throw_on_missing=True)
+        config = plain(OmegaConf.create(container), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     # `pretraining=null` on top of an experiment leaves the experiment's numbers without a constructor: that is None too
@@ -114,4 +114,4 @@ def _valid_keys(parent: str, overrides: Sequence[str], configs: Configs) -> list
         node = OmegaConf.select(configs.compose(to_hydra(kept, configs)), parent)
     except (HydraException, OmegaConfBaseException):
         node = None
-    return [key for key in node if not key.startswith("_")] if isinstance(node, DictConfig) else []
+    return [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []

@@ -35,7 +35,7 @@ class Configs:
         path = self.folder / group / f"{leaf}.yaml"
         if not path.exists() and group in MOUNTED:
             path = self.folder / MOUNTED[group] / f"{leaf}.yaml"
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        return plain(OmegaConf.load(path), resolve=False)
 
     @cached_property
     def groups(self) -> dict[str, str | None]:
@@ -56,7 +56,7 @@ class Configs:
 
     @cached_property
     def _root(self) -> dict[str, Any]:
-        return OmegaConf.to_container(OmegaConf.load(self.folder / "train.yaml"), resolve=False)
+        return plain(OmegaConf.load(self.folder / "train.yaml"), resolve=False)
 
     def mount(self) -> None:
         """Let Hydra find the leaves of a group in the groups that it is mounted as, through its store in memory."""
@@ -78,6 +78,12 @@ class Configs:
 
 def _leaves(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def plain(node: Any, *, resolve: bool) -> dict[str, Any]:
+    """Return a mapping of OmegaConf as a dictionary of plain values, its interpolations resolved or as they stand."""
+    values = OmegaConf.to_container(node, resolve=resolve, throw_on_missing=resolve)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:

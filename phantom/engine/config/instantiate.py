@@ -44,7 +44,7 @@ def parameters_of(target: str) -> set[str]:
     return set(inspect.signature(locate(target)).parameters)
 
 
-def unknown_keys(config: Any, extra: dict[str, Any], cause: Exception) -> str:
+def unknown_keys(config: Any, extra: dict[str, Any], cause: BaseException) -> str:
     """Return the sentence on keys that the constructor does not have; nothing where that was not the cause."""
     if not isinstance(cause, TypeError) or "unexpected keyword" not in str(cause):
         return ""

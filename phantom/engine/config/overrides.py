@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest
+from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plain
 from phantom.engine.errors import ConfigError
 
 ANY = "++"  # Hydra's mark of a key that need not be there
@@ -48,7 +48,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     options = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
-        else [item.input_line]
+        else [str(item.input_line)]
         for item in parse(overrides)
     ]
     return [list(job) for job in itertools.product(*options)]
@@ -137,4 +137,4 @@ def change(config: dict[str, Any], overrides: Sequence[str], configs: Configs) -
             parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
             valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"
             raise ConfigError(f"{item!r} does not fit the run's config; valid keys there: {valid}") from error
-    return OmegaConf.to_container(tree)
+    return plain(tree, resolve=False)

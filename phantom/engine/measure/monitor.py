@@ -128,7 +128,11 @@ class _Batch:
 def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
     """Score the batch and return (f, solution) of every solve on the way."""
     calls: list[tuple[Any, Solution]] = []
-    hooks = [deq.register_forward_hook(lambda _, args, out: calls.append((args[0], out))) for deq in deqs]
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], solution: Solution) -> None:
+        calls.append((arguments[0], solution))
+
+    hooks = [deq.register_forward_hook(keep) for deq in deqs]
     try:
         task.score(model, batch, carry)
     finally:

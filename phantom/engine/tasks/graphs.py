@@ -95,8 +95,10 @@ def _with_states(tally: Tally, solutions: Sequence[Solution]) -> Tally:
     """Return the tally with what the size of every X* needs: the sum of its squares, and the number of its entries."""
     for i, solution in enumerate(solutions):
         z = solution.z_star
-        tally.sums[f"{SQUARES}/{i}"] = torch.linalg.vector_norm(z.float()).square()
-        tally.sums[f"{ENTRIES}/{i}"] = z.new_tensor(float(z.numel()))
+        parts = z if isinstance(z, tuple) else (z,)
+        squares = [torch.linalg.vector_norm(part.float()).square() for part in parts]
+        tally.sums[f"{SQUARES}/{i}"] = torch.stack(squares).sum()
+        tally.sums[f"{ENTRIES}/{i}"] = parts[0].new_tensor(float(sum(part.numel() for part in parts)))
     return tally
 
 

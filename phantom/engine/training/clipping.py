@@ -53,4 +53,5 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
         # match the dtype, or _foreach_mul_ falls back to the slow path
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)
+        factor = factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -50,6 +50,6 @@ def evaluate(
             meter.add(score.solutions)
     finally:
         model.train(was_training)
-    if not all(distributed.gather(total is not None)):
+    if not all(distributed.gather(total is not None)) or total is None:
         raise ConfigError(f"the split {split!r} has no batch for one of the processes: use fewer of them, or more data")
     return {**task.report(total.all_reduce()), **meter.report()}

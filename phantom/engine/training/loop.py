@@ -6,7 +6,6 @@ device-to-host synchronisations are at log rows, evaluations and checkpoints, ma
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -104,7 +103,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.device)
-        self.total = min(sum(self._lengths()), self.budget.steps or math.inf)
+        length = sum(self._lengths())
+        self.total = length if self.budget.steps is None else min(length, self.budget.steps)
         self._deqs = deqs_of(self.unwrapped)
         for deq in self._deqs:
             deq.clock = self.timer.phase
@@ -170,6 +170,11 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
+    @property
+    def _shown(self) -> Progress:
+        assert self._progress is not None, "fit opens it"
+        return self._progress
+
     def _lengths(self) -> list[int]:
         return [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
 
@@ -198,7 +203,7 @@ class Trainer:
 
     def _after_step(self, micro_batches: list[Any], epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
-        self._progress.step(self.step, epoch)
+        self._shown.step(self.step, epoch)
         every = budget.eval_every
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
         saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
@@ -239,7 +244,7 @@ class Trainer:
         row |= {f"time/{name}": seconds for name, seconds in times.items()}
         row |= ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
         self._write(row, epoch)
-        self._progress.train_row(row)
+        self._shown.train_row(row)
         self._take_step.reset_window()
 
     def _evaluate(self, epoch: int) -> None:
@@ -251,7 +256,7 @@ class Trainer:
                 model, self.task, self.source, split, shard=self.shard, device=self.device, precision=self.precision
             )
             self._write({"kind": "eval", "split": split, **metrics}, epoch)
-            self._progress.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
+            self._shown.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
             self.final[split] = metrics
         self._select(epoch)
         self.timer.reset_marks()
@@ -265,7 +270,7 @@ class Trainer:
             self._save("best.pt")
 
     def _write(self, row: dict[str, Any], epoch: int) -> None:
-        if self._log is not None:
+        if self._log is not None and self._tracker is not None:
             row = {"kind": row.pop("kind"), "step": self.step, "epoch": epoch, **row}
             self._log.write(row)
             self._tracker.log(row)

@@ -112,7 +112,7 @@ class Rules:
                 weight = self.penalty.at(step, self.seed)
         for deq in deqs:
             deq.solver, deq.grad = solver, grad
-            deq.regularizer = self.penalty.regularizer if weight > 0 else None
+            deq.regularizer = self.penalty.regularizer if self.penalty is not None and weight > 0 else None
         return weight
 
     def restore(self, deqs: list[DEQ]) -> None:

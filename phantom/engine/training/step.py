@@ -6,13 +6,16 @@ need no special case. A step never waits for the device.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
@@ -79,7 +82,8 @@ class Step:
         self.reset_carries()
         self.average: Any = None
         if ema_decay is not None:
-            from timm.utils import ModelEmaV3  # slow to import; torch's AveragedModel asks the device at every step
+            # slow to import; torch's AveragedModel asks the device at every step
+            from timm.utils.model_ema import ModelEmaV3
 
             self.average = ModelEmaV3(unwrapped, decay=ema_decay)
         self._parameters = [p for p in unwrapped.parameters() if p.requires_grad]
@@ -99,14 +103,15 @@ class Step:
             number: of the step in the run, from 1.
             penalty_weight: of the regulariser's value of every solve, in the mean loss.
         """
-        total: Tally | None = None
+        tallies: list[Tally] = []
         with self.timer.phase("step"):
             for i, batch in enumerate(micro_batches):
-                last = i + 1 == len(micro_batches)
-                with contextlib.nullcontext() if last or self.shard.world == 1 else self.model.no_sync():
+                model, last = self.model, i + 1 == len(micro_batches)
+                with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
                     score = self._score(batch_to(batch, self.device), i, penalty_weight)
                 self.window.solves.add(score.solutions)
-                total = score.tally if total is None else total + score.tally
+                tallies.append(score.tally)
+            total = functools.reduce(operator.add, tallies)
             with self.timer.phase("optimizer"):
                 self._update(total, number)
         self.timer.end_step(total.count * self.shard.world)
