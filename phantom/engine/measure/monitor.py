@@ -102,7 +102,7 @@ class _Batch:
         outputs = [f(out.z_star) for f, out in self.solves()]
         parts = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        reached = torch.autograd.grad(sum(parts), parameters, allow_unused=True)
+        reached = torch.autograd.grad(parts, parameters, allow_unused=True)
         self.rewind()
         return [p for p, gradient in zip(parameters, reached, strict=True) if gradient is not None]
 
