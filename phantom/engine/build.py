@@ -8,19 +8,27 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from phantom import DEQ
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
+from phantom.engine.model import check_model, find_cell
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.training.loop import Trainer
 
 
-def build_model(plan: Plan, spec: Spec, deq: DEQ | None = None) -> nn.Module:
-    """Return the model of the plan; the numbers of the data's `spec` are handed to it, and `deq` or the plan's own."""
-    return instantiate(plan.model_config, "model", **spec.inputs, deq=deq or plan.deq)
+def build_model(plan: Plan, spec: Spec, deq: nn.Module | None = None) -> nn.Module:
+    """Return the model of the plan, given the numbers of the data's `spec`.
+
+    Args:
+        deq: solves in the place of the plan's own DEQ.
+
+    Raises:
+        ConfigError: the constructor refuses an argument, or what it makes is no `Model`.
+    """
+    model = instantiate(plan.model_config, "model", **spec.inputs, deq=deq or plan.deq)
+    return check_model(model) if deq is None else model
 
 
 def compile_cell(model: nn.Module) -> None:
@@ -31,9 +39,7 @@ def compile_cell(model: nn.Module) -> None:
     Raises:
         ConfigError: the model has no such module.
     """
-    cell = getattr(model, "cell", None)
-    if not isinstance(cell, nn.Module):
-        raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
+    cell = find_cell(model)
     # adjoint estimators and diagnostics run the backward of one evaluation of f several times
     functorch_config.donated_buffer = False
     # torch.compile makes one graph per shape and grad mode. Text needs many: the memory grows and the last segment is
@@ -41,15 +47,6 @@ def compile_cell(model: nn.Module) -> None:
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     cell.compile(fullgraph=True, dynamic=False)
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters of every part of a model: its own `parameter_counts()`, or by child module."""
-    own = getattr(model, "parameter_counts", None)
-    if own is not None:
-        return own()
-    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
-    return {name: count for name, count in parts.items() if count}
 
 
 def build_source(plan: Plan) -> Source:

@@ -10,8 +10,8 @@ from typing import Any
 from phantom.engine.artifacts import records
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
-from phantom.engine.build import parameter_counts
 from phantom.engine.machine import distributed
+from phantom.engine.model import official_parameter_count, parameter_counts
 from phantom.engine.plan import Plan
 from phantom.engine.training.loop import Trainer
 
@@ -75,7 +75,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         data_digests=spec.digests,
         num_parameters=sum(p.numel() for p in model.parameters()),
         parameter_groups=parameter_counts(model),
-        official_parameter_count=getattr(model, "official_parameter_count", None),
+        official_parameter_count=official_parameter_count(model),
         world_size=trainer.shard.world,
         precision=config["precision"],
         gradient_precision=config["gradient_precision"],

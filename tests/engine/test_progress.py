@@ -25,7 +25,7 @@ RECORD = {
 
 
 def test_a_line_per_evaluation_in_a_log(capsys):
-    progress = Progress(10, done=0, enabled=True)
+    progress = Progress(10, done=0, enabled=True, metric="accuracy")
     progress.step(1, 0)
     progress.train_row(ROW)
     progress.eval_row(ROW)
@@ -34,7 +34,7 @@ def test_a_line_per_evaluation_in_a_log(capsys):
 
 
 def test_nothing_when_switched_off(capsys, tmp_path):
-    progress = Progress(10, done=0, enabled=False)
+    progress = Progress(10, done=0, enabled=False, metric="accuracy")
     progress.eval_row(ROW)
     progress.stop()
     tiny.trainer(tmp_path, progress=False).fit(resume=False)
@@ -45,7 +45,7 @@ def test_nothing_when_switched_off(capsys, tmp_path):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress(10, done=4, enabled=True)
+    progress = Progress(10, done=4, enabled=True, metric="accuracy")
     progress.step(6, 1)
     progress.train_row(ROW)
     task = progress._bar.tasks[0]

@@ -13,11 +13,13 @@ class Progress:
 
     Args:
         total: steps of the run.
+        metric: the task's headline number, shown beside the loss.
         enabled: False shows nothing, as on all ranks but the first.
     """
 
-    def __init__(self, total: int, *, done: int, enabled: bool) -> None:
+    def __init__(self, total: int, *, done: int, enabled: bool, metric: str) -> None:
         self._bar = None
+        self._metric = metric
         self._enabled = enabled
         if not enabled or not sys.stderr.isatty():
             return
@@ -39,12 +41,12 @@ class Progress:
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, text=_line(row))
+            self._bar.update(self._task, text=_line(row, self._metric))
 
     def eval_row(self, row: Mapping[str, Any]) -> None:
         if not self._enabled:
             return
-        line = f"epoch {row['epoch']} step {row['step']} {row['split']}: {_line(row)}"
+        line = f"epoch {row['epoch']} step {row['step']} {row['split']}: {_line(row, self._metric)}"
         if self._bar is not None:
             self._bar.console.print(line)
         else:
@@ -55,11 +57,9 @@ class Progress:
             self._bar.stop()
 
 
-SHOWN = ("loss", "accuracy", "perplexity", "micro_f1", "items_per_second", "num_evals", "num_steps", "residual")
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if isinstance(row.get(name), (int, float)))
+def _line(row: Mapping[str, Any], metric: str) -> str:
+    names = dict.fromkeys(("loss", metric, "items_per_second", "num_evals", "num_steps", "residual"))
+    return "  ".join(f"{name} {row[name]:.4g}" for name in names if isinstance(row.get(name), (int, float)))
 
 
 def summary_table(record: Mapping[str, Any]) -> str:

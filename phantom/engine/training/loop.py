@@ -143,7 +143,7 @@ class Trainer:
         main = self.shard.rank == 0
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker() if main else None
-        self._progress = Progress(self.total, done=self.step, enabled=main and self.progress)
+        self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
         try:
             self._epochs()
         except BaseException:

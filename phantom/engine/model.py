@@ -1,0 +1,84 @@
+"""What the engine asks of a model, and the defaults of what a model may leave out.
+
+A model is an `nn.Module` of the form of `Model`. It inherits and imports nothing of the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from phantom.deq import deqs_of
+from phantom.engine.errors import ConfigError
+
+
+class Model(Protocol):
+    """A model that trains.
+
+    Its constructor takes keywords: those of its leaf in configs/model, the numbers that the data has in `Spec.inputs`
+    (such as `in_channels` and `num_classes`), and `deq`, the DEQ layer of the run. It keeps `deq` as a child module and
+    calls `self.deq(f, z0)` for every solve, so that the engine can find it and change its settings.
+
+    The engine reads three more names where they are there:
+
+    cell: the child module that computes f, for compile=true; its `forward` takes all that varies as arguments.
+    parameter_counts(): the number of parameters of each part, which add up to all, for the record. By default the
+        parts are the children and the parameters that belong to no child.
+    official_parameter_count: the number that the authors' script prints, where it counts in another way.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+    """The kinds of task that the model serves; see `Task.kind`."""
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """Return (output, solutions): what the task scores, and one `Solution` per solve, in order.
+
+        The task says what it calls the model with, and what it takes besides: `ImageClassification` calls
+        `model(images)` for (logits, solutions), `LanguageModelling` calls `model(tokens, targets, memory)` for
+        (losses, solutions, memory).
+        """
+        ...
+
+
+def check_model(model: object) -> nn.Module:
+    """Return the model that a constructor made, if the engine can train it.
+
+    Raises:
+        ConfigError: it is no module, or holds no DEQ.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: {name} is no torch.nn.Module, so that there is nothing to train")
+    if not deqs_of(model):
+        raise ConfigError(f"model: {name} holds no DEQ: keep the argument `deq` as a child module, self.deq = deq")
+    return model
+
+
+def find_cell(model: nn.Module) -> nn.Module:
+    """Return the module that computes f.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    cell = getattr(model, "cell", None)
+    if not isinstance(cell, nn.Module):
+        raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
+    return cell
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameters of every part of a model; they add up to all parameters."""
+    own = getattr(model, "parameter_counts", None)
+    if own is not None:
+        return own()
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def official_parameter_count(model: nn.Module) -> int | None:
+    """Return the number of parameters that the authors' script prints; None where it is the number of parameters."""
+    return getattr(model, "official_parameter_count", None)
