@@ -16,22 +16,22 @@ Batch = tuple[Graph, Tensor, Tensor]  # the graph, labels (N,), the nodes to sco
 
 
 class Chains(Source):
-    """Classify the nodes of directed chains: the features of the first node tell the class, all others are zero.
+    """Classify the nodes of directed chains: the first node's features give the class, all others are zero.
 
     Nodes are ordered by class, chain and position. The adjacency is A + I with edges i -> i + 1, scaled by the row sums
-    on both sides; every row of features is divided by its sum. Generated exactly as in the official IGNN code, which
-    fixes `length` at 10. Every batch is the whole graph, with the nodes of the split to score.
+    on both sides; every row of features is divided by its sum. The loader generates the data exactly as the official
+    IGNN code, which fixes `length` at 10. Every batch is the whole graph, with the nodes of the split to score.
 
     Args:
-        length: nodes of a chain.
+        length: nodes per chain.
         chains_per_class: 20 in the official code.
-        num_classes: one feature column tells each class.
-        num_features: columns of the features.
+        num_classes: each class sets one feature column.
+        num_features: feature columns; those beyond `num_classes` are zero.
         train_nodes, valid_nodes, test_nodes: sizes of the splits, cut from one shuffled order.
-        seed: of the shuffled order.
+        seed: seed of the shuffled order.
 
     Raises:
-        ValueError: a size is not positive, or the splits need more nodes than there are.
+        ValueError: a size is not positive, or the splits need more nodes than the chains have.
 
     Source: Gu et al., *Implicit Graph Neural Networks* (2020).
     """
@@ -66,43 +66,43 @@ class Chains(Source):
             )
         self.seed = seed
         self.spec = Spec(kind=self.kind, inputs={"in_features": num_features, "num_classes": num_classes}, sizes=sizes)
-        self._made: tuple[Graph, Tensor, dict[str, Tensor]] | None = None
+        self._data: tuple[Graph, Tensor, dict[str, Tensor]] | None = None
 
     @property
-    def made(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
-        """The graph, the labels (N,) and the nodes of every split, at the first use."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+    def data(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
+        """The graph, the labels (N,) and the nodes of every split, generated at the first use."""
+        if self._data is None:
+            self._data = self._generate()
+        return self._data
 
     def to(self, device: torch.device) -> None:
         """Keep the graph on `device`."""
-        graph, labels, nodes = self.made
-        self._made = graph.to(device), labels.to(device), {split: part.to(device) for split, part in nodes.items()}
+        graph, labels, nodes = self.data
+        self._data = graph.to(device), labels.to(device), {split: part.to(device) for split, part in nodes.items()}
 
     def steps(self, epoch: int) -> int:
         return 1
 
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
-        graph, labels, nodes = self.made
+        graph, labels, nodes = self.data
         parts = check_parts(shard, self.spec.sizes["train"])
         if start == 0:
             yield [(graph, labels, nodes["train"][list(part)]) for part in parts]
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
-        graph, labels, nodes = self.made
+        graph, labels, nodes = self.data
         count = self.spec.sizes[split]
-        own = nodes[split][count * shard.rank // shard.world : count * (shard.rank + 1) // shard.world]
-        if own.numel():
-            yield graph, labels, own
+        share = nodes[split][count * shard.rank // shard.world : count * (shard.rank + 1) // shard.world]
+        if share.numel():
+            yield graph, labels, share
 
-    def _make(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
+    def _generate(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
         import numpy as np
 
         classes, chains, length, columns = self.shape
         random = np.random.RandomState(self.seed)
-        # the official code adds noise of width zero first, which moves its random stream to where the order is drawn
+        # draw the official code's zero-width noise too: it advances the generator, so the node order below is the same
         features = random.uniform(-0.0, 0.0, size=self.shape)
         features[np.arange(classes), :, 0, np.arange(classes)] += 1
         features = torch.from_numpy(features.reshape(self.num_nodes, columns)).float()

@@ -1,4 +1,4 @@
-"""The ten folds of graph classification: the official ones, and stratified ones."""
+"""Ten folds for graph classification, official or stratified."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Folds = Literal["official", "stratified"]
 
 
 def fold_size(count: int, fold: int) -> int:
-    """Return the number of test graphs of `fold`: ten shares of `count`, the first ones larger by one."""
+    """Return the number of test graphs of `fold`: count // 10, and one more in the first count % 10 folds."""
     return count // NUM_FOLDS + int(fold < count % NUM_FOLDS)
 
 
 def check_fold(fold: int) -> None:
-    """Raise unless `fold` is one of 0..9."""
+    """Raise ValueError unless `fold` is one of 0..9."""
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < NUM_FOLDS:
         raise ValueError(
             f"fold={fold!r} must be an integer 0..{NUM_FOLDS - 1}: a run trains one, scripts/reproduce.py all ten"
@@ -31,15 +31,15 @@ def check_fold(fold: int) -> None:
 
 
 def official_names() -> tuple[str, ...]:
-    """Return the data sets whose official folds are known."""
+    """Return the names of the data sets with recorded official folds."""
     return tuple(_official())
 
 
 def official_fold(name: str, fold: int) -> tuple[list[int], list[int]]:
     """Return the (train, test) graph ids of an official IGNN fold, in the official order.
 
-    The official code permutes the data set and then stratifies by the labels in their original order, so that its folds
-    are in effect random. The ids were recorded with its seed, 42.
+    The official code permutes the data set, but stratifies by the labels in their original order, so its folds are in
+    effect random. The ids were recorded with its seed, 42.
     """
     permutation, fold_of = _official()[name]["permutation"], _official()[name]["fold_of_position"]
     test = [graph for graph, digit in zip(permutation, fold_of, strict=True) if int(digit) == fold]
@@ -48,7 +48,7 @@ def official_fold(name: str, fold: int) -> tuple[list[int], list[int]]:
 
 
 def stratified_fold(labels: Tensor, fold: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the (train, test) graph ids of a fold whose classes have the shares of the whole, in a seeded order."""
+    """Return the (train, test) graph ids of a fold stratified by class, in a seeded order."""
     from sklearn.model_selection import StratifiedKFold
 
     splitter = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)

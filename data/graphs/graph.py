@@ -1,6 +1,6 @@
 """Sparse graphs as plain tensors: adjacency in compressed rows and columns, disjoint unions, spectral radius.
 
-N nodes, p features, G graphs. `adjacency[i, j]` weighs the edge from node i to node j.
+N nodes, p features, G graphs. `adjacency[i, j]` is the weight of the edge from node i to node j.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from phantom.validate import check_choice
 
 Scaling = Literal["symmetric", "doubled"]
 
-# Added to a computed spectral radius, as the official IGNN code does: |W|_inf stays below kappa / rho by a margin,
-# and a graph without cycles (rho = 0) needs no special case.
+# The official IGNN code adds this to a computed spectral radius: |W|_inf stays below kappa / rho by a margin, and a
+# graph without cycles (rho = 0) needs no special case.
 RADIUS_MARGIN = 1e-5
 
 
@@ -41,11 +41,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseMatrix:
-    """A constant sparse matrix M, held with its transpose so that neither direction is ever rebuilt.
+    """A constant sparse matrix M, stored with its transpose: products with M and with M^T both read rows.
 
     Args:
         rows: the rows of M.
-        columns: the rows of M^T; the same object where M is symmetric.
+        columns: the rows of M^T; the same object if M is symmetric.
     """
 
     rows: Rows
@@ -63,7 +63,7 @@ class SparseMatrix:
         return SparseMatrix(rows, Rows(*(part.to(device, non_blocking=non_blocking) for part in self.columns)))
 
     def to_dense(self) -> Tensor:
-        """Return the matrix with all its zeros; for tests and small graphs."""
+        """Return the dense matrix; for tests and small graphs."""
         shape = (self.rows.offsets.numel() - 1, self.columns.offsets.numel() - 1)
         dense = self.rows.weights.new_zeros(shape)
         counts = self.rows.offsets.diff().long()
@@ -80,7 +80,7 @@ class Graph:
         adjacency: (N, N).
         radius: an upper bound of the spectral radius of |adjacency|.
         pooling: (G, N) sum over the nodes of each of G graphs; None outside graph classification.
-        multiplicity: (N,) how many nodes of the original graph a node stands for (see quotient.py); None: one.
+        multiplicity: (N,) number of original nodes that a node represents (see refinement.py); None means one.
     """
 
     features: Tensor
@@ -94,7 +94,7 @@ class Graph:
         return self.features.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Graph:
-        """Return the graph on `device`; the graph itself where it is there already."""
+        """Return the graph on `device`; the same object if it is already there."""
         if self.features.device == torch.device(device):
             return self
         return replace(
@@ -108,24 +108,24 @@ class Graph:
 
 @contextmanager
 def without_deprecations() -> Iterator[None]:
-    """Hide what importing torch_geometric says of functions that torch deprecates."""
+    """Hide torch's deprecation warnings, which importing torch_geometric triggers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def check_parts(shard: Shard, count: int) -> list[range]:
-    """Return this rank's index ranges of a batch of `count` graphs or nodes; raise where ranks would have none."""
+    """Return this rank's index ranges of a batch of `count` graphs or nodes; raise DataError if a rank gets none."""
     parts = shard.parts(count)
     if not parts:
         raise DataError(
-            f"a batch of {count} cannot be shared by {shard.world} processes: raise the batch size or use fewer of them"
+            f"a batch of {count} cannot be shared by {shard.world} processes: use a larger batch or fewer processes"
         )
     return parts
 
 
 def sparse_matrix(edges: Tensor, weights: Tensor, shape: tuple[int, int]) -> SparseMatrix:
-    """Build the matrix with `weights` (E,) at the (row, column) pairs `edges` (2, E); duplicates add.
+    """Build the matrix with `weights` (E,) at the (row, column) pairs `edges` (2, E); duplicates are summed.
 
     Raises:
         DataError: an index is negative or beyond `shape`, a weight is not finite, or the sizes disagree.
@@ -152,14 +152,14 @@ def check_edges(edges: Tensor, shape: tuple[int, int]) -> None:
     low, high = edges.amin(dim=1).tolist(), edges.amax(dim=1).tolist()
     if min(low) < 0 or high[0] >= shape[0] or high[1] >= shape[1]:
         raise DataError(
-            f"edge indices run over {low[0]}..{high[0]} and {low[1]}..{high[1]}, allowed are 0..{shape[0] - 1} and "
-            f"0..{shape[1] - 1}: node ids must be zero-based and less than the number of nodes"
+            f"edge indices are in {low[0]}..{high[0]} and {low[1]}..{high[1]}, but must be in 0..{shape[0] - 1} and "
+            f"0..{shape[1] - 1}: node ids are zero-based and less than the number of nodes"
         )
 
 
 def _compress(row: Tensor, column: Tensor, weights: Tensor, shape: tuple[int, int]) -> Rows:
-    keys, place = torch.unique(row.long() * shape[1] + column.long(), return_inverse=True)
-    summed = torch.zeros(keys.numel(), dtype=weights.dtype).index_add_(0, place, weights)
+    keys, inverse = torch.unique(row.long() * shape[1] + column.long(), return_inverse=True)
+    summed = torch.zeros(keys.numel(), dtype=weights.dtype).index_add_(0, inverse, weights)
     offsets = torch.zeros(shape[0] + 1, dtype=torch.int32)
     if keys.numel():
         counts = torch.bincount(torch.div(keys, shape[1], rounding_mode="floor"), minlength=shape[0])
@@ -170,11 +170,11 @@ def _compress(row: Tensor, column: Tensor, weights: Tensor, shape: tuple[int, in
 def normalized_adjacency(
     edges: Tensor, num_nodes: int, scaling: Scaling, dtype: torch.dtype = torch.float32
 ) -> SparseMatrix:
-    """Return D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; `doubled` takes A + A^T in the place of A.
+    """Return D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; `doubled` replaces A by A + A^T.
 
-    With self-loops every row sum is positive, so an isolated node keeps the weight 1 on itself. The spectral radius is
-    exactly 1: the matrix is similar to a row-stochastic one. `doubled` is what the official IGNN evaluation computes:
-    on an undirected graph it has 2A + I, not the A + I trained with.
+    Self-loops make every row sum positive; an isolated node has weight 1 on itself. The spectral radius is exactly 1:
+    the matrix is similar to a row-stochastic one. The official IGNN evaluation uses `doubled`: on an undirected graph
+    it evaluates with 2A + I after training with A + I.
     """
     check_choice("scaling", scaling, ("symmetric", "doubled"))
     check_edges(edges, (num_nodes, num_nodes))
@@ -185,14 +185,14 @@ def normalized_adjacency(
 
 
 def membership(sizes: Sequence[int], multiplicity: Tensor) -> SparseMatrix:
-    """Return the (G, N) matrix that sums the nodes of each of G consecutive graphs, each `multiplicity` (N,) times."""
+    """Return the (G, N) matrix that sums the nodes of each of G consecutive graphs, weighted by `multiplicity` (N,)."""
     graph = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
     nodes = torch.arange(graph.numel())
     return sparse_matrix(torch.stack([graph, nodes]), multiplicity, (len(sizes), graph.numel()))
 
 
 def union(graphs: Sequence[Graph]) -> Graph:
-    """Return the disjoint union: one block-diagonal adjacency, features stacked, the largest radius."""
+    """Return the disjoint union: block-diagonal adjacency, stacked features, the largest radius."""
     rows = _stack([graph.adjacency.rows for graph in graphs])
     shared = all(graph.adjacency.columns is graph.adjacency.rows for graph in graphs)
     columns = rows if shared else _stack([graph.adjacency.columns for graph in graphs])
@@ -225,7 +225,7 @@ def _stack(blocks: Sequence[Rows]) -> Rows:
 def spectral_radius(matrix: SparseMatrix) -> float:
     """Return the spectral radius of |M|: the largest Perron root over the strongly connected components.
 
-    Going by components is exact for directed graphs too, where M itself can be defective (a chain) or nilpotent.
+    Each component's matrix is irreducible, so this is exact even where M is defective (a chain) or nilpotent.
     """
     import numpy as np
     from scipy.sparse import csr_matrix
@@ -238,7 +238,7 @@ def spectral_radius(matrix: SparseMatrix) -> float:
     a = csr_matrix((np.abs(weights).astype(np.float64), columns, offsets), shape=(size, size))
     count, label = connected_components(a, directed=True, connection="strong")
     sizes = np.bincount(label, minlength=count)
-    radius = float(a.diagonal().max())  # the root of a component of one node is its self-loop
+    radius = float(a.diagonal().max())  # the Perron root of a single node is its self-loop
     order, starts = np.argsort(label, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
     for component in np.flatnonzero(sizes > 1):
         nodes = order[starts[component] : starts[component + 1]]
@@ -253,9 +253,9 @@ def _perron_root(a: Any, *, symmetric: bool) -> float:
 
     if a.shape[0] <= 64:
         return float(np.abs(np.linalg.eigvals(a.toarray())).max())
-    # the largest by value, not by modulus: on a bipartite component -rho is an eigenvalue as well
+    # ask for the largest value, not the largest modulus: on a bipartite component -rho is an eigenvalue too
     solve, which = (eigsh, "LA") if symmetric else (eigs, "LR")
     try:
         return float(np.abs(solve(a, k=1, which=which, v0=np.ones(a.shape[0]), return_eigenvectors=False)).max())
     except ArpackNoConvergence:
-        return float(min(a.sum(axis=0).max(), a.sum(axis=1).max()))  # a bound, never below the root
+        return float(min(a.sum(axis=0).max(), a.sum(axis=1).max()))  # an upper bound of the root

@@ -1,4 +1,4 @@
-"""PPI: label the proteins of 24 tissue graphs, through torch_geometric; and what it shares with sets of its shape."""
+"""PPI: label the proteins of 24 tissue graphs, read by torch_geometric; and the base class of sets of its shape."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
 from phantom.validate import check_count
 
-Batch = tuple[Graph, Tensor]  # the union of some graphs, labels (N, 121) of zeros and ones
+Batch = tuple[Graph, Tensor]  # a union of graphs, labels (N, 121) of zeros and ones
 
 NUM_FEATURES, NUM_LABELS = 50, 121
 FILES = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
-# nodes of every graph, in the order of the files
+# number of nodes of every graph, in file order
 NODES = {
     "train": (
         *(1767, 1377, 2263, 2339, 1578, 1021, 1823, 2488, 591, 3312),
@@ -41,15 +41,15 @@ NODES = {
 
 
 class LabelledGraphs(Source):
-    """Label the nodes of 20 training, 2 validation and 2 test graphs: the order of a training epoch is shuffled.
+    """Label the nodes of 20 training, 2 validation and 2 test graphs; every training epoch has a new order.
 
-    The adjacency is the edge list as it is, 0 or 1, without self-loops or normalisation; its spectral radius is
-    computed once per graph. A batch is the disjoint union of its graphs, and has the largest of their radii.
+    The adjacency is 1 for every edge of the list and 0 elsewhere, without self-loops or normalisation. The loader
+    computes its spectral radius once per graph. A batch is the disjoint union of its graphs, with the largest radius.
 
     Args:
         batch_size: graphs per optimiser step (1 in the official code).
         eval_batch_size: graphs per evaluation batch (2 in the official code).
-        seed: of the training order.
+        seed: seed of the training order.
 
     Raises:
         ValueError: a batch size is not positive.
@@ -82,7 +82,7 @@ class LabelledGraphs(Source):
         return self._loaded[split]
 
     def to(self, device: torch.device) -> None:
-        """Keep the graphs on `device` from now on."""
+        """Hold the graphs on `device` from now on."""
         self._device, self._loaded = torch.device(device), {}
 
     def steps(self, epoch: int) -> int:
@@ -99,19 +99,20 @@ class LabelledGraphs(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         graphs = self.graphs(split)
-        own = graphs[len(graphs) * shard.rank // shard.world : len(graphs) * (shard.rank + 1) // shard.world]
-        for begin in range(0, len(own), self.eval_batch_size):
-            yield _join(own[begin : begin + self.eval_batch_size])
+        share = graphs[len(graphs) * shard.rank // shard.world : len(graphs) * (shard.rank + 1) // shard.world]
+        for begin in range(0, len(share), self.eval_batch_size):
+            yield _join(share[begin : begin + self.eval_batch_size])
 
 
 class PPI(LabelledGraphs):
-    """The protein-protein interaction graphs of Zitnik and Leskovec (2017), as torch_geometric reads them.
+    """The protein-protein interaction graphs of Zitnik and Leskovec (2017), read by torch_geometric.
 
-    Files: <root>/raw/train_graph.json and so on. They are converted once, in the cache folder: `root` may be read-only.
+    Files: <root>/raw/train_graph.json and so on. torch_geometric converts them once, into the cache folder, so `root`
+    may be read-only.
 
     Args:
-        root: folder that holds `raw/`. None looks under $PHANTOM_DATA/PPI, then in the cache folder.
-        download: fetch the files into `root` when they are absent; nothing is fetched where they are present.
+        root: folder that holds `raw/`. None means $PHANTOM_DATA/PPI, or the cache folder without that variable.
+        download: download the files into `root` if any is missing.
 
     Raises:
         DataError: the files are missing or damaged.
@@ -129,7 +130,7 @@ class PPI(LabelledGraphs):
         names = [f"{part}_{file}" for part in NODES for file in FILES]
         missing = [name for name in names if not (raw / name).is_file()]
         if missing and not self.download:
-            raise DataError(f"{raw} lacks {', '.join(missing)}. {root_hint('PPI')}, or let data.download=true fetch it")
+            raise DataError(f"{raw} lacks {', '.join(missing)}. {root_hint('PPI')}, or set data.download=true")
         sizes = [] if missing else [(name, (raw / name).stat().st_size) for name in names]
         converted = cache_folder() / f"ppi-{seed_of(f'{raw.resolve()}/{sizes}'):x}"
 
@@ -151,16 +152,16 @@ class PPI(LabelledGraphs):
 
 
 def labelled_graph(features: Tensor, edges: Tensor, labels: Tensor) -> Batch:
-    """Return a graph with the 0/1 adjacency of `edges` (2, E) and its labels.
+    """Return the graph with weight 1 on every edge of `edges` (2, E), and its labels.
 
     Raises:
-        DataError: an edge, a feature or a label cannot be right.
+        DataError: an edge, a feature or a label is invalid.
     """
     if labels.shape[0] != features.shape[0]:
         raise DataError(f"{features.shape[0]} nodes have features and {labels.shape[0]} have labels: they must agree")
     for name, values in (("features", features), ("labels", labels)):
         if not bool(torch.isfinite(values).all()):
-            raise DataError(f"the {name} hold NaN or infinite entries: every one must be finite")
+            raise DataError(f"the {name} hold NaN or infinite entries: every entry must be finite")
     count = features.shape[0]
     adjacency = sparse_matrix(edges, torch.ones(edges.shape[1]), (count, count))
     radius = spectral_radius(adjacency) + RADIUS_MARGIN

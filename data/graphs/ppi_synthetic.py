@@ -1,4 +1,4 @@
-"""A generated set of PPI's shape, for development and tests where the real one is not at hand."""
+"""A generated data set of PPI's shape, for development and tests without the real files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data.seeding import generator
 from phantom.validate import check_number
 
 COMMUNITIES = 16
-DRAWS = 38.0  # ends of edges drawn per node; without repeats about 27 neighbours are left, as many as in PPI
+DRAWS = 38.0  # edge ends drawn per node; dropping repeats leaves about 27 neighbours, as in PPI
 SAME_COMMUNITY = 0.8  # share of edges drawn within a community: homophily
 POSITIVES = 0.3  # mean share of positive labels, about that of PPI
 
@@ -19,13 +19,13 @@ class SyntheticPPI(LabelledGraphs):
     """Label the nodes of homophilous random graphs: 20/2/2 graphs with PPI's node counts, 50 features, 121 labels.
 
     Nodes belong to communities, whose features scatter around a common mean; degrees are heavy-tailed, and most edges
-    stay within a community. Label l of node i is 1 where w_l . (mean features of i's neighbours) exceeds a threshold
-    that leaves the label its share of positives: the neighbours decide it, not the node itself. Means, w and thresholds
-    are shared by all graphs, so that what is learnt on some holds on the others.
+    stay within a community. Label l of node i is 1 if w_l . (mean features of i's neighbours) exceeds a threshold that
+    sets the label's share of positives: the neighbours decide the label, not the node itself. All graphs share means, w
+    and thresholds, so that a model can generalise from one graph to another.
 
     Args:
         scale: factor on the number of nodes of every graph; 1 is PPI's size.
-        generation_seed: of the graphs, features and labels.
+        generation_seed: seed of the graphs, features and labels.
 
     Raises:
         ValueError: `scale` is not positive.
@@ -70,16 +70,18 @@ class SyntheticPPI(LabelledGraphs):
 
         start, end = total[:1].expand(count), total[-1:].expand(count)
         source = draw(start, end)
-        # nodes are sorted by community: the weights of one are an interval
+        # nodes are sorted by community, so the weights of each community form an interval of `total`
         bounds = torch.searchsorted(community, torch.arange(COMMUNITIES + 1))
-        own = community[source]
+        group = community[source]
         inside = torch.rand(count, generator=draws) < SAME_COMMUNITY
-        target = draw(torch.where(inside, total[bounds[own]], start), torch.where(inside, total[bounds[own + 1]], end))
+        target = draw(
+            torch.where(inside, total[bounds[group]], start), torch.where(inside, total[bounds[group + 1]], end)
+        )
         pairs = torch.stack([torch.minimum(source, target), torch.maximum(source, target)])
         pairs = torch.unique(pairs[:, source != target], dim=1)
         return torch.cat([pairs, pairs.flip(0)], dim=1)
 
     def _thresholds_for(self, shares: Tensor) -> Tensor:
-        # quantiles on one graph of full size, whatever the scale: the same task at every scale
+        # take the quantiles on one graph of fixed size, so that the task is the same at every scale
         scores = self._draw(2000, generator(f"ppi_synthetic/{self.generation_seed}/thresholds"))[2]
         return torch.stack([scores[:, i].quantile(1 - share) for i, share in enumerate(shares)])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.graphs.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
 from data.graphs.graph import Graph, Scaling, check_parts, normalized_adjacency, union, without_deprecations
-from data.graphs.quotient import quotient
+from data.graphs.refinement import merge_nodes
 from data.paths import data_root, root_hint
 from data.seeding import generator
 from phantom.engine.errors import DataError
@@ -27,41 +27,41 @@ Adjacency = Literal["doubled", "same"]
 Batch = tuple[Graph, Tensor]  # the union of G graphs, labels (G,)
 
 
-class Facts(NamedTuple):
-    """What is known of a data set before it is read: node label columns, classes, graphs."""
+class Metadata(NamedTuple):
+    """Sizes of a data set, known before its files are read: node label columns, classes, graphs."""
 
     in_features: int
     num_classes: int
     num_graphs: int
 
 
-FACTS = {"COX2": Facts(35, 2, 467), "PROTEINS": Facts(3, 2, 1113)}
+METADATA = {"COX2": Metadata(35, 2, 467), "PROTEINS": Metadata(3, 2, 1113)}
 
 
 class TUGraphs(Source):
     """Classify graphs of one TU data set; one fold of ten is the test split.
 
-    Node features are the one-hot node labels, from the smallest label to the largest, empty columns included; node
-    attributes are left out. The adjacency is A + I, normalised symmetrically. Batches that do not change over epochs
+    Node features are the one-hot node labels, from the smallest label to the largest, including empty columns; node
+    attributes are not used. The adjacency is A + I, normalised symmetrically. Batches that are the same in every epoch
     are built once.
 
-    The official protocol has no validation split: `validation=0` keeps its training set whole, and its number is the
-    best test epoch, which is optimistic. `validation=0.1` holds a stratified tenth of the training graphs out as
-    `valid`, to choose the epoch honestly.
+    The official protocol has no validation split (`validation=0`) and reports the best test epoch, which is optimistic.
+    `validation=0.1` holds out a stratified tenth of the training graphs as `valid`, to choose the epoch without the
+    test graphs.
 
     Args:
-        root: folder that holds `raw/`. None looks under $PHANTOM_DATA/<name>, then in the cache folder.
-        name: data set; one of `FACTS`, or any other TU set with node labels for stratified folds.
-        folds: `official` (COX2, PROTEINS: the recorded ones, in effect random) or `stratified`.
+        root: folder that holds `raw/`. None means $PHANTOM_DATA/<name>, or the cache folder without that variable.
+        name: COX2, PROTEINS, or any other TU set with node labels (stratified folds only).
+        folds: `official` (recorded for COX2 and PROTEINS; in effect random) or `stratified`.
         fold: the test fold, 0 to 9.
         batch_size: graphs per optimiser step.
-        shuffle: draw a new order every epoch; the official code keeps one.
+        shuffle: draw a new order every epoch; the official code keeps one order.
         validation: share of the training graphs held out.
-        eval_adjacency: `same` as in training, or `doubled`: 2A + I, as the official evaluation has it.
-        merge_nodes: compute nodes that message passing cannot tell apart once (quotient.py): exact, on fewer nodes.
-        split_seed: of stratified folds, their training order and the validation graphs: the same for all ten folds.
-        seed: of the order of every epoch, with `shuffle`.
-        download: fetch the files into `root` when they are absent; where they are, nothing is fetched or written.
+        eval_adjacency: `same` as in training, or `doubled`: 2A + I, as in the official evaluation.
+        merge_nodes: merge nodes that message passing cannot distinguish (refinement.py): exact, on fewer nodes.
+        split_seed: seed of stratified folds, their training order and the validation graphs; one for all ten folds.
+        seed: seed of the order of every epoch, under `shuffle`.
+        download: download the files into `root` if any is missing; otherwise nothing is written there.
 
     Raises:
         ValueError: an argument is out of range, or the official folds of `name` are not known.
@@ -108,43 +108,43 @@ class TUGraphs(Source):
         self._raw: Raw | None = None
         self._ids: dict[str, list[int]] | None = None
         self._device = torch.device("cpu")
-        facts = FACTS.get(name) or self.raw.facts
-        test = fold_size(facts.num_graphs, fold)
-        valid = round(validation * (facts.num_graphs - test))
-        sizes = {"train": facts.num_graphs - test - valid, "valid": valid, "test": test}
+        metadata = METADATA.get(name) or self.raw.metadata
+        test = fold_size(metadata.num_graphs, fold)
+        valid = round(validation * (metadata.num_graphs - test))
+        sizes = {"train": metadata.num_graphs - test - valid, "valid": valid, "test": test}
         self.spec = Spec(
             kind=self.kind,
-            inputs={"in_features": facts.in_features, "num_classes": facts.num_classes},
+            inputs={"in_features": metadata.in_features, "num_classes": metadata.num_classes},
             sizes={split: sizes[split] for split in self.splits},
         )
 
     @property
     def raw(self) -> Raw:
-        """The graphs as read from the files, at the first use."""
+        """The graphs, read from the files at the first use."""
         if self._raw is None:
             self._raw = read_tu(self.root, self.name, download=self.download)
-            if self.name in FACTS and self._raw.facts != FACTS[self.name]:
+            if self.name in METADATA and self._raw.metadata != METADATA[self.name]:
                 raise DataError(
-                    f"{self.root / 'raw'} holds {self._raw.facts}, but {self.name} is {FACTS[self.name]}: the files "
-                    "are damaged or of another version; remove them and say data.download=true"
+                    f"{self.root / 'raw'} holds {self._raw.metadata}, but {self.name} is {METADATA[self.name]}: the "
+                    "files are damaged or of another version; remove them and set data.download=true"
                 )
         return self._raw
 
     @property
     def ids(self) -> dict[str, list[int]]:
-        """The graph ids of every split, those of `train` in training order."""
+        """The graph ids of every split; those of `train` are in training order."""
         if self._ids is None:
             if self.folds == "official":
                 train, test = official_fold(self.name, self.fold)
             else:
                 train, test = stratified_fold(self.raw.labels, self.fold, self.split_seed)
             valid = self._held_out(train)
-            kept = set(valid)
-            self._ids = {"train": [i for i in train if i not in kept], "valid": valid, "test": test}
+            held_out = set(valid)
+            self._ids = {"train": [i for i in train if i not in held_out], "valid": valid, "test": test}
         return self._ids
 
     def to(self, device: torch.device) -> None:
-        """Keep the batches on `device` from now on."""
+        """Hold the batches on `device` from now on."""
         self._device = torch.device(device)
         self._batches = {key: _move(batch, self._device) for key, batch in self._batches.items()}
 
@@ -164,9 +164,9 @@ class TUGraphs(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         ids = self.ids[split]
-        own = ids[len(ids) * shard.rank // shard.world : len(ids) * (shard.rank + 1) // shard.world]
-        for begin in range(0, len(own), self.batch_size):
-            yield self._batch(own[begin : begin + self.batch_size], "eval", keep=True)
+        share = ids[len(ids) * shard.rank // shard.world : len(ids) * (shard.rank + 1) // shard.world]
+        for begin in range(0, len(share), self.batch_size):
+            yield self._batch(share[begin : begin + self.batch_size], "eval", keep=True)
 
     def _held_out(self, train: list[int]) -> list[int]:
         count = round(self.validation * len(train))
@@ -190,23 +190,23 @@ class TUGraphs(Source):
     def _graph(self, scaling: Scaling, index: int) -> Graph:
         if (scaling, index) not in self._graphs:
             graph = self.raw.graph(index, scaling)
-            self._graphs[scaling, index] = quotient(graph) if self.merge_nodes else graph
+            self._graphs[scaling, index] = merge_nodes(graph) if self.merge_nodes else graph
         return self._graphs[scaling, index]
 
 
 class Raw:
-    """A TU data set as read: nodes and edges of all graphs one after the other.
+    """A TU data set in memory: the nodes and edges of all graphs, concatenated.
 
     Args:
         features: (N, p).
         edges: (2, E), node ids within their graph.
-        nodes, arcs: (G + 1,) where the nodes and edges of each graph begin.
+        nodes, arcs: (G + 1,) offset of the first node and the first edge of each graph.
         labels: (G,).
     """
 
     def __init__(self, *, features: Tensor, edges: Tensor, nodes: Tensor, arcs: Tensor, labels: Tensor) -> None:
         self.features, self.edges, self.nodes, self.arcs, self.labels = features, edges, nodes, arcs, labels
-        self.facts = Facts(features.shape[1], int(labels.max()) + 1, labels.numel())
+        self.metadata = Metadata(features.shape[1], int(labels.max()) + 1, labels.numel())
 
     def graph(self, index: int, scaling: Scaling) -> Graph:
         """Return one graph with its normalised adjacency."""
@@ -227,13 +227,11 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         _fetch(root, name)
     missing = [path.name for path in needed if not path.is_file()]
     if missing:
-        raise DataError(
-            f"{folder} lacks {', '.join(missing)}. {root_hint(name)}, or let data.download=true fetch the set"
-        )
+        raise DataError(f"{folder} lacks {', '.join(missing)}. {root_hint(name)}, or set data.download=true")
     with without_deprecations():
         from torch_geometric.io import read_tu_data
 
-    # the reader would drop such an edge without a word
+    # torch_geometric's reader silently drops such an edge
     if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
         raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
     try:
@@ -242,13 +240,15 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     except (IndexError, RuntimeError, ValueError) as error:
         raise DataError(f"{folder} holds files that cannot be read as a TU data set: {error}") from error
     nodes, arcs = slices["x"], slices["edge_index"]
-    # the reader counts edges up to the last graph that has any
+    # the reader's offsets end at the last graph that has edges: extend them to the last graph
     arcs = torch.cat([arcs, arcs[-1:].expand(max(0, nodes.numel() - arcs.numel()))])
     counts = [nodes.numel() - 1, data.y.numel()]
     if len(set(counts)) > 1:
-        raise DataError(f"{folder} describes {counts} graphs by nodes and labels: every graph needs both")
-    sizes_of_edges = nodes.diff().repeat_interleave(arcs.diff())
-    outside = ((data.edge_index < 0) | (data.edge_index >= sizes_of_edges)).any(dim=0)
+        raise DataError(
+            f"{folder} describes {counts[0]} graphs by nodes and {counts[1]} by labels: every graph needs both"
+        )
+    graph_sizes = nodes.diff().repeat_interleave(arcs.diff())
+    outside = ((data.edge_index < 0) | (data.edge_index >= graph_sizes)).any(dim=0)
     if bool(outside.any()):
         raise DataError(
             f"{needed[0]} has {int(outside.sum())} edges that leave their graph: node ids count from 1 "
@@ -272,11 +272,11 @@ def _fetch(root: Path, name: str) -> None:
     with without_deprecations():
         from torch_geometric.datasets import TUDataset
 
-    class Here(TUDataset):
+    class Downloaded(TUDataset):
         raw_dir = property(lambda _: os.fspath(root / "raw"))
         processed_dir = property(lambda _: os.fspath(root / "processed"))
 
     try:
-        Here(os.fspath(root), name)
+        Downloaded(os.fspath(root), name)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{name} could not be downloaded to {root}: {error}") from error

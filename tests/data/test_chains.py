@@ -27,7 +27,7 @@ SETTINGS = {
 def test_the_official_set():
     with np.load(FILE) as file:
         arrays = {name: torch.tensor(file[name]) for name in file.files if name.startswith("chains.")}
-    graph, labels, nodes = Chains(**SETTINGS).made
+    graph, labels, nodes = Chains(**SETTINGS).data
     adjacency = torch.zeros(400, 400)
     adjacency[arrays["chains.adj_rows"], arrays["chains.adj_cols"]] = arrays["chains.adj_vals"]
     features = torch.zeros(400, 100)
@@ -42,7 +42,7 @@ def test_the_official_set():
 
 def test_other_lengths():
     source = Chains(**{**SETTINGS, "length": 30, "num_classes": 3})
-    graph, labels, nodes = source.made
+    graph, labels, nodes = source.data
     assert graph.num_nodes == 1800 and torch.equal(labels, torch.arange(3).repeat_interleave(600))
     first = torch.arange(0, 1800, 30)
     assert torch.equal(graph.features.sum(dim=1).nonzero()[:, 0], first)
@@ -57,7 +57,7 @@ def test_other_lengths():
 def test_ranks_share_the_nodes():
     source = Chains(**SETTINGS)
     assert source.steps(0) == 1 and list(source.train(epoch=0, start=1, shard=Shard())) == []
-    nodes = source.made[2]
+    nodes = source.data[2]
     shards = [Shard(rank=rank, world=3, micro=2) for rank in range(3)]
     trained = [part[2] for shard in shards for parts in source.train(epoch=0, start=0, shard=shard) for part in parts]
     assert len(trained) == 6 and torch.equal(torch.cat(trained), nodes["train"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.graphs.folds import official_fold
-from data.graphs.tu import FACTS, TUGraphs
+from data.graphs.tu import METADATA, TUGraphs
 from data.paths import data_root
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
@@ -82,7 +82,7 @@ def test_the_spec_needs_no_files():
 
 @pytest.mark.parametrize("name", ["COX2", "PROTEINS"])
 def test_official_folds_partition_the_graphs(name):
-    count = FACTS[name].num_graphs
+    count = METADATA[name].num_graphs
     tests = [official_fold(name, fold)[1] for fold in range(10)]
     assert sorted(graph for test in tests for graph in test) == list(range(count))
     for fold, test in enumerate(tests):

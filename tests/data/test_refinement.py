@@ -1,4 +1,4 @@
-"""Merged nodes: the classes by hand, and the same equilibria, logits and gradients as of the whole graph."""
+"""Colour refinement: the colours by hand, and the same equilibria, logits and gradients as of the whole graph."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.graphs.graph import Graph, normalized_adjacency, sparse_matrix, union
-from data.graphs.quotient import node_classes, quotient
+from data.graphs.refinement import merge_nodes, refine_colors
 from models.ignn.layers import ImplicitGraphLayer
 from models.ignn.model import GraphIGNN
 from phantom import DEQ, NPG, UPG, FixedPoint, Implicit
@@ -25,7 +25,7 @@ def ring(size: int) -> list[tuple[int, int]]:
     return [(i, (i + 1) % size) for i in range(size)]
 
 
-# a ring with one marked node, a star, a path, a triangle beside a hexagon (message passing cannot tell them apart),
+# a ring with one marked node, a star, a path, a triangle beside a hexagon (message passing cannot distinguish them),
 # a graph without edges, and one where nothing is equal
 GRAPHS = {
     "ring": (graph_of(ring(6), [1, 0, 0, 0, 0, 0]), [0, 1, 2, 3, 2, 1]),
@@ -37,26 +37,26 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("graph, classes", GRAPHS.values(), ids=GRAPHS)
-def test_classes_by_hand(graph, classes):
-    assert node_classes(graph) == classes
+@pytest.mark.parametrize("graph, colors", GRAPHS.values(), ids=GRAPHS)
+def test_colors_by_hand(graph, colors):
+    assert refine_colors(graph) == colors
 
 
-def test_weights_tell_nodes_apart():
+def test_weights_distinguish_nodes():
     """Nodes 1 and 2 receive from node 0 alone, by unequal weights; 3 and 4 by equal ones."""
     arcs = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4]])
     adjacency = sparse_matrix(arcs, torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64), (5, 5))
     graph = Graph(torch.ones(5, 1, dtype=torch.float64), adjacency, radius=1.0)
-    assert node_classes(graph) == [0, 1, 2, 3, 3]
+    assert refine_colors(graph) == [0, 1, 2, 3, 3]
 
 
-def test_the_quotient_by_hand():
+def test_the_merged_graph_by_hand():
     star = GRAPHS["star"][0]
-    merged = quotient(star)
+    merged = merge_nodes(star)
     whole, dense = star.adjacency.to_dense(), merged.adjacency.to_dense()
     assert merged.multiplicity.tolist() == [1, 3] and merged.features.shape == (2, 3)
     assert torch.allclose(dense, torch.stack([whole[0, :2], torch.stack([3 * whole[1, 0], whole[1, 1]])]))
-    assert quotient(GRAPHS["all different"][0]) is GRAPHS["all different"][0]
+    assert merge_nodes(GRAPHS["all different"][0]) is GRAPHS["all different"][0]
 
 
 def random_graph(seed: int, scaling: str) -> Graph:
@@ -87,7 +87,7 @@ def test_logits_and_gradients_are_those_of_the_whole(grad, scaling):
     ).double()
     cotangent = torch.randn(len(graphs), 2, dtype=torch.float64)
     results = []
-    for batch in (union(graphs), union([quotient(graph) for graph in graphs])):
+    for batch in (union(graphs), union([merge_nodes(graph) for graph in graphs])):
         logits, solutions = model(batch)
         assert all(bool(solution.stats.converged.all()) for solution in solutions)
         results.append((batch.num_nodes, [logits, *torch.autograd.grad(logits, list(model.parameters()), cotangent)]))
