@@ -1,4 +1,4 @@
-"""Where data lies, and where what was read from it is kept."""
+"""Folders of the data sets, and the cache folder for downloads and decoded copies."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def data_root(root: str | None, name: str) -> Path:
 
 
 def root_hint(name: str) -> str:
-    """Return the sentence that tells how to name the folder of the set `name`."""
-    return f"Name the folder with data.root=<folder>, or set {VARIABLE} to the parent of a folder called {name}"
+    """Return the sentence that tells the user how to set the folder of the set `name`."""
+    return f"Set the folder with data.root=<folder>, or set {VARIABLE} to the parent of a folder called {name}"

@@ -1,4 +1,4 @@
-"""Seeds by name: a draw depends on what it is for, never on what was drawn before it."""
+"""Seeds by name: a draw depends on its key alone, never on earlier draws."""
 
 from __future__ import annotations
 

@@ -130,7 +130,9 @@ class PPI(LabelledGraphs):
         names = [f"{part}_{file}" for part in NODES for file in FILES]
         missing = [name for name in names if not (raw / name).is_file()]
         if missing and not self.download:
-            raise DataError(f"{raw} lacks {', '.join(missing)}. {root_hint('PPI')}, or set data.download=true")
+            raise DataError(
+                f"{raw} lacks {', '.join(missing)}. {root_hint('PPI')}, or download the files with data.download=true"
+            )
         sizes = [] if missing else [(name, (raw / name).stat().st_size) for name in names]
         converted = cache_folder() / f"ppi-{seed_of(f'{raw.resolve()}/{sizes}'):x}"
 

@@ -227,7 +227,9 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         _fetch(root, name)
     missing = [path.name for path in needed if not path.is_file()]
     if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)}. {root_hint(name)}, or set data.download=true")
+        raise DataError(
+            f"{folder} lacks {', '.join(missing)}. {root_hint(name)}, or download the files with data.download=true"
+        )
     with without_deprecations():
         from torch_geometric.io import read_tu_data
 

@@ -33,7 +33,7 @@ class ImageSet(NamedTuple):
         return ImageSet(self.images[indices], self.labels[indices])
 
     def digest(self) -> str:
-        """Return a short hash of pixels and labels that does not depend on the order of the images."""
+        """Return a short hash of all pixels and labels; it does not depend on the order of the images."""
         pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
         each = sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs)
         return hashlib.sha256(b"".join(each)).hexdigest()[:16]
@@ -42,18 +42,18 @@ class ImageSet(NamedTuple):
 class InMemoryImages(Source):
     """A labelled image set small enough to keep in memory.
 
-    The order of epoch e and the augmentation of image i in it are drawn from (seed, e) alone, image by image: they do
-    not depend on the batch size, the rank, or where a run was resumed.
+    The order of epoch e and the augmentation of each image in it depend on (seed, e) alone: not on the batch size, the
+    rank, or the step at which a run resumed.
 
     Args:
         batch_size: images per optimiser step, over all processes.
         eval_batch_size: images per evaluation batch.
         augment: `none`, or `crop_flip`: zero-pad by 4 (black, before normalisation), crop back, flip with
             probability 1/2.
-        validation: training images held out as the split `valid`; drawn by a seed of their own, the same in all runs.
-        subset: use at most so many training images (after holding out).
-        test_subset: use at most so many test images.
-        seed: of order and augmentation.
+        validation: number of training images held out as the split `valid`; a fixed seed draws them.
+        subset: maximum number of training images, after holding out.
+        test_subset: maximum number of test images.
+        seed: seed of order and augmentation.
     """
 
     kind: ClassVar[str] = "image_classification"
@@ -80,7 +80,7 @@ class InMemoryImages(Source):
         self._sets = {"train": train, "test": test}
         self._scale = torch.tensor([self.mean, self.std])[:, :, None, None]
         if not 0 <= validation < len(order):
-            raise ValueError(f"validation={validation!r} must be in [0, {len(order)}), the number of training images")
+            raise ValueError(f"validation={validation!r} must be in [0, {len(order)}): fewer than the training images")
         if validation:
             self._sets["valid"] = train.take(order[:validation].sort().values)
             self._sets["train"] = train.take(order[validation:].sort().values)
@@ -128,14 +128,14 @@ class InMemoryImages(Source):
         images, labels = self._sets[split]
         for start in range(0, len(labels), self.eval_batch_size):
             stop = min(start + self.eval_batch_size, len(labels))
-            # ranks take contiguous shares of every batch; a share may be empty at the very end
+            # ranks take contiguous shares of every batch; in the last batch a share may be empty
             first = start + (stop - start) * shard.rank // shard.world
             last = start + (stop - start) * (shard.rank + 1) // shard.world
             if first < last:
                 yield self._normalise(images[first:last]), labels[first:last]
 
     def to(self, device: torch.device) -> None:
-        """Keep the images on `device`, so that batches are made there; they are the same numbers."""
+        """Hold the images on `device` and build the batches there; their values do not change."""
         self._scale = self._scale.to(device)
         self._sets = {name: ImageSet(s.images.to(device), s.labels.to(device)) for name, s in self._sets.items()}
 
@@ -145,7 +145,7 @@ class InMemoryImages(Source):
 
 
 def crop_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Return images zero-padded by 4 and cropped back at `shifts` (B, 2) in [0, 8], mirrored where `flips` (B,)."""
+    """Return images zero-padded by 4 and cropped back at `shifts` (B, 2) in [0, 8], mirrored if `flips` (B,)."""
     height, width = images.shape[2:]
     padded = F.pad(images, (PADDING, PADDING, PADDING, PADDING))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view

@@ -15,7 +15,7 @@ from phantom.engine.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 COUNTS = {"train": 50_000, "test": 10_000}
-# of the pixels and labels as released, whatever files they are in
+# digests of the released pixels and labels, which do not depend on the file format
 DIGESTS = {"train": "0237a5cd46bb6295", "test": "8b2eb67a9babea79"}
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class CIFAR10(InMemoryImages):
     """CIFAR-10 from torchvision's canonical files or from an image-folder tree, whichever the root holds.
 
     Args:
-        root: holds `cifar-10-batches-py/`, or `train/<class>/` and `test/<class>/` with pictures. None looks under
-            $PHANTOM_DATA/cifar10, then in the cache folder.
-        download: fetch the canonical files into `root` when it holds neither.
-        allow_partial: accept another number of images than 50,000 and 10,000.
+        root: folder with `cifar-10-batches-py/`, or with pictures in `train/<class>/` and `test/<class>/`. None means
+            $PHANTOM_DATA/cifar10, or the cache folder without that variable.
+        download: download the canonical files into `root` if it holds neither.
+        allow_partial: accept other numbers of images than 50,000 and 10,000.
 
     Raises:
-        DataError: nothing usable is there, a file is damaged, or the counts are wrong.
+        DataError: `root` holds neither layout, a file is damaged, or the counts are wrong.
 
     Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).
     """
@@ -67,8 +67,8 @@ class CIFAR10(InMemoryImages):
         )
         if self.spec.digests != DIGESTS:
             log.warning(
-                "CIFAR-10: these are not the images as released, but a part of them, or copies that were coded anew; "
-                "accuracies do not compare with published ones (JPEG copies cost points)"
+                "CIFAR-10: these are not the images as released, but a subset or re-encoded copies; "
+                "accuracies are not comparable with published ones (JPEG copies lower them)"
             )
 
     def load(self) -> tuple[ImageSet, ImageSet]:
@@ -84,13 +84,13 @@ class CIFAR10(InMemoryImages):
             raise DataError(
                 f"no CIFAR-10 in {root}, which {there}. Expected cifar-10-batches-py/ (torchvision's files), or "
                 f"train/<class>/*.png and test/<class>/*.png with the classes {', '.join(CLASSES)}. "
-                f"{root_hint('cifar10')}, or let data.download=true fetch it"
+                f"{root_hint('cifar10')}, or download it with data.download=true"
             )
         for split, count in COUNTS.items():
             got = len(sets[split].labels)
             if got != count and not self._allow_partial:
                 raise DataError(
-                    f"CIFAR-10 in {root} has {got} {split} images, expected {count}: complete it, or say "
+                    f"CIFAR-10 in {root} has {got} {split} images, expected {count}: complete it, or set "
                     "data.allow_partial=true"
                 )
             log.info("CIFAR-10: %d %s images", got, split)
@@ -105,7 +105,7 @@ def _canonical(root: Path, split: str, download: bool) -> ImageSet:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(
             f"the files in {root / 'cifar-10-batches-py'} are not CIFAR-10 as released ({error}): remove them and "
-            "download anew with data.download=true"
+            "download them again with data.download=true"
         ) from error
     images = torch.from_numpy(official.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.tensor(official.targets))

@@ -12,13 +12,13 @@ NUM_TEST = 360
 
 
 class Digits(InMemoryImages):
-    """Real handwritten digits, 1,437 to train on and 360 to test on (split once, stratified by class).
+    """Real handwritten digits, 1,437 for training and 360 for testing (one fixed split, stratified by class).
 
     Source: Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI repository, by scikit-learn.
     """
 
     num_classes: ClassVar[int] = 10
-    # of all training pixels, scaled to [0, 1]
+    # mean and standard deviation of all training pixels, scaled to [0, 1]
     mean: ClassVar[tuple[float, ...]] = (0.3054,)
     std: ClassVar[tuple[float, ...]] = (0.3760,)
 
@@ -27,7 +27,7 @@ class Digits(InMemoryImages):
         from sklearn.model_selection import train_test_split
 
         digits: Any = load_digits()
-        # 16 grey levels and white, as bytes
+        # the grey levels are 0 to 16: scale them to bytes
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
         labels = torch.from_numpy(digits.target).long()
         train, test = train_test_split(range(len(labels)), test_size=NUM_TEST, random_state=0, stratify=digits.target)

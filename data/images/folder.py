@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> ImageSet:
     """Read `folder`/<class>/*.{jpg,jpeg,png}, colour pictures of `size` (H, W), with labels by position in `classes`.
 
-    The decoded array is kept in the cache folder under a fingerprint of names, sizes and times of all files, so that a
-    changed tree is read anew.
+    The loader keeps the decoded array in the cache folder, under a fingerprint of the paths, sizes and times of all
+    files: it decodes a changed tree again.
 
     Raises:
         DataError: a class folder is missing, unknown or empty; a picture is damaged or of another size.
@@ -45,9 +45,9 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
     if cached.exists():
         images = np.load(cached, allow_pickle=False)
     else:
-        log.info("decoding %d pictures of %s, once", len(files), folder)
+        log.info("decoding %d pictures in %s; later runs read the cached copy", len(files), folder)
         images = np.stack([_decode(path, size) for path in files])
-        _keep(cached, images)
+        _save(cached, images)
     return ImageSet(torch.from_numpy(images), torch.tensor(labels))
 
 
@@ -76,8 +76,8 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _keep(path: Path, array: np.ndarray) -> None:
-    """Write atomically; a cache folder that cannot be written costs time, not the run."""
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write `array` atomically. If the folder is not writable, only warn: the next run decodes again."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,4 +85,4 @@ def _keep(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
         os.replace(temporary, path)
     except OSError as error:
-        log.warning("the decoded pictures are not kept: %s", error)
+        log.warning("cannot cache the decoded pictures: %s", error)

@@ -23,19 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class ImageNet(Source):
-    """A tree `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`; the number of classes is that of the train folders.
+    """ImageNet from a tree `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`; every folder of train/ is a class.
 
-    Training: a random area in `scale` and aspect in `ratio`, resized to `crop` (antialiased bilinear), flipped with
-    probability 1/2; drawn from (seed, epoch, index) alone. Evaluation: the short side to `resize`, the centre `crop`.
+    Training: crop a random area in `scale` with an aspect in `ratio`, resize it to `crop` (antialiased bilinear), flip
+    it with probability 1/2; the draws depend on (seed, epoch, index) alone. Evaluation: resize the short side to
+    `resize`, take the centre `crop`.
 
     Args:
-        root: of the tree. None looks under $PHANTOM_DATA/imagenet, then in the cache folder. Nothing is downloaded.
+        root: folder of the tree. None means $PHANTOM_DATA/imagenet, or the cache folder without that variable. The
+            loader downloads nothing.
         scale, ratio: the official code of the paper uses [0.1, 1] and [0.8, 1.25]; torchvision's defaults, used by the
             implicit baseline, are [0.08, 1] and [3/4, 4/3].
-        workers: decoding processes; 0 decodes in this one.
+        workers: number of decoding processes; 0 decodes in the training process.
 
     Raises:
-        DataError: the tree is missing, laid out otherwise, or its classes differ between train and val.
+        DataError: the tree is missing or has another layout, or train and val differ in their classes.
 
     Source: Russakovsky et al., *ImageNet Large Scale Visual Recognition Challenge* (2015).
     """
@@ -62,7 +64,7 @@ class ImageNet(Source):
             if not (folder / split).is_dir():
                 raise DataError(
                     f"no ImageNet in {folder}: {folder / split} is missing. Expected train/<wnid>/*.JPEG and "
-                    f"val/<wnid>/*.JPEG. {root_hint('imagenet')}; it must be requested from https://image-net.org"
+                    f"val/<wnid>/*.JPEG. {root_hint('imagenet')}; request the images at https://image-net.org"
                 )
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
@@ -75,8 +77,10 @@ class ImageNet(Source):
         except FileNotFoundError as error:
             raise DataError(f"the tree in {folder} has an empty or unknown class folder: {error}") from error
         if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise DataError(f"train and val in {folder} differ in the classes {', '.join(odd[:5])} ({len(odd)} in all)")
+            unmatched = sorted(set(train.classes) ^ set(test.classes))
+            raise DataError(
+                f"train and val in {folder} differ in the classes {', '.join(unmatched[:5])} ({len(unmatched)} in all)"
+            )
         self._train = Pictures(train.samples, v2.Compose([augment, v2.RandomHorizontalFlip(), *normalise]), seed)
         plain = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), *normalise])
         self._evaluated = {"train": Pictures(train.samples, plain, seed), "test": Pictures(test.samples, plain, seed)}
@@ -106,18 +110,18 @@ class ImageNet(Source):
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         self.check_split(split)
-        mine = self._indices[split][shard.rank :: shard.world].tolist()
+        indices = self._indices[split][shard.rank :: shard.world].tolist()
         size = self.eval_batch_size
-        shares = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
+        shares = [[(0, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
         yield from self._batches(self._evaluated[split], shares)
 
     def _batches(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
         try:
-            # a generator of its own: the loader would draw the seeds of its workers from the global one
+            # without this generator, DataLoader draws its workers' seeds from torch's global one
             yield from DataLoader(pictures, batch_sampler=shares, generator=torch.Generator(), **options)
         except DataError as error:
-            # torch puts a worker's whole traceback into the message; its last line names the class and the sentence
+            # torch puts a worker's whole traceback into the message; its last line holds the class and our message
             prefix = f"{DataError.__module__}.{DataError.__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
 

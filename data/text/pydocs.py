@@ -1,4 +1,4 @@
-"""The reference text that ships with CPython (`pydoc_data.topics`) as a small corpus for language modelling."""
+"""The reference text that ships with CPython (`pydoc_data.topics`), a small corpus for language modelling."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from data.seeding import seed_of
 from data.text.streams import Corpus, TokenStreams
 from data.text.vocabulary import Vocabulary
 
-# a word, or one mark of punctuation
+# a word, or one punctuation mark
 TOKEN = re.compile(r"\w+|[^\w\s]")
-LEAST = 2
+MIN_COUNT = 2
 
 
 class PyDocs(TokenStreams):
     """The topics of Python's `help()`: about 120,000 tokens, no download; the text depends on the version of Python.
 
-    About every tenth topic is valid, and every tenth test, drawn by the topic's name. The line rules are those of
-    `data.vocabulary`, with marks of punctuation as words. Words seen once in the training topics are `<unk>`, and so
-    is every unknown word of the others.
+    A hash of its name puts about one topic in ten into valid, and one in ten into test. Lines follow the rules of
+    `data.text.vocabulary`; every punctuation mark is a word. A word that occurs only once in the training topics
+    becomes `<unk>`, and so does an unknown word of the other splits.
 
     Args:
         streams, eval_streams, segment: see `TokenStreams`.
@@ -42,7 +42,7 @@ class PyDocs(TokenStreams):
                 for line in topics[name].splitlines():
                     yield TOKEN.findall(line)
 
-        vocabulary = Vocabulary.of(lines("train"), "pydocs", least=LEAST)
+        vocabulary = Vocabulary.from_lines(lines("train"), "pydocs", min_count=MIN_COUNT)
         tokens = {
             split: np.array(
                 [i for line in vocabulary.encode(lines(split), oov="unk", source=f"pydocs {split}") for i in line],

@@ -1,8 +1,8 @@
-"""Language modelling data: a text as parallel streams, walked in lockstep segment by segment.
+"""Language modelling data: a text as parallel streams, read in lockstep segment by segment.
 
-N tokens, B streams, n = N // B tokens per stream. Stream b is the b-th contiguous slice of the text, the tail is
-dropped; segments begin at 0, s, 2s, ... and the last one is short. Token i + 1 is the target of token i; nothing
-overlaps, nothing is shuffled or padded.
+N tokens, B streams, n = N // B tokens per stream. Stream b is the b-th contiguous slice of the text; the tail is
+dropped. Segments begin at 0, s, 2s, ..., and the last one is short. Token i + 1 is the target of token i. Segments do
+not overlap, and are neither shuffled nor padded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
-    """A text as indices.
+    """A text as word indices.
 
     Args:
-        tokens: (N,) int32 per split, `train` among them; they may be memory-mapped.
-        counts: (V,) how often each word of the vocabulary occurs in the training text.
+        tokens: (N,) int32 per split, including `train`; may be memory-mapped.
+        counts: (V,) occurrences of every word of the vocabulary in the training text.
     """
 
     tokens: Mapping[str, np.ndarray]
@@ -38,10 +38,10 @@ class Corpus(NamedTuple):
 
 
 class TokenStreams(Source):
-    """A text split into streams; ranks and micro-batches share the streams, so their number changes no stream.
+    """A text split into streams; ranks and micro-batches divide the streams, so their number changes no stream.
 
-    The task carries a memory from one segment to the next, so the order is that of the text in every epoch. The
-    training split is walked as `streams` streams in training, and like any other split when it is evaluated.
+    The task carries a memory from one segment to the next, so every epoch keeps the order of the text. Training reads
+    the training split as `streams` streams; evaluation reads it as `eval_streams` streams, like any other split.
 
     Args:
         streams: B in training, over all processes.
@@ -69,7 +69,7 @@ class TokenStreams(Source):
             baseline={
                 split: unigram_perplexity(counts, tokens[:, 1:])
                 for split, tokens in self._eval.items()
-                if split != "train"  # its counts make the model
+                if split != "train"  # the model is fitted to it
             },
         )
         log.info(
@@ -82,7 +82,7 @@ class TokenStreams(Source):
 
     @abstractmethod
     def load(self) -> Corpus:
-        """Return the text."""
+        """Return the tokens and the word counts."""
 
     def steps(self, epoch: int) -> int:
         return len(self._starts(self._train))
@@ -110,8 +110,8 @@ class TokenStreams(Source):
         length = len(tokens) // count
         if length < self.segment + 1:
             raise DataError(
-                f"segment={self.segment} is longer than a stream of the split {split!r}: its {len(tokens)} tokens in "
-                f"{name}={count} give {length} each, and the last one is only a target; use a shorter segment or fewer "
+                f"segment={self.segment} is longer than a stream of the split {split!r}: its {len(tokens)} tokens, split "
+                f"over {name}={count}, are {length} each, and the last one is only a target; use a shorter segment or fewer "
                 "streams"
             )
         return tokens[: count * length].reshape(count, length)
@@ -120,13 +120,13 @@ class TokenStreams(Source):
         return range(0, streams.shape[1] - 1, self.segment)
 
     def _segment(self, streams: np.ndarray, begin: int) -> Batch:
-        # at the end of a stream the slice is short: its last token is a target only
+        # the last segment of a stream is short; the last token is only a target
         piece = torch.from_numpy(streams[:, begin : begin + self.segment + 1].astype(np.int64))
         return piece[:, :-1].contiguous(), piece[:, 1:].contiguous()
 
 
 def unigram_perplexity(counts: Sequence[int], targets: np.ndarray) -> float:
-    """Return the perplexity of `targets` under p(w) = (counts[w] + 1) / (sum of counts + V): what no context gives."""
+    """Return the perplexity of `targets` under the context-free model p(w) = (counts[w] + 1) / (sum of counts + V)."""
     log_p = np.log(np.asarray(counts, dtype=np.float64) + 1) - math.log(sum(counts) + len(counts))
     frequency = np.bincount(targets.ravel(), minlength=len(counts))
     return math.exp(-float(frequency @ log_p) / targets.size)

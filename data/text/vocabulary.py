@@ -1,7 +1,7 @@
-"""Word-level vocabularies: lines to words, words to indices, and a file format that is only text.
+"""Word-level vocabularies: split lines into words, map words to indices, store the vocabulary as JSON.
 
-A line is split at white space and ends in `<eos>`, a blank line too. Index 0 is `<eos>`; the words follow by decreasing
-count, ties in the order of first occurrence.
+A line is split at white space; every line, even a blank one, ends in `<eos>`. Index 0 is `<eos>`; the words follow by
+decreasing count, and ties by first occurrence.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Vocabulary:
     """The words of a training text, most frequent first, with their counts.
 
     Args:
-        words: by index; `<eos>` is the first.
-        counts: how often each occurs in the training text; `<eos>` as often as there are lines.
-        fingerprint: identifies the training text, its SHA-256, for one read from a file.
+        words: in the order of their indices; `<eos>` is the first.
+        counts: occurrences of every word in the training text; for `<eos>`, the number of lines.
+        fingerprint: identifies the training text: the SHA-256 of its file, if it comes from one.
     """
 
     words: tuple[str, ...]
@@ -38,11 +38,11 @@ class Vocabulary:
     fingerprint: str
 
     @classmethod
-    def of(cls, lines: Iterable[Sequence[str]], fingerprint: str, *, least: int = 1) -> Vocabulary:
-        """Count the words of `lines`; words seen less than `least` times count as `<unk>`.
+    def from_lines(cls, lines: Iterable[Sequence[str]], fingerprint: str, *, min_count: int = 1) -> Vocabulary:
+        """Count the words of `lines`; words that occur fewer than `min_count` times count as `<unk>`.
 
         Raises:
-            DataError: there is no word at all.
+            DataError: the lines hold no word.
         """
         counter: Counter[str] = Counter()
         num_lines = 0
@@ -51,13 +51,13 @@ class Vocabulary:
             num_lines += 1
         if not counter:
             raise DataError("the training text has no words")
-        if least > 1:
-            rare = sum(count for count in counter.values() if count < least)
-            counter = Counter({word: count for word, count in counter.items() if count >= least})
+        if min_count > 1:
+            rare = sum(count for count in counter.values() if count < min_count)
+            counter = Counter({word: count for word, count in counter.items() if count >= min_count})
             counter[UNK] += rare
-        if EOS in counter:  # a line end written out is the same symbol
+        if EOS in counter:  # an `<eos>` written in the text is the same word
             num_lines += counter.pop(EOS)
-        # sorted() is stable and counters keep the order of insertion: ties stay in order of first occurrence
+        # sorted() is stable and Counter keeps the order of insertion: ties stay in order of first occurrence
         ranked = sorted(counter.items(), key=lambda item: -item[1])
         return cls((EOS, *(word for word, _ in ranked)), (num_lines, *(count for _, count in ranked)), fingerprint)
 
@@ -66,18 +66,18 @@ class Vocabulary:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Index of every word."""
+        """The index of every word."""
         return {word: i for i, word in enumerate(self.words)}
 
     def encode(self, lines: Iterable[Sequence[str]], *, oov: OOV, source: str) -> Iterator[list[int]]:
-        """Yield the indices of every line, its `<eos>` included.
+        """Yield the indices of every line, including its `<eos>`.
 
         Args:
-            oov: a word outside the vocabulary is an error, or becomes `<unk>`.
-            source: what is read, for messages.
+            oov: `error` refuses a word outside the vocabulary; `unk` reads it as `<unk>`.
+            source: name of the text, for error messages.
 
         Raises:
-            DataError: a word is outside the vocabulary under `oov="error"`, or there is no `<unk>` to stand for it.
+            DataError: a word is outside the vocabulary under `oov="error"`, or the vocabulary has no `<unk>`.
         """
         check_choice("oov", oov, get_args(OOV))
         if oov == "unk" and UNK not in self.index:
@@ -92,31 +92,31 @@ class Vocabulary:
             except KeyError as error:
                 raise DataError(
                     f"{source}, line {number}: the word {error.args[0]!r} is not in the vocabulary of {len(self)} "
-                    "words. Is this text of the same corpus as the training text? data.oov=unk reads unknown words as "
-                    f"{UNK}"
+                    "words. Is this text from the same corpus as the training text? data.oov=unk reads unknown words "
+                    f"as {UNK}"
                 ) from None
 
     def save(self, path: Path) -> None:
-        """Write the vocabulary as JSON, whole or not at all."""
+        """Write the vocabulary as JSON, atomically."""
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "words": self.words, "counts": self.counts}
-        write_whole(path, lambda part: part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8"))
+        write_atomically(path, lambda part: part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Vocabulary:
-        """Read what `save` wrote.
+        """Read a vocabulary that `save` wrote.
 
         Raises:
-            DataError: the file is damaged, or of another training text than `fingerprint` says.
+            DataError: the file is damaged, or belongs to a training text with another fingerprint.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = cls(tuple(content["words"]), tuple(content["counts"]), content["fingerprint"])
-            sound = content["format"] == FORMAT and len(found.words) == len(found.counts) == len(found.index)
-            sound = sound and found.words[0] == EOS and all(isinstance(count, int) for count in found.counts)
+            valid = content["format"] == FORMAT and len(found.words) == len(found.counts) == len(found.index)
+            valid = valid and found.words[0] == EOS and all(isinstance(count, int) for count in found.counts)
         except (ValueError, KeyError, TypeError, IndexError):
-            sound = False
-        if not sound:
-            raise DataError(f"{path} is damaged, or no vocabulary of this program: delete it, it will be made anew")
+            valid = False
+        if not valid:
+            raise DataError(f"{path} is damaged, or not a vocabulary of this program: delete it to build it again")
         if found.fingerprint != fingerprint:
             raise DataError(
                 f"{path} is the vocabulary of another corpus (fingerprint {found.fingerprint[:12]}, the training text "
@@ -129,7 +129,7 @@ def read_words(path: Path) -> Iterator[list[str]]:
     """Yield the words of every line of a UTF-8 text file.
 
     Raises:
-        DataError: the file cannot be read, or has bytes that are not UTF-8; says in which line.
+        DataError: the file cannot be read, or is not UTF-8; the message gives the line.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -151,8 +151,8 @@ def _first_bad_line(path: Path) -> str:
     return "its last character is cut off"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there: a reader never sees half a file."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: no reader sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -12,10 +12,10 @@ import numpy as np
 
 from data.paths import cache_folder, data_root, root_hint
 from data.text.streams import Corpus, TokenStreams
-from data.text.vocabulary import OOV, Vocabulary, read_words, write_whole
+from data.text.vocabulary import OOV, Vocabulary, read_words, write_atomically
 from phantom.engine.errors import DataError
 
-# published: words with <eos>, and tokens with <eos> per split
+# published counts of words and of tokens per split, <eos> included
 WORDS = 267_735
 TOKENS = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
 HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -23,23 +23,24 @@ log = logging.getLogger(__name__)
 
 
 class WikiText103(TokenStreams):
-    """WikiText-103 (word level, the release that has `<unk>` and `@-@`), or another text in the same line format.
+    """WikiText-103 (word level, the release with `<unk>` and `@-@`), or another text in the same line format.
 
-    The vocabulary is that of the training text: `<eos>`, then every word by decreasing count. Vocabulary and indices
-    are prepared once, in a folder named after the fingerprint of the training text; indices are memory-mapped.
+    The vocabulary is `<eos>`, then every word of the training text by decreasing count. The loader caches vocabulary
+    and indices in a folder named after the fingerprint of the training text, and memory-maps the indices.
 
     Args:
-        root: the folder with the token files. None looks under $PHANTOM_DATA/wikitext103, then in the cache folder.
-        download: fetch missing files into `root` through Hugging Face `datasets` (Salesforce/wikitext,
-            wikitext-103-v1, the same lines).
+        root: folder with the token files. None means $PHANTOM_DATA/wikitext103, or the cache folder without that
+            variable.
+        download: download missing files into `root` with Hugging Face `datasets` (Salesforce/wikitext,
+            wikitext-103-v1: the same lines).
         files: file name of every split; None leaves a split out.
-        oov: a word of valid or test outside the vocabulary is an error, or becomes `<unk>`.
-        allow_partial: accept other texts than the full WikiText-103, whose four published counts are checked otherwise.
-        cache: where prepared files go; None is the program's cache folder.
-        streams, eval_streams, segment: see `TokenStreams`. The official code has 56, 16 and 150.
+        oov: `error` refuses a word of valid or test outside the vocabulary; `unk` reads it as `<unk>`.
+        allow_partial: accept other texts; otherwise the loader checks the four published counts of WikiText-103.
+        cache: folder of the cached files; None means the program's cache folder.
+        streams, eval_streams, segment: see `TokenStreams`. The official code uses 56, 16 and 150.
 
     Raises:
-        DataError: a file is missing, empty or not UTF-8, a word is unknown, a count is wrong, or a prepared file is
+        DataError: a file is missing, empty or not UTF-8, a word is unknown, a count is wrong, or a cached file is
             damaged or of another corpus.
 
     Source: Merity et al., *Pointer Sentinel Mixture Models* (2017).
@@ -62,7 +63,9 @@ class WikiText103(TokenStreams):
         self._files = {split: name for split, name in files.items() if name is not None}
         unknown = [split for split in self._files if split not in TOKENS]
         if unknown or "train" not in self._files:
-            raise ValueError(f"files={dict(files)} must name a file for train, and may for valid and test, only")
+            raise ValueError(
+                f"files={dict(files)} must name a file for train; valid and test are optional, no other is known"
+            )
         self._download, self._allow_partial = download, allow_partial
         self._oov: OOV = oov
         self._cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "tokens"
@@ -75,14 +78,14 @@ class WikiText103(TokenStreams):
         missing = [path.name for path in paths.values() if not path.is_file()]
         if missing:
             raise DataError(
-                f"no WikiText-103 in {self._root}: {', '.join(missing)} missing. {root_hint('wikitext103')}; or let it "
-                "be fetched with data.download=true"
+                f"no WikiText-103 in {self._root}: {', '.join(missing)} missing. {root_hint('wikitext103')}, or "
+                "download it with data.download=true"
             )
         fingerprints = {split: fingerprint_of(path) for split, path in paths.items()}
         folder = self._cache / fingerprints["train"][:16]
         vocabulary = self._vocabulary(paths["train"], fingerprints["train"], folder / "vocabulary.json")
         tokens = {
-            split: indices(path, vocabulary, self._oov, folder / f"{fingerprints[split][:16]}-{self._oov}.npy")
+            split: load_indices(path, vocabulary, self._oov, folder / f"{fingerprints[split][:16]}-{self._oov}.npy")
             for split, path in paths.items()
         }
         if not self._allow_partial:
@@ -94,7 +97,7 @@ class WikiText103(TokenStreams):
             return Vocabulary.load(path, fingerprint)
         log.info("counting the words of %s", train)
         try:
-            vocabulary = Vocabulary.of(read_words(train), fingerprint)
+            vocabulary = Vocabulary.from_lines(read_words(train), fingerprint)
         except DataError as error:
             raise DataError(f"{train}: {error}") from error
         vocabulary.save(path)
@@ -124,8 +127,8 @@ def fingerprint_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def indices(text: Path, vocabulary: Vocabulary, oov: OOV, path: Path) -> np.ndarray:
-    """Return the (N,) int32 indices of a text file, memory-mapped from `path`, which is made if it is missing.
+def load_indices(text: Path, vocabulary: Vocabulary, oov: OOV, path: Path) -> np.ndarray:
+    """Return the (N,) int32 indices of a text file, memory-mapped from `path`; write `path` if it is missing.
 
     Raises:
         DataError: the text cannot be read, has unknown words under `oov="error"`, or `path` is damaged.
@@ -142,21 +145,21 @@ def indices(text: Path, vocabulary: Vocabulary, oov: OOV, path: Path) -> np.ndar
                 position += len(line)
             array.flush()
 
-        write_whole(path, fill)
+        write_atomically(path, fill)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it, it will be made anew") from error
+        raise DataError(f"{path} is damaged ({error}): delete it to build it again") from error
     if array.ndim != 1 or array.dtype != np.int32 or len(array) == 0:
-        raise DataError(f"{path} does not hold the indices of a text: delete it, it will be made anew")
+        raise DataError(f"{path} does not hold the indices of a text: delete it to build it again")
     return array
 
 
 def download(paths: Mapping[str, Path]) -> None:
-    """Fetch the missing ones of `paths` (split -> file) from Hugging Face.
+    """Download the missing files of `paths` (split -> file) from Hugging Face.
 
     Raises:
-        DataError: it cannot be fetched.
+        DataError: a download fails.
     """
     missing = {split: path for split, path in paths.items() if not path.is_file()}
     if not missing:
@@ -168,7 +171,7 @@ def download(paths: Mapping[str, Path]) -> None:
             lines: Any = load_dataset("Salesforce/wikitext", "wikitext-103-v1", split=HUB_SPLITS[split])
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"wikitext-103-v1 could not be fetched from Hugging Face ({str(error).splitlines()[0]}): put the "
+                f"wikitext-103-v1 could not be downloaded from Hugging Face ({str(error).splitlines()[0]}): put the "
                 f"wiki.*.tokens files into {path.parent}, or try again"
             ) from error
 
@@ -177,4 +180,4 @@ def download(paths: Mapping[str, Path]) -> None:
                 for row in lines:
                     file.write(row["text"].rstrip("\n") + "\n")
 
-        write_whole(path, fill)
+        write_atomically(path, fill)

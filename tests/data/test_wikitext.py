@@ -51,7 +51,7 @@ def root(tmp_path) -> Path:
 
 def test_vocabulary_rules():
     lines = [line.split() for line in ("b a", "", "c a b", " d\te \u2003 c")]
-    vocabulary = Vocabulary.of(lines, "x")
+    vocabulary = Vocabulary.from_lines(lines, "x")
     # by count, ties by first occurrence; <eos> first, one per line, the blank one too
     assert vocabulary.words == ("<eos>", "b", "a", "c", "d", "e")
     assert vocabulary.counts == (4, 2, 2, 2, 1, 1)
@@ -60,7 +60,7 @@ def test_vocabulary_rules():
 
 
 def test_rare_words_become_unk_with_their_count():
-    vocabulary = Vocabulary.of([["a", "b", "a"], ["c", "a", "d"]], "x", least=2)
+    vocabulary = Vocabulary.from_lines([["a", "b", "a"], ["c", "a", "d"]], "x", min_count=2)
     assert dict(zip(vocabulary.words, vocabulary.counts, strict=True)) == {"<eos>": 2, "a": 3, "<unk>": 3}
     assert list(vocabulary.encode([["d", "a"]], oov="unk", source="text")) == [[2, 1, 0]]
 
@@ -194,7 +194,7 @@ def test_an_unknown_word(root):
     with pytest.raises(DataError, match=r"wiki\.valid\.tokens, line 17: the word 'zebra' .*data\.oov=unk"):
         make(root)
     source = make(root, oov="unk")
-    unk = Vocabulary.of((line.split() for line in TRAIN.splitlines()), "").index["<unk>"]
+    unk = Vocabulary.from_lines((line.split() for line in TRAIN.splitlines()), "").index["<unk>"]
     assert source._tokens["valid"][-3] == unk
     with pytest.raises(DataError, match="line 17"):  # what was prepared for one rule is not taken for the other
         make(root)
@@ -288,7 +288,7 @@ def test_download_writes_the_lines_of_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(DataError, match=r"could not be fetched .*no route.*wiki\.\*\.tokens"):
+    with pytest.raises(DataError, match=r"could not be downloaded .*no route.*wiki\.\*\.tokens"):
         make(tmp_path / "offline", download=True)
 
 
