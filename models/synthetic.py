@@ -20,8 +20,8 @@ Activation = Literal["tanh", "relu"]
 class SyntheticMap(nn.Module):
     """f(z) = act(W z + U x + b) with |W|_2 = `spectral_norm` at construction.
 
-    Both activations are 1-Lipschitz, so that f contracts by `spectral_norm` at least. W, U are Gaussian and b is
-    zero, from torch's global generator; the spectral norm is set once and not enforced during training.
+    Both activations are 1-Lipschitz, so `spectral_norm` is a Lipschitz constant of f. torch's global generator draws
+    Gaussian W and U; b is zero. The constructor sets the spectral norm once; training does not enforce it.
 
     Args:
         dim: D.

@@ -44,7 +44,7 @@ def merge_nodes(graph: Graph) -> Graph:
 
 
 def refine_colors(graph: Graph) -> list[int]:
-    """Return the colour of every node: one colour for equal features and equal weights from every colour.
+    """Return the colour of every node: equal if features, and weights received from every colour, are equal.
 
     Weights are compared as stored. If rounding has split equal weights, their nodes keep different colours, which is
     correct but slower.

@@ -110,9 +110,9 @@ class TokenStreams(Source):
         length = len(tokens) // count
         if length < self.segment + 1:
             raise DataError(
-                f"segment={self.segment} is longer than a stream of the split {split!r}: its {len(tokens)} tokens, split "
-                f"over {name}={count}, are {length} each, and the last one is only a target; use a shorter segment or fewer "
-                "streams"
+                f"segment={self.segment} is longer than a stream of the split {split!r}: its {len(tokens)} tokens, cut "
+                f"into {name}={count}, are {length} each, and the last is only a target; use a shorter segment or "
+                "fewer streams"
             )
         return tokens[: count * length].reshape(count, length)
 

@@ -18,10 +18,10 @@ from phantom.validate import check_count
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Embed tokens: sqrt(D) P_i e, with e the token's row in the table of its bucket and P_i (D, w_i).
+    """Embed tokens: sqrt(D) P_i e, where e is the token's row in its bucket's table and P_i is (D, w_i).
 
-    Frequent words get wide rows. Every bucket has a projection, the first one too. Nothing here depends on which
-    buckets a batch touches: no host synchronisation, and every parameter has a gradient at every step.
+    Frequent words get wide rows. Every bucket has a projection, including the first. The operations do not depend on
+    the buckets that a batch touches: no host synchronisation, and every parameter has a gradient at every step.
 
     Args:
         vocab_size: V.
@@ -31,7 +31,7 @@ class AdaptiveEmbedding(nn.Module):
         init_std: tables and projections are drawn from N(0, init_std^2).
 
     Raises:
-        ValueError: the cutoffs do not fit the vocabulary, or a bucket would have no width.
+        ValueError: the cutoffs do not fit the vocabulary, or a bucket would have width 0.
     """
 
     def __init__(self, *, vocab_size: int, d_model: int, cutoffs: Sequence[int], div_val: int, init_std: float) -> None:
@@ -61,7 +61,7 @@ class AdaptiveEmbedding(nn.Module):
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """First word and the one behind the last, of every bucket."""
+        """The word range (begin, end) of every bucket; `end` is exclusive."""
         return list(itertools.pairwise(self.edges))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class AdaptiveSoftmax(nn.Module):
 
     The head scores the words of bucket 0 and one column per further bucket: h P_0' [table_0; clusters]^T + b. A word of
     bucket i >= 1 has log p = log p_head(cluster i) + log_softmax(h P_i table_i^T + b_i). Cluster i's column is the i-th
-    from the end, as in the official code. Tables, and projections from bucket 1 on, are the embedding's very parameters
-    (their two gradients add); P_0' is the softmax's own. Tails are evaluated for their own words only, which costs one
-    device-to-host synchronisation per call.
+    from the end, as in the official code. The embedding owns the tables and the projections from bucket 1 on, and their
+    gradients from both uses add; the softmax owns P_0'. Each tail is evaluated for the words of its bucket only, which
+    costs one device-to-host synchronisation per call.
     """
 
     def __init__(self, embedding: AdaptiveEmbedding, *, init_std: float) -> None:
@@ -94,7 +94,7 @@ class AdaptiveSoftmax(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(end - begin) for begin, end in embedding.buckets)
 
     def forward(self, hidden: Tensor, targets: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
-        """Return -log p(target) (...) in order, for `hidden` (..., D) and `targets` (...)."""
+        """Return -log p(target) (...), in the order of `targets` (...), for `hidden` (..., D)."""
         h, target = hidden.flatten(0, -2), targets.flatten()
         first, num_clusters = embedding.edges[1], len(self.cluster_bias)
         bucket = sum((target >= begin).long() for begin, _ in embedding.buckets[1:]) + torch.zeros_like(target)
@@ -108,7 +108,7 @@ class AdaptiveSoftmax(nn.Module):
         labels = torch.arange(num_clusters + 1, device=target.device)
         counts = (bucket[:, None] == labels).sum(dim=0).tolist()  # device-to-host sync
         order = torch.argsort(bucket, stable=True).split(counts)
-        # empty buckets are not skipped: their parameters keep a (zero) gradient, which several processes rely on
+        # do not skip empty buckets: DistributedDataParallel needs a (zero) gradient for their parameters
         for i, (begin, _) in enumerate(embedding.buckets[1:], start=1):
             index = order[i]
             tail = F.linear(h[index] @ embedding.projections[i], embedding.tables[i], self.biases[i])

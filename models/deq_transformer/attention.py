@@ -34,26 +34,26 @@ def causal_mask(q: int, keys: int, *, window: int, device: torch.device, dtype: 
 def relative_shift(scores: Tensor) -> Tensor:
     """Return (..., q, K) with entry (i, j) = scores[i, j + q - 1 - i], the score of distance i + m - j.
 
-    `scores` has distance K - 1 - r in column r. Entries in the future (distance below 0) are values of other rows: mask
-    them. The result is fresh memory.
+    `scores` has distance K - 1 - r in column r. Entries in the future (distance below 0) hold values of other rows:
+    mask them. The result is a new tensor.
     """
     q, keys = scores.shape[-2:]
     return F.pad(scores, (1, 0)).flatten(-2)[..., q:].unflatten(-1, (q, keys))
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Return softmax(query key^T / sqrt(d) + bias) value by torch's fused kernels, where the device has one.
+    """Return softmax(query key^T / sqrt(d) + bias) value with torch's fused kernel, if the device has one.
 
-    Shapes (B, H, q, d), (B, H, K, d), (B, H, K, d), (B, H, q, K) -> (B, H, q, d). No double backward.
+    Shapes (B, H, q, d), (B, H, K, d), (B, H, K, d), (B, H, q, K) -> (B, H, q, d). The kernel has no double backward.
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the same step by step: differentiable twice, and with a dropout mask of the solve on the probabilities.
+    """Return the value of `fused_attention` step by step: twice differentiable, and with a dropout mask.
 
     Args:
-        mask: (B, H, q, K) multiplies the probabilities, which are not normalised again; None for no dropout.
+        mask: (B, H, q, K) factors on the probabilities, which are not renormalised; None for no dropout.
     """
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
     probabilities = torch.softmax(scores + bias, dim=-1)

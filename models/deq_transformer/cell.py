@@ -31,7 +31,7 @@ class CellMasks(NamedTuple):
     Args:
         attention: (B, H, q, K) on the attention probabilities.
         out: (B, 1, D) on the output projection of attention.
-        inner: (B, 1, I) behind the ReLU.
+        inner: (B, 1, I) after the ReLU.
         ffn: (B, 1, D) on the output of the feed-forward layers.
     """
 
@@ -42,17 +42,17 @@ class CellMasks(NamedTuple):
 
 
 class BoundAttention(NamedTuple):
-    """What is fixed in the attention during a solve.
+    """The tensors that attention keeps fixed during a solve.
 
     Args:
         qkv: (3D, D) effective weight.
         out: (D, D) effective weight.
         u: (B, q, 3D) injection of the segment.
-        key, value: (B, H, m, d) of the history, which no iteration changes.
+        key, value: (B, H, m, d) keys and values of the history.
         positions: (H, d, K) projected distances over sqrt(d).
         hidden: (q, K) the causal mask, 0 or -inf.
-        attend: how scores become outputs.
-        mask: (B, 1, D) on the output.
+        attend: fused or explicit attention.
+        mask: (B, 1, D) dropout mask on the output.
     """
 
     qkv: Tensor
@@ -69,7 +69,7 @@ class BoundAttention(NamedTuple):
 class Attention(nn.Module):
     """Relative multi-head attention of a segment over history and itself.
 
-    [q k v] = x Wqkv^T + u and r = Wr pos; the score of query i and key j at distance t is
+    [q k v] = x Wqkv^T + u and r = Wr pos. The score of query i and key j at distance t is
     ((q_i + b_content) k_j + (q_i + b_position) r_t) / sqrt(d). Wqkv, Wr and Wo are weight-normalised.
     """
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.window = num_heads, window
         head_dim = d_model // num_heads
-        # the official initialisation leaves weight-normalised matrices at torch's default
+        # the official code keeps torch's default initialisation of weight-normalised matrices
         self.qkv = WeightNorm(nn.Linear(d_model, 3 * d_model, bias=False).weight)
         self.position = WeightNorm(nn.Linear(d_model, d_model, bias=False).weight)
         self.out = WeightNorm(nn.Linear(d_model, d_model, bias=False).weight)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     def bind(
         self, u: Tensor, history: Tensor, positions: Tensor, *, masks: CellMasks, double_backward: bool
     ) -> BoundAttention:
-        """Compute what one solve keeps of u (B, K, 3D), history (B, m, D) and positions (K, D)."""
+        """Compute the fixed tensors of one solve from u (B, K, 3D), history (B, m, D) and positions (K, D)."""
         width, (length, keys) = history.shape[2], (history.shape[1], u.shape[1])
         qkv = cast_for_autocast(self.qkv())
         past = F.linear(history, qkv[width:]) + u[:, :length, width:]
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 
 class BoundFeedForward(NamedTuple):
-    """What is fixed in the feed-forward layers during a solve: effective weights (I, D), (D, I) and masks."""
+    """Effective weights (I, D), (D, I) and masks of the feed-forward layers, fixed during a solve."""
 
     inner: Tensor
     outer: Tensor
@@ -150,7 +150,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, bound: BoundFeedForward) -> Tensor:
         """Return the output (B, q, D) for `x` (B, q, D)."""
         inner = F.linear(x, bound.inner, self.inner_bias)
-        # a mask is not negative, so it may go first: in place on both sides of the ReLU, one tensor of width I is kept
+        # a mask is never negative, so it commutes with the ReLU: both run in place, and autograd saves one such tensor
         inner = (inner if bound.inner_mask is None else inner.mul_(bound.inner_mask)).relu_()
         output = F.linear(inner, bound.outer, self.outer_bias)
         return output if bound.mask is None else output.mul_(bound.mask)
@@ -160,15 +160,15 @@ class TransformerCell(nn.Module):
     """F(z; u, history): attention and feed-forward with residuals; layer norms have no parameters.
 
     `post`: a = LN(z + attention(z)), F = LN(a + FFN(a)). `pre`: a = z + attention(LN(z)) with the history normalised
-    too, n = LN(a), F = n + FFN(n) (`normalised`, as the official code) or a + FFN(n) (`plain`).
+    too, n = LN(a), F = n + FFN(n) (`normalised`, as in the official code) or a + FFN(n) (`plain`).
 
     Args:
         d_model: D.
         num_heads: H, a divisor of D.
         d_inner: I.
-        norm: where layers are normalised, `post` or `pre`.
-        preln_residual: what the feed-forward layers are added to under `norm=pre`.
-        dropout: probability of the channel masks behind Wo, ReLU and W2.
+        norm: position of the layer norms, `post` or `pre`.
+        preln_residual: residual of the feed-forward layers under `norm=pre`, `normalised` or `plain`.
+        dropout: probability of the channel masks after Wo, ReLU and W2.
         attention_dropout: probability of the mask on attention probabilities.
         window: a query sees keys at distances below this.
         init_std: the two attention biases are drawn from N(0, init_std^2).
@@ -205,14 +205,14 @@ class TransformerCell(nn.Module):
         masks: CellMasks | None = None,
         double_backward: bool = False,
     ) -> Callable[[Tensor], Tensor]:
-        """Return f(z) = F(z; u, history) of (B, q, D) states, with all that does not depend on z computed once.
+        """Return f(z) = F(z; u, history) on (B, q, D) states; compute everything that does not depend on z once.
 
         Args:
             u: (B, K, 3D) injections of history and segment.
             history: (B, m, D) past states.
             positions: (K, D) distance K - 1 - r in row r.
-            masks: dropout masks of the solve; drawn here when not given.
-            double_backward: f will be differentiated twice, which fused attention cannot.
+            masks: dropout masks of the solve; None draws them here.
+            double_backward: whether f is differentiated twice, which fused attention cannot be.
         """
         masks = self._draw(u, u.shape[1] - history.shape[1]) if masks is None else masks
         history = self._normalise(history) if self.norm == "pre" else history
@@ -220,7 +220,7 @@ class TransformerCell(nn.Module):
         return partial(self, attention=attention, ffn=self.ffn.bind(masks))
 
     def forward(self, z: Tensor, attention: BoundAttention, ffn: BoundFeedForward) -> Tensor:
-        """Return one application of F. All that varies is an argument: `cell.compile()` makes it one graph."""
+        """Apply F once. Everything that varies is an argument, so `cell.compile()` makes one graph."""
         if self.norm == "post":
             a = self._normalise(z + self.attention(z, attention))
             return self._normalise(a + self.ffn(a, ffn))
@@ -233,7 +233,7 @@ class TransformerCell(nn.Module):
 
     def _draw(self, u: Tensor, q: int) -> CellMasks:
         batch, keys = u.shape[:2]
-        dtype = self.ffn.outer_bias.dtype  # u may be narrower under autocast
+        dtype = self.ffn.outer_bias.dtype  # autocast may give u a narrower dtype
         draw = partial(variational_mask, training=self.training, device=u.device, dtype=dtype)
         return CellMasks(
             attention=draw((batch, self.num_heads, q, keys), p=self.attention_dropout),

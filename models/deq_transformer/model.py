@@ -27,10 +27,10 @@ class Masks(NamedTuple):
     """Dropout masks of one forward pass; None for no dropout.
 
     Args:
-        embedding: (B, 1, D) on the embedded words: channels, the same at every position.
-        positions: (1, D) on the sinusoids: channels.
+        embedding: (B, 1, D) on the channels of the embedded words, the same at every position.
+        positions: (1, D) on the channels of the sinusoids.
         cell: masks inside f; None lets the cell draw them.
-        output: (B, L, 1) on the equilibrium: whole positions, as the official code does; those predict from zeros.
+        output: (B, L, 1) on whole positions of the equilibrium, as in the official code; these predict from zeros.
     """
 
     embedding: Tensor | None = None
@@ -40,11 +40,11 @@ class Masks(NamedTuple):
 
 
 class DEQTransformer(nn.Module):
-    """Predict the next word of B parallel streams, segment by segment, with a memory of the segments before.
+    """Predict the next word of B parallel streams, segment by segment, with a memory of earlier segments.
 
-    Words are embedded and mapped to the injection u; the cell is solved for z = F(z; u, memory) from zeros, anew for
-    every segment; an adaptive softmax, tied to the embedding, reads z. The memory is frozen data: past states and past
-    injections; gradients stay within the segment.
+    The model embeds the words and maps them to the injection u. For every segment the solver finds z = F(z; u, memory)
+    from zeros, and an adaptive softmax, tied to the embedding, reads z. The memory holds past states and injections
+    without a graph: gradients stay within the segment.
 
     Args:
         vocab_size: V, given by the data.
@@ -57,12 +57,12 @@ class DEQTransformer(nn.Module):
         preln_residual: under `norm=pre`, the residual of the feed-forward layers: `normalised` (official) or `plain`.
         mem_len: positions of memory in training.
         eval_mem_len: positions of memory in evaluation mode.
-        window: a position sees at most so many positions, itself included (official code: 1000).
-        dropout: probability of all dropout masks but the next.
+        window: maximum number of positions that a position sees, including itself (official code: 1000).
+        dropout: probability of all dropout masks except that of attention.
         attention_dropout: probability of the mask on attention probabilities.
-        init_std: of the normal distribution of embedding, projections, injection and attention biases. The official
-            code has 0.01 for D = 700; keep init_std * sqrt(D) at another width, or the injection starts out invisible.
-        deq: how to solve and differentiate.
+        init_std: initial standard deviation of embedding, projections, injection and attention biases. The official
+            code uses 0.01 for D = 700; keep init_std * sqrt(D) at another width, or the injection starts too small.
+        deq: solver and gradient estimator.
 
     Raises:
         ValueError: an argument is out of range; the message says what is allowed.
@@ -124,16 +124,16 @@ class DEQTransformer(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, memory: Memory | None, *, masks: Masks | None = None
     ) -> tuple[Tensor, tuple[Solution], Memory]:
-        """Return (-log p of every target (B, L), the solution of the one solve, the memory for the next segment).
+        """Return (-log p of every target (B, L), the one Solution in a tuple, the memory for the next segment).
 
         Args:
             tokens: (B, L) int64 word indices.
             targets: (B, L) the words that follow.
-            memory: what the previous segment of the same streams returned; None at the beginning.
-            masks: dropout masks; drawn here when not given.
+            memory: the memory that the previous segment of the same streams returned; None at the beginning.
+            masks: dropout masks; None draws them here.
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: the shapes of tokens, targets and memory disagree.
         """
         if tokens.dim() != 2 or targets.shape != tokens.shape:
             raise ValueError(
@@ -143,8 +143,8 @@ class DEQTransformer(nn.Module):
         history, u_history = self._start(tokens) if memory is None else memory
         if history.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"memory is of {history.shape[0]} streams, tokens are of {tokens.shape[0]}: a memory belongs to its "
-                "streams; pass None at the beginning of others"
+                f"memory has {history.shape[0]} streams, but tokens have {tokens.shape[0]}: pass the memory of the "
+                "same streams, or None at their beginning"
             )
         u = torch.cat([u_history, self.inject(tokens, masks.embedding)], dim=1)
         positions = sinusoids(u.shape[1], self.d_model, device=u.device, dtype=history.dtype)
@@ -161,12 +161,12 @@ class DEQTransformer(nn.Module):
         return nll, (solution,), (self._last(states), self._last(u.detach()))
 
     def inject(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the injection (B, L, 3D), added to queries, keys and values in f."""
+        """Return the injection (B, L, 3D), which f adds to queries, keys and values."""
         return self.injection(_drop(self.embedding(tokens), mask))
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of distinct parameters of each part; they add up to all parameters."""
-        groups = {
+        """Return the number of distinct parameters of each part; the parts add up to all parameters."""
+        parts = {
             "embedding_tables": self.embedding.tables,
             "input_projections": self.embedding.projections,
             "injection": self.injection,
@@ -174,25 +174,26 @@ class DEQTransformer(nn.Module):
             "cell_ffn": self.cell.ffn,
             "output": self.softmax,
         }
-        return {name: sum(p.numel() for p in module.parameters()) for name, module in groups.items()}
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
 
     @property
     def official_parameter_count(self) -> int:
-        """The count of the official script, where input and output projections from bucket 1 on are parameters each.
+        """The number of parameters that the official script reports: it counts tied projections of bucket 1 on twice.
 
-        There they share storage but are stepped twice by the optimiser; here they are one parameter with one gradient.
+        There, input and output projections share storage, and the optimiser updates them twice; here each pair is one
+        parameter with one gradient.
         """
         shared = sum(p.numel() for p in list(self.embedding.projections)[1:])
         return sum(self.parameter_counts().values()) + shared
 
     def _start(self, tokens: Tensor) -> Memory:
-        # the state keeps the parameters' dtype where autocast makes the injection narrower
+        # the state has the parameters' dtype, even if autocast gives the injection a narrower one
         weight = self.injection.weight
         return weight.new_zeros(len(tokens), 0, self.d_model), weight.new_zeros(len(tokens), 0, 3 * self.d_model)
 
     def _last(self, x: Tensor) -> Tensor:
         keep = min(self.mem_len if self.training else self.eval_mem_len, x.shape[1])
-        return x[:, x.shape[1] - keep :].clone()  # a view would keep the whole tensor, in checkpoints too
+        return x[:, x.shape[1] - keep :].clone()  # a view would keep the whole tensor alive, in checkpoints too
 
     def _draw(self, tokens: Tensor) -> Masks:
         weight = self.injection.weight

@@ -1,4 +1,4 @@
-"""The implicit graph layer of IGNN: X = relu(A^T X W^T + B), node-major, with W kept a contraction by projection.
+"""The implicit graph layer of IGNN: X = relu(A^T X W^T + B), node-major; projecting W keeps the map a contraction.
 
 N nodes, m hidden features, p input features. One graph batch is one problem: states are (1, N, m).
 """
@@ -19,13 +19,13 @@ NodeMap = Callable[[Tensor], Tensor]
 
 
 class GraphInput(Protocol):
-    """What the models here read of a graph, or of a batch as one disjoint union.
+    """The fields that the models here read of a graph, or of a batch as one disjoint union.
 
     Args:
         features: (N, p).
-        adjacency: (N, N), entry (i, j) weighing the edge from node i to node j.
+        adjacency: (N, N), entry (i, j) is the weight of the edge from node i to node j.
         radius: an upper bound of the spectral radius of |adjacency|.
-        pooling: (G, N) sum over the nodes of each of G graphs; read by graph classification alone.
+        pooling: (G, N) sum over the nodes of each of G graphs; only graph classification reads it.
     """
 
     features: Tensor
@@ -35,7 +35,7 @@ class GraphInput(Protocol):
 
 
 class GraphLayer(Protocol):
-    """A layer whose equilibrium the models solve for; its map returns new memory at every call, and keeps none."""
+    """A layer whose equilibrium the models solve for; its map returns a new tensor at every call and keeps none."""
 
     def inject(self, inputs: Tensor, graph: GraphInput) -> Tensor: ...
 
@@ -43,19 +43,19 @@ class GraphLayer(Protocol):
 
 
 class ImplicitGraphLayer(nn.Module):
-    """X = relu(A^T X W^T + B) with B = A^T U Omega_1^T, and every row of W in an L1 ball of radius kappa / rho.
+    """X = relu(A^T X W^T + B) with B = A^T U Omega_1^T and every row of W in the L1 ball of radius kappa / rho.
 
     The bound |W|_inf rho(|A|) <= kappa < 1 makes the map a contraction in a weighted norm: the equilibrium exists, is
-    unique, and plain iteration reaches it. In training, W is projected in place when a map is bound: with any optimiser
-    this is its projected form, and the stored weight is unprojected between the update and the next forward. In
-    evaluation the projection is a function of the stored weight, which stays as it is (the official code shrinks it
-    there too). The gradient passes the projection unchanged in both modes.
+    unique, and fixed-point iteration reaches it. In training, `bind` projects W in place, which makes any optimiser a
+    projected one; between an update and the next `bind`, W is not projected. In evaluation, `bind` projects a copy
+    and leaves W unchanged (the official code projects W there too). In both modes the gradient passes the projection
+    unchanged.
 
     Args:
         in_features: p.
         features: m.
         kappa: bound of |W|_inf rho(|A|), in (0, 1).
-        dead_parameters: keep Omega_2 and bias, which the official model owns, counts and never uses. They take no
+        dead_parameters: keep Omega_2 and bias, which the official model has and counts but never uses; they get no
             gradient.
 
     Source: Gu et al., *Implicit Graph Neural Networks* (2020), and its official code.
@@ -85,7 +85,7 @@ class ImplicitGraphLayer(nn.Module):
         if self.training:
             with torch.no_grad():
                 self.W.copy_(project_rows(self.W, radius))
-            # a copy, so that the next forward's projection cannot reach what this one's backward still needs
+            # clone W: the next forward projects W in place, and this backward needs the present values
             return node_map(self.W.clone(), injection, graph)
         return node_map(_projected(self.W, radius), injection, graph)
 
@@ -93,14 +93,15 @@ class ImplicitGraphLayer(nn.Module):
 class SpectralGraphLayer(nn.Module):
     """X = relu(A^T X W^T + B), B = A^T U Omega_1^T + U Omega_2^T, all three weights bounded in spectral norm.
 
-    The layer of torchdeq's IGNN for nodes, steadier on PPI than `ImplicitGraphLayer`. W is rebuilt from its own
-    parameters at every bind and then projected, never stored projected; the gradient passes the projection unchanged.
+    torchdeq's IGNN for nodes uses this layer; it is more stable on PPI than `ImplicitGraphLayer`. Every `bind` computes
+    W from its parameters and projects it, but never stores the projected W. The gradient passes the projection
+    unchanged.
 
     Args:
         in_features: p.
         features: m.
         kappa: bound of |W|_inf rho(|A|), in (0, 1).
-        dead_parameters: keep the unused bias of the original, which takes no gradient.
+        dead_parameters: keep the original's unused bias, which gets no gradient.
 
     Source: torchdeq, deq-zoo/ignn/nodeclassification.
     """
@@ -126,9 +127,9 @@ class SpectralGraphLayer(nn.Module):
 
 
 class SpectralWeight(nn.Module):
-    """Hold a matrix whose rows are scaled by min(1, g / sigma), sigma its largest singular value and g learnt per row.
+    """Scale each row of a matrix W by min(1, g / sigma): sigma is its largest singular value, g is learnt per row.
 
-    sigma = u^T W v, where u and v follow the singular vectors by one power step per forward in training mode.
+    sigma = u^T W v; in training mode, every forward moves u and v towards the singular vectors by one power step.
 
     Args:
         weight: (m, p) initial value; g starts at one.
@@ -152,7 +153,7 @@ class SpectralWeight(nn.Module):
         """Return the effective weight."""
         if self.training:
             self._power_step()
-        # copies, so that the next power step cannot reach what this backward still needs
+        # clone u and v: the next power step overwrites them, and this backward needs the present values
         sigma = self.u.clone() @ self.weight @ self.v.clone()
         return self.weight * (self.g / sigma).clamp_max(1.0)
 
@@ -163,7 +164,7 @@ class SpectralWeight(nn.Module):
 
 
 def propagate(inputs: Tensor, weight: Tensor, graph: GraphInput) -> Tensor:
-    """Return A^T U Omega^T (N, m) for `inputs` U (N, p) and `weight` Omega (m, p), summing the narrower side."""
+    """Return A^T U Omega^T (N, m) for `inputs` U (N, p), `weight` Omega (m, p); A^T multiplies the narrower matrix."""
     if weight.shape[0] > weight.shape[1]:
         return nn.functional.linear(multiply(graph.adjacency, inputs, transposed=True), weight)
     return multiply(graph.adjacency, nn.functional.linear(inputs, weight), transposed=True)
@@ -181,9 +182,9 @@ def node_map(weight: Tensor, injection: Tensor, graph: GraphInput) -> NodeMap:
 
 
 def project_rows(weight: Tensor, radius: float) -> Tensor:
-    """Return the rows of `weight` (m, p), each projected onto the L1 ball of `radius`; rows inside are untouched.
+    """Return the rows of `weight` (m, p), each projected onto the L1 ball of `radius`; rows inside do not change.
 
-    Soft-thresholding sign(w) max(|w| - theta, 0), theta from the sorted magnitudes.
+    Soft-thresholding sign(w) max(|w| - theta, 0), with theta from the sorted magnitudes.
 
     Source: Duchi et al., *Efficient Projections onto the l1-Ball* (2008).
     """
@@ -198,12 +199,12 @@ def project_rows(weight: Tensor, radius: float) -> Tensor:
 
 
 def _projected(weight: Tensor, radius: float) -> Tensor:
-    """Return the projected rows, with the gradient of `weight` itself."""
+    """Return the projected rows; the gradient passes to `weight` unchanged."""
     if not torch.is_grad_enabled():
         return project_rows(weight, radius)
     return project_rows(weight.detach(), radius) + (weight - weight.detach())
 
 
 def check_kappa(kappa: float) -> None:
-    """Raise unless `kappa` is in (0, 1)."""
-    check_number("kappa", kappa, "(0, 1)", also=": it bounds |W|_inf rho(|A|), below one for a contraction")
+    """Raise ValueError unless `kappa` is in (0, 1)."""
+    check_number("kappa", kappa, "(0, 1)", also=": it bounds |W|_inf rho(|A|), which a contraction keeps below 1")

@@ -1,4 +1,4 @@
-"""IGNN for the three kinds of graph tasks: graph classification, node labelling, node classification on chains.
+"""IGNN for three kinds of graph tasks: graph classification, node labelling, node classification on chains.
 
 N nodes, G graphs, p input features, m hidden features. Every model takes a graph (see `GraphInput`) and returns its
 logits with one Solution per implicit layer.
@@ -24,7 +24,7 @@ LayerFactory = Callable[..., nn.Module]  # called with in_features and features
 
 
 class GraphIGNN(nn.Module):
-    """Classify graphs: stacked implicit layers, sum over the nodes of a graph, and a perceptron of two layers.
+    """Classify graphs: stacked implicit layers, a sum over each graph's nodes, a perceptron of two layers.
 
     Args:
         hidden: m.
@@ -33,7 +33,7 @@ class GraphIGNN(nn.Module):
         layer: makes an implicit layer from `in_features` and `features`.
         in_features: p.
         num_classes: width of the logits.
-        deq: solves every layer, from its injection.
+        deq: solves every layer, starting at its injection.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("graph_classification",)
@@ -73,19 +73,19 @@ class GraphIGNN(nn.Module):
         return self.classifier(self.dropout(F.relu(self.hidden(pooled)))), tuple(solutions)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
-        return count_groups(self)
+        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
+        return count_parameters(self)
 
 
 class NodeIGNN(nn.Module):
-    """Label nodes: blocks x <- ELU(X* + Linear(x)), X* the equilibrium of the block's implicit layer; no last ELU.
+    """Label nodes: blocks x <- ELU(X* + Linear(x)), X* the block's equilibrium; the last block has no ELU.
 
     Args:
         widths: features of every block but the last, whose width is `num_labels`.
         layer: makes an implicit layer from `in_features` and `features`.
         in_features: p.
-        num_labels: independent labels of a node.
-        deq: solves every layer, from its injection.
+        num_labels: number of independent labels per node.
+        deq: solves every layer, starting at its injection.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("node_labelling",)
@@ -114,15 +114,15 @@ class NodeIGNN(nn.Module):
         return x, tuple(solutions)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
-        return count_groups(self)
+        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
+        return count_parameters(self)
 
 
 class ChainsIGNN(nn.Module):
-    """Classify nodes: one implicit layer from zero, every node's state scaled to length one, a linear map without bias.
+    """Classify nodes: one implicit layer, every node's state normalised to length one, a linear map without bias.
 
-    What a node knows of a label d edges away is about 10^-d in size at the start of training, and the scaling to length
-    one makes it count fully: solve to a tight or relative tolerance here, an absolute one cuts far nodes off.
+    At initialisation the signal from d edges away has size about 10^-d, and normalising each state brings it to full
+    size. Use a relative or very tight tolerance: an absolute one stops before distant nodes get the signal.
 
     Args:
         hidden: m.
@@ -130,7 +130,7 @@ class ChainsIGNN(nn.Module):
         layer: makes an implicit layer from `in_features` and `features`.
         in_features: p.
         num_classes: width of the logits.
-        deq: solves the layer, from zero.
+        deq: solves the layer, starting at zero.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("node_classification",)
@@ -148,19 +148,19 @@ class ChainsIGNN(nn.Module):
         self.deq = deq
 
     def forward(self, graph: GraphInput) -> tuple[Tensor, tuple[Solution, ...]]:
-        """Return logits (N, classes) and the Solution."""
+        """Return logits (N, classes) and the one Solution in a tuple."""
         injection = self.layers[0].inject(graph.features, graph)
         solution = solve(self.deq, self.layers[0], injection, torch.zeros_like(injection), graph)
         direction = F.normalize(solution.value.squeeze(0), dim=1)
         return self.classifier(self.dropout(direction)), (solution,)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of the dead ones; they add up to all parameters."""
-        return count_groups(self)
+        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
+        return count_parameters(self)
 
 
 def solve(deq: DEQ, layer: GraphLayer, injection: Tensor, start: Tensor, graph: GraphInput) -> Solution:
-    """Return the equilibrium of `layer` (1, N, m) from `start` (N, m)."""
+    """Solve for the equilibrium (1, N, m) of `layer`, starting at `start` (N, m)."""
     return deq(layer.bind(injection, graph), start.detach().unsqueeze(0), in_place=True)
 
 
@@ -169,10 +169,10 @@ def make_layers(layer: LayerFactory, sizes: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(layer(in_features=a, features=b) for a, b in pairwise(sizes))
 
 
-def count_groups(model: nn.Module) -> dict[str, int]:
-    """Return parameters per top-level module, and those that never take a gradient as `dead`."""
-    groups: dict[str, int] = {}
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameters per top-level module; those without a gradient count as `dead`."""
+    counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        group = name.split(".")[0] if parameter.requires_grad else "dead"
-        groups[group] = groups.get(group, 0) + parameter.numel()
-    return groups
+        part = name.split(".")[0] if parameter.requires_grad else "dead"
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts

@@ -24,7 +24,7 @@ Masks = tuple[tuple[Tensor | None, ...], ...]  # per branch, per block
 
 
 class BoundBlock(NamedTuple):
-    """What is fixed in one residual block during a solve: effective weights, dropout mask and injection.
+    """Effective weights, dropout mask and injection of one residual block, fixed during a solve.
 
     Args:
         mask: (B, C, 1, 1), or None for no dropout.
@@ -38,7 +38,7 @@ class BoundBlock(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What is fixed in the cell during a solve.
+    """The tensors that the cell keeps fixed during a solve.
 
     Args:
         blocks: per branch, per block.
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
         return BoundBlock(cast_for_autocast(self.conv1()), cast_for_autocast(self.conv2()), mask, u)
 
     def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
-        # in place throughout, with a graph too: no operation here saves the tensor that the next one overwrites
+        # in place, under autograd too: no operation here saves a tensor that the next one overwrites
         t = self.norm1(F.conv2d(z, bound.conv1, padding=1)).relu_()
         t = F.conv2d(t, bound.conv2, padding=1)
         if bound.mask is not None:
@@ -80,7 +80,7 @@ class ResidualBlock(nn.Module):
 
 
 class PostFuse(nn.Module):
-    """Mix the channels of a fused branch: GN(conv1x1(relu(s))), weight-normalised, with half as many groups."""
+    """Mix the channels of a fused branch: GN(conv1x1(relu(s))), with weight normalisation and half as many groups."""
 
     def __init__(self, channels: int, *, num_groups: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PostFuse(nn.Module):
 
 
 class MDEQCell(nn.Module):
-    """F of MDEQ: a residual block per branch, then every branch receives all the others.
+    """The map F of MDEQ: residual blocks per branch, then a sum over all branches in every branch.
 
     b_i = block_i(z_i, u_i); s_i = sum_j T_ij(b_j) with T_ii the identity; F_i = GN(conv1x1(relu(s_i))). From a coarser
     branch (j > i) T_ij is a 1x1 convolution, GN and nearest upsampling; from a finer one (j < i), i - j stages of
@@ -104,7 +104,7 @@ class MDEQCell(nn.Module):
 
     Args:
         channels: C_i, finest branch first.
-        expansion: E, inner channels of a residual block over its outer ones.
+        expansion: E, ratio of inner to outer channels of a residual block.
         num_groups: G, groups of every GroupNorm; the post-fuse norm has G // 2.
         num_blocks: residual blocks per branch; only the first receives the injection.
         dropout: probability of the variational dropout in each residual block.
@@ -140,7 +140,7 @@ class MDEQCell(nn.Module):
 
         Args:
             injection: u_i of every branch, None for zeros; u_0 is always a tensor.
-            masks: dropout mask (B, C_i, 1, 1) or None of every block; drawn here when not given.
+            masks: dropout mask (B, C_i, 1, 1) or None of every block; None draws them here.
         """
         masks = self._draw(injection[0]) if masks is None else masks
         blocks = tuple(
@@ -152,7 +152,7 @@ class MDEQCell(nn.Module):
         return partial(self, bound=Bound(blocks, tuple(layer.bind() for layer in self.post_fuse)))
 
     def forward(self, z: Branches, bound: Bound) -> Branches:
-        """Return one application of F. All that varies is an argument: `cell.compile()` makes it one graph."""
+        """Apply F once. Everything that varies is an argument, so `cell.compile()` makes one graph."""
         b = []
         for x, row, bound_row in zip(z, self.branches, bound.blocks, strict=True):
             for block, bound_block in zip(row, bound_row, strict=True):
@@ -162,9 +162,9 @@ class MDEQCell(nn.Module):
         return tuple(post_fuse(self._fuse(i, b), weight) for i, (post_fuse, weight) in enumerate(layers))
 
     def _fuse(self, i: int, b: list[Tensor]) -> Tensor:
-        """Return s_i, a fresh tensor that the caller may overwrite; b is left as it is."""
+        """Return s_i, a new tensor that the caller may overwrite; b does not change."""
         size = b[i].shape[-2:]
-        # the first T_ij(b_j) with j != i is fresh, so the other terms are added in place
+        # the first T_ij(b_j) with j != i is a new tensor: add the other terms to it in place
         first = int(i == 0)
         s = _resize(self.fusion[i][first](b[first]), size)
         for j in range(len(b)):
@@ -173,7 +173,7 @@ class MDEQCell(nn.Module):
         return s
 
     def _draw(self, u: Tensor) -> Masks:
-        dtype = self.post_fuse[0].norm.weight.dtype  # u may be narrower under autocast
+        dtype = self.post_fuse[0].norm.weight.dtype  # autocast may give u a narrower dtype
         return tuple(
             tuple(
                 variational_mask(
@@ -186,7 +186,7 @@ class MDEQCell(nn.Module):
 
 
 def _transition(channels: tuple[int, ...], *, source: int, target: int, num_groups: int) -> nn.Module:
-    """Return the learned part of T_ij (target i, source j); upsampling has no parameters and happens in the cell."""
+    """Return the learned part of T_ij (target i, source j); the cell upsamples, which takes no parameters."""
     if source == target:
         return nn.Identity()
     a, b = channels[source], channels[target]

@@ -1,4 +1,4 @@
-"""Group normalisation at its price: the memory format stays, and compiled code gets a form that it makes fast."""
+"""GroupNorm that keeps channels_last on a GPU and compiles to fast code on a CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu and He, 2018) that keeps the memory format of its input.
 
-    torch's kernel does so on a CPU. On a GPU it returns the contiguous format, and every convolution would turn it
-    back. Compiled for a CPU, torch splits the kernel into loops over the few channels of a group; the form below loops
-    over all of them.
+    On a CPU, torch's kernel does so. On a GPU it returns the contiguous format, and every convolution would convert it
+    back. Compiled for a CPU, torch's kernel becomes loops over the few channels of a group; `from_channel_means` loops
+    over all channels.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,14 +25,14 @@ class GroupNorm(nn.GroupNorm):
         )
 
     def from_channel_means(self, x: Tensor) -> Tensor:
-        """Return the same (B, C, H, W) from the mean and the mean square of every channel, in at least float32.
+        """Normalise x (B, C, H, W) by the mean and the mean square of every channel, in float32 or wider.
 
-        Two passes over x, as wide as C. The variance is E x^2 - (E x)^2: it loses the digits in which a group's mean
-        square exceeds its variance.
+        Two passes over x, each over all C channels. The variance is E x^2 - (E x)^2, which loses
+        log10(mean square / variance) digits.
         """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         group = torch.arange(self.num_channels, device=x.device) // (self.num_channels // self.num_groups)
-        # (C, C): every channel gets the average of its group; no matmul, which TF32 and autocast would round
+        # (C, C) gives every channel the average of its group; no matmul, which TF32 and autocast would round
         average = (group[:, None] == group).to(wide.dtype) * (self.num_groups / self.num_channels)
         mean = (wide.mean((2, 3))[:, None] * average).sum(2)
         square = (wide.square().mean((2, 3))[:, None] * average).sum(2)

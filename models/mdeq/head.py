@@ -1,4 +1,4 @@
-"""What surrounds the equilibrium of MDEQ: the stem that makes the injection, and the classification head."""
+"""The stem of MDEQ, which makes the injection, and its classification head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_stage0(channels: int) -> nn.Sequential:
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution (C -> h -> h -> 4 h), plus shortcut, then relu.
 
-    The three norms of the main path are not affine; the one of the shortcut is.
+    The three norms of the main path are not affine; the shortcut's norm is.
     """
 
     def __init__(self, channels: int, planes: int) -> None:
@@ -60,7 +60,7 @@ class MDEQHead(nn.Module):
     Args:
         channels: C_i of the branches, finest first.
         head_channels: h_i, planes of the bottleneck of branch i.
-        final_channels: features in front of the classifier.
+        final_channels: input features of the classifier.
     """
 
     def __init__(

@@ -24,27 +24,27 @@ Init = Literal["normal", "default"]
 class MDEQ(nn.Module):
     """Classify images by the equilibrium of a multiscale cell.
 
-    The stem makes the injection u_0 (its BatchNorm runs once per forward, outside the solve), the cell is solved for
-    z = F(z, u) from zeros, and the head reads all branches. Effective weights and dropout masks are made once per
-    forward and shared by all evaluations of f.
+    The stem makes the injection u_0; its BatchNorm runs once per forward, outside the solve. The solver finds
+    z = F(z, u) from zeros, and the head reads all branches. All evaluations of f in a forward share the effective
+    weights and dropout masks.
 
     Args:
         in_channels: channels of the images.
         num_classes: number of logits.
         channels: C_i, finest branch first; at least two.
         head_channels: h_i, planes of the head's bottleneck of branch i (it ends in 4 h_i channels).
-        final_channels: features in front of the classifier.
-        num_downsamples: strided convolutions of the stem, 0 to 2. A 1x1 block ("stage0") follows the stem unless
-            there are no strides and two branches.
-        expansion: inner over outer channels of a residual block.
+        final_channels: input features of the classifier.
+        num_downsamples: strided convolutions of the stem, 0 to 2. A 1x1 block ("stage0") follows the stem, except with
+            no strides and two branches.
+        expansion: ratio of inner to outer channels of a residual block.
         num_groups: groups of every GroupNorm of the cell; the last norm of a branch has half as many.
         num_blocks: residual blocks per branch.
         dropout: probability of the variational dropout in the cell.
-        init: `normal` draws weights and biases of all plain convolutions from N(0, 0.01^2), as the official CIFAR code
-            (weight-normalised convolutions and the classifier keep PyTorch's initialisation there, too); `default` is
-            PyTorch's initialisation throughout, as the official ImageNet code.
+        init: `normal` draws weights and biases of all plain convolutions from N(0, 0.01^2), as in the official CIFAR
+            code (where weight-normalised convolutions and the classifier also keep PyTorch's initialisation);
+            `default` is PyTorch's initialisation throughout, as in the official ImageNet code.
         channels_last: keep images, states and weights in channels_last memory format.
-        deq: how to solve and differentiate.
+        deq: solver and gradient estimator.
 
     Raises:
         ValueError: an argument is out of range; the message says what is allowed.
@@ -112,7 +112,7 @@ class MDEQ(nn.Module):
         self.to(memory_format=self.memory_format)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Solution]]:
-        """Return logits (B, classes) and the solution of the one solve.
+        """Return logits (B, classes) and the one Solution in a tuple.
 
         Raises:
             ValueError: `images` are not (B, in_channels, H, W), or too small for the branches.
@@ -121,18 +121,18 @@ class MDEQ(nn.Module):
         return self.head(solution.value), (solution,)
 
     def bind(self, images: Tensor) -> tuple[Callable[[Branches], Branches], Branches]:
-        """Return the closed map f of these images and its initial guess: zeros on every branch.
+        """Return the map f of these images and its initial guess, zeros on every branch.
 
-        In training mode this moves the running statistics of the stem and draws the dropout masks.
+        In training mode, this updates the stem's running statistics and draws the dropout masks.
         """
         self._check_images(images)
         u = self.stage0(self.stem(images.contiguous(memory_format=self.memory_format)))
-        # the coarser branches receive zeros, which the cell need not add
+        # the injection of the coarser branches is zero: None saves the cell the addition
         return self.cell.bind((u, *(None for _ in self.cell.channels[1:]))), self._zeros(u)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part; they add up to all parameters."""
-        groups = {
+        """Return the number of parameters of each part; the parts add up to all parameters."""
+        parts = {
             "stem": self.stem,
             "stage0": self.stage0,
             "cell_blocks": self.cell.branches,
@@ -143,13 +143,13 @@ class MDEQ(nn.Module):
             "head_final": self.head.final,
             "head_classifier": self.head.classifier,
         }
-        return {name: sum(p.numel() for p in module.parameters()) for name, module in groups.items()}
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
 
     def _zeros(self, u: Tensor) -> Branches:
         batch, _, height, width = u.shape
         zeros = []
         for c in self.cell.channels:
-            # the state keeps the parameters' dtype where autocast makes u narrower
+            # the state has the parameters' dtype, even if autocast gives u a narrower one
             zeros.append(
                 torch.zeros(
                     (batch, c, height, width),
@@ -164,18 +164,18 @@ class MDEQ(nn.Module):
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}: "
-                "in_channels is set by the data the model was built for"
+                "the data that the model was built for sets in_channels"
             )
-        least = 2 ** (len(self.cell.channels) - 1 + self.num_downsamples)
-        if min(images.shape[2:]) < least:
+        min_size = 2 ** (len(self.cell.channels) - 1 + self.num_downsamples)
+        if min(images.shape[2:]) < min_size:
             raise ValueError(
                 f"images of {images.shape[2]}x{images.shape[3]} pixels are too small: num_downsamples="
-                f"{self.num_downsamples} and {len(self.cell.channels)} branches need at least {least}x{least}; "
+                f"{self.num_downsamples} and {len(self.cell.channels)} branches need at least {min_size}x{min_size}; "
                 "use fewer branches or larger images"
             )
 
     def _draw_plain_convolutions(self) -> None:
-        # weight-normalised weights are not nn.Conv2d modules, so that this pass leaves them alone, as it must
+        # the loop must skip weight-normalised convolutions, and does: they are not nn.Conv2d modules
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.01)

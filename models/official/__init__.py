@@ -1,1 +1,1 @@
-"""Weights of the official code bases, loaded by their own names."""
+"""Load weights of the official code bases by their official names."""

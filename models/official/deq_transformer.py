@@ -40,7 +40,7 @@ _RULES = [
 
 
 def rename_deq_transformer(official: str) -> str:
-    """Return our name of an official parameter; a name without a rule comes back as it is."""
+    """Return our name of an official parameter; a name that no rule matches stays unchanged."""
     for pattern, ours in _RULES:
         if match := pattern.fullmatch(official):
             return match.expand(ours)
@@ -48,10 +48,11 @@ def rename_deq_transformer(official: str) -> str:
 
 
 def deq(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert a state dict of locuslab/deq, of its older versions too.
+    """Convert a state dict of locuslab/deq, including its older versions.
 
-    1x1 convolutions become matrices (older versions have them in the feed-forward layers as well). The frequencies of
-    the sinusoids are constants, and the copies `func_copy.*` and `deq.*` of older versions repeat the cell: left out.
+    1x1 convolutions become matrices (older versions have them in the feed-forward layers as well). The converter leaves
+    out the frequencies of the sinusoids, which are constants, and the cell's copies in older versions, `func_copy.*`
+    and `deq.*`.
     """
     for official, tensor in state.items():
         if official == "pos_emb.inv_freq" or official.startswith(("func_copy.", "deq.")):

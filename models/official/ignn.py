@@ -17,7 +17,7 @@ _CHAINS_HEAD = {"V": "classifier"}
 
 
 def rename_ignn(official: str, heads: Mapping[str, str]) -> str:
-    """Return our name of an official parameter; a name without a rule comes back as it is.
+    """Return our name of an official parameter; a name that no rule matches stays unchanged.
 
     Args:
         heads: our names of the official linear maps.
@@ -29,13 +29,13 @@ def rename_ignn(official: str, heads: Mapping[str, str]) -> str:
 
 
 def graph_model(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert the graph-classification model; both code bases name it alike."""
+    """Convert the graph-classification model; both code bases use the same names."""
     for official, tensor in state.items():
         yield Piece(official, rename_ignn(official, _GRAPH_HEAD), tensor)
 
 
 def node_model(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert the PPI model: the linear map beside block l is V_{l-1}, and V beside the last."""
+    """Convert the PPI model: the linear map beside block l is V_{l-1}; beside the last block it is V."""
     last = sum(re.fullmatch(r"ig\d+\.bias", name) is not None for name in state) - 1
     heads = {f"V_{i}": f"skips.{i}" for i in range(last)} | {"V": f"skips.{last}"}
     for official, tensor in state.items():

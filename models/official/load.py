@@ -1,6 +1,6 @@
-"""Load checkpoints of the official code bases into the models of this project, by their own names.
+"""Load checkpoints of the official code bases into the models of this project, by their official names.
 
-To add a model family: write `models/reference_<family>.py` with one function per code base that turns an official
+To add a model family: write `models/official/<family>.py` with one function per code base that turns an official
 state dict into pieces (see `Convert`), and add its table to `REFERENCES`.
 """
 
@@ -16,7 +16,7 @@ from models.official.ignn import IGNN_SOURCES
 from models.official.mdeq import MDEQ_SOURCES
 from models.official.piece import Convert
 
-# model class -> code base -> how its state dict becomes ours
+# model class -> code base -> converter of its state dict to our names
 REFERENCES: dict[str, dict[str, Convert]] = {
     "MDEQ": MDEQ_SOURCES,
     "DEQTransformer": DEQ_TRANSFORMER_SOURCES,
@@ -27,18 +27,18 @@ REFERENCES: dict[str, dict[str, Convert]] = {
 def load_reference(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load an official state dict into `model`.
 
-    A prefix `module.` common to all names is dropped. Several official names may stand for one of ours (tied weights,
-    alias copies); their tensors must agree. Nothing is loaded unless everything fits.
+    The loader drops a prefix `module.` that all names share. Several official names may map to one of ours (tied
+    weights, copies); their tensors must be equal. If anything does not fit, the model does not change.
 
     Args:
         model: a model of this project, not wrapped.
         state_dict: official names and tensors.
-        source: the code base the names are from, a key of `REFERENCES[type(model).__name__]`.
+        source: code base of the official names, a key of `REFERENCES[type(model).__name__]`.
 
     Raises:
         TypeError: `state_dict` does not map names to tensors.
-        ValueError: unknown model or source; or one list of all names that are unknown, missing, disagree with their
-            alias or have another shape.
+        ValueError: the model or source is unknown, or names do not fit: the message lists all that are unknown,
+            missing, differ from their alias or have another shape.
     """
     family = type(model).__name__
     if family not in REFERENCES:
@@ -62,10 +62,10 @@ def load_reference(model: nn.Module, state_dict: Mapping[str, Tensor], source: s
         elif tensor.shape != ours[name].shape:
             problems.append(f"shape: {official} is {tuple(tensor.shape)}, {name} is {tuple(ours[name].shape)}")
         elif not torch.equal(other, tensor):
-            problems.append(f"alias: {official} and {first} both stand for {name}, but differ")
+            problems.append(f"alias: {official} and {first} both map to {name}, but differ")
     problems += [f"missing: {name}" for name in ours if name not in found]
     if problems:
-        raise ValueError(f"this state dict is not {family} of {source} at these sizes:\n  " + "\n  ".join(problems))
+        raise ValueError(f"this state dict is not a {family} of {source} with these sizes:\n  " + "\n  ".join(problems))
     model.load_state_dict({name: tensor for name, (_, tensor) in found.items()})
 
 

@@ -1,7 +1,7 @@
 """Names of MDEQ in four public code bases.
 
 phantom_grad (Gsunshine/phantom_grad, the paper's code), mdeq (locuslab/mdeq), deq (locuslab/deq, MDEQ-Vision) and
-torchdeq (locuslab/torchdeq, deq-zoo/mdeq) share one naming scheme, with the differences noted at each function.
+torchdeq (locuslab/torchdeq, deq-zoo/mdeq) share one naming scheme, with the differences that each function notes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.official.piece import Convert, Piece
 
-# official pattern -> ours; the first that matches the beginning of a name is used
+# official pattern -> ours; the first pattern that matches the beginning of a name applies
 _RULES = [
     (re.compile(pattern), ours)
     for pattern, ours in (
@@ -37,7 +37,7 @@ _RULES = [
 
 
 def rename_mdeq(official: str) -> str:
-    """Return our name of an official parameter or buffer; a name without a rule comes back as it is."""
+    """Return our name of an official parameter or buffer; a name that no rule matches stays unchanged."""
     for pattern, ours in _RULES:
         if match := pattern.match(official):
             return match.expand(ours) + official[match.end() :]
@@ -45,7 +45,7 @@ def rename_mdeq(official: str) -> str:
 
 
 def phantom_grad(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert a state dict of the paper's code: `deq.func.*` repeats every tensor of `fullstage.*`, and must agree."""
+    """Convert a state dict of the paper's code: `deq.func.*` repeats `fullstage.*`, and must equal it."""
     for official, tensor in state.items():
         yield Piece(official, rename_mdeq(re.sub(r"^deq\.func\.", "fullstage.", official)), tensor)
 
@@ -53,8 +53,9 @@ def phantom_grad(state: dict[str, Tensor]) -> Iterator[Piece]:
 def mdeq(state: dict[str, Tensor]) -> Iterator[Piece]:
     """Convert a state dict of locuslab/mdeq: as `phantom_grad`, plus a second cell for its backward pass.
 
-    That cell (`fullstage_copy.*`, `deq.func_copy.*`) is refreshed from the first at each forward and may lag one
-    optimiser step behind, so it is left out. Its two names hold the same tensors: where they do not, they are reported.
+    Every forward copies the first cell into the second (`fullstage_copy.*`, `deq.func_copy.*`), which may lag one
+    optimiser step behind. The converter leaves it out if its two names hold equal tensors; otherwise the loader
+    reports `deq.func_copy.*` as unknown.
     """
     kept = {}
     for official, tensor in state.items():
@@ -66,7 +67,7 @@ def mdeq(state: dict[str, Tensor]) -> Iterator[Piece]:
 
 
 def deq(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert a state dict of locuslab/deq: no aliases; without its post-fuse affines, ours are one and zero."""
+    """Convert a state dict of locuslab/deq: no aliases; if it lacks post-fuse affines, ours become one and zero."""
     yield from phantom_grad(state)
     for official, gain in state.items():
         layer = re.fullmatch(r"(fullstage\.post_fuse_layers\.\d+)\.conv\.weight_g", official)
@@ -76,9 +77,9 @@ def deq(state: dict[str, Tensor]) -> Iterator[Piece]:
 
 
 def torchdeq(state: dict[str, Tensor]) -> Iterator[Piece]:
-    """Convert a state dict of torchdeq: `full_stage`, and weight normalisation on the fusion convolutions, too.
+    """Convert a state dict of torchdeq: the cell is `full_stage`, and its fusion convolutions are weight-normalised.
 
-    Ours have plain weights there: the effective weight is loaded, so that the function is the same.
+    Ours have plain weights: the converter yields the effective weight, which gives the same function.
     """
     for official, tensor in state.items():
         name = re.sub(r"^full_stage\.", "fullstage.", official)

@@ -1,4 +1,4 @@
-"""What a converter of official checkpoints yields."""
+"""The tensors that a converter of official checkpoints yields."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-# Yields a piece for every official tensor, and leaves out only what is known to carry nothing.
+# Yields one Piece per official tensor; leaves out only tensors known to carry no information.
 Convert = Callable[[dict[str, Tensor]], Iterator[Piece]]

@@ -385,5 +385,5 @@ def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="both be"):
         model(words, targets[:, :4], None)
     memory = model(words, targets, None)[2]
-    with pytest.raises(ValueError, match="memory is of 2 streams, tokens are of 1"):
+    with pytest.raises(ValueError, match="memory has 2 streams, but tokens have 1"):
         model(words[:1], targets[:1], memory)
