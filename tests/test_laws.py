@@ -50,3 +50,8 @@ def test_a_run_is_composed_once_and_has_one_deq(overrides, runs, tmp_path, monke
     command.run(train.job, train.CONFIGS)
     assert len(list(tmp_path.rglob("record.json"))) == runs
     assert counts == {"compositions": runs, "DEQs": runs}
+
+
+def test_every_folder_of_configs_is_a_group():
+    folders = {path.name for path in train.CONFIGS.folder.iterdir() if path.is_dir()}
+    assert folders <= set(train.CONFIGS.groups), "Hydra offers every folder of configs/ as a group: mount it or move it"

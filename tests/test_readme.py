@@ -1,4 +1,4 @@
-"""What the README shows is run, composed or looked for as it is printed."""
+"""What the README and the pages of docs/ show is run, composed or looked for as it is printed."""
 
 import contextlib
 import inspect
@@ -14,8 +14,6 @@ import torch
 import evaluate
 import phantom
 from phantom.engine.config.overrides import change, expand
-from phantom.gradient.adjoint import AdjointEstimator
-from phantom.solve import solve
 from scripts import benchmark, reproduce, studies
 from scripts.arguments import split
 from scripts.running import process
@@ -24,14 +22,18 @@ from train import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+# docs/extending.md has a test of its own
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/method.md", "docs/data.md", "docs/results.md")}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(TEXT)
 EXAMPLES = [body for language, body in BLOCKS if language == "python"]
 TRAIN = ("python train.py", "bash scripts/run.sh", "torchrun")
 
 
 def commands() -> list[str]:
     """Return the command lines of all blocks, comments left out and continued lines joined."""
-    lines = [line for language, body in BLOCKS if not language for line in body.replace("\\\n", " ").splitlines()]
+    blocks = [block for page in PAGES.values() for block in BLOCK.findall(page)]
+    lines = [line for language, body in blocks if not language for line in body.replace("\\\n", " ").splitlines()]
     return [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
 
 
@@ -47,7 +49,7 @@ EVALUATING = [line for line in commands() if line.startswith("python evaluate.py
 
 
 def test_the_blocks_are_found():
-    assert len(EXAMPLES) >= 2 and len(TRAINING) >= 10 and len(EVALUATING) >= 2
+    assert len(EXAMPLES) == 1 and len(TRAINING) >= 10 and len(EVALUATING) >= 2
     assert any("-m grad=upg,npg" in line for line in TRAINING)
 
 
@@ -118,7 +120,7 @@ def test_the_tree():
     assert not missing and {"phantom/solve.py", "phantom/gradient/", "train.py", "tests/"} <= set(found)
     kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     shown = {path.rstrip("/") for path in found}
-    code = {Path(path).parts[0] for path in kept if path.endswith((".py", ".yaml"))}
+    code = {Path(path).parts[0] for path in kept if path.endswith((".py", ".yaml")) and path[0] != "."}
     assert code <= shown, f"the tree leaves out {code - shown}"
 
 
@@ -128,35 +130,64 @@ def test_the_two_commands_are_scripts_that_parse():
         subprocess.run(["bash", "-n", str(ROOT / "scripts" / f"{name}.sh")], check=True)
 
 
-def test_paths_in_the_text_exist():
-    named = re.findall(r"`((?:phantom|configs|models|data|scripts|results)/[\w./*]+)`", TEXT)
-    assert len(named) >= 5
-    # the leaf of the example is for the reader to write
-    missing = [path for path in named if path != "configs/solver/overrelaxed.yaml" and not list(ROOT.glob(path))]
-    assert not missing
+@pytest.mark.parametrize("page", [*PAGES, "docs/extending.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_paths_and_links_lead_somewhere(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    named = re.findall(r"`((?:phantom|configs|models|data|scripts|results|tests|docs)/[\w./*]+)`", text)
+    # the leaves of the examples are for the reader to write
+    written = re.findall(r"^`([\w./]+)`\n\n```", text, flags=re.MULTILINE)
+    assert not [path for path in named if path not in written and not list(ROOT.glob(path))]
+    for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", text):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            assert (folder / path).exists(), link
+            headings = re.findall(r"^#+ (.*)$", (folder / path).read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
-def test_the_solver_of_the_reader_solves():
-    names = {}
-    exec(next(example for example in EXAMPLES if "class Overrelaxed" in example), names)
-    generator = torch.Generator().manual_seed(0)
-    A = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0] * 0.6
-    b = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    exact = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - A, b.T).T
-    for omega in (1.0, 0.8):
-        solver = names["Overrelaxed"](omega=omega, max_steps=300, tol=1e-12)
-        value, stats, _ = solve(lambda z: z @ A.T + b, torch.zeros_like(b), solver)
-        assert bool(stats.converged.all()) and torch.allclose(value, exact, rtol=0, atol=1e-10)
+def rows_of(text: str) -> list[list[str]]:
+    """Return the cells of every row of the tables of a page."""
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in rows if not set("".join(row)) <= set(":- ")]
 
 
-def test_the_method_of_an_estimator_is_called_as_written():
-    (written,) = re.findall(r"`cotangent\((.*?)\)`", TEXT)
-    assert written.split(", ") == list(inspect.signature(AdjointEstimator.cotangent).parameters)[1:]
+def test_the_results_are_those_of_the_rendered_pages():
+    pages = [ROOT / "results" / name for name in ("table1/table.md", "table4/graphs.md")]
+    rendered = [row for page in pages for row in rows_of(page.read_text())]
+    shown = [row for row in rows_of(TEXT) if re.fullmatch(r"[0-9a-f]{8}\*?", row[-1])]
+    assert len(shown) >= 5
+    for _, here, paper, count, commit in shown:
+        number = count.split()[0]
+        fits = [row for row in rendered if row[-1] == commit and row[1] == paper]
+        assert any(here in row or f"{here} ({number})" in row for row in fits), (here, paper, commit)
+        assert any(number in row or f"{here} ({number})" in row for row in fits), (here, number)
+
+
+def test_the_estimators_are_compared_as_the_rendered_page_has_it():
+    page = rows_of((ROOT / "results/quality/mdeq_tiny_epoch35.md").read_text())
+    rendered = {row[0]: (row[4], row[3]) for row in page if len(row) > 4}
+    names = {
+        "UPG": "UPG k=5 lam=0.5",
+        "NPG": "NPG k=5 lam=0.5",
+        "Implicit": "implicit, 22 Broyden steps",
+        "OneStep": "one step",
+        "SHINE": "SHINE",
+    }
+    shown = {match.group(1): tuple(row[2:]) for row in rows_of(TEXT) if (match := re.match(r"`(\w+)\(", row[0]))}
+    assert shown.pop("BPTT") == ("", "") and shown == {short: rendered[name] for short, name in names.items()}
+
+
+def test_every_data_set_and_its_folder_are_on_the_page_of_data():
+    rows = {row[0].strip("`"): row[1].strip("`") for row in rows_of(PAGES["docs/data.md"])}
+    for leaf in CONFIGS.leaves("data"):
+        named = re.search(r"\$PHANTOM_DATA/(\w+)", (CONFIGS.folder / "data" / f"{leaf}.yaml").read_text())
+        assert rows[leaf] == (named.group(1) if named else ""), leaf
 
 
 def test_the_estimators_of_the_table_exist_with_those_arguments():
-    rows = re.findall(r"^\| (?:one step: )?`(\w+)\((.*?)\)`", TEXT, flags=re.MULTILINE)
-    assert len(rows) >= 5
+    text = TEXT + PAGES["docs/method.md"]
+    rows = re.findall(r"^\| (?:one step: )?`(\w+)\((.*?)\)`", text, flags=re.MULTILINE)
+    assert len(rows) >= 14
     for name, arguments in rows:
         known = inspect.signature(getattr(phantom, name)).parameters
         assert {part.split("=")[0] for part in arguments.split(", ") if part} <= set(known)
