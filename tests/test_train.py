@@ -92,6 +92,51 @@ def test_never_resume_trains_anew_to_the_same_numbers(record):
     assert again["final"] == record["final"] and len(rows(folder)) == 10
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the parameters of a finished run by name, without its batch statistics."""
+    state = torch.load(folder / "last.pt", weights_only=True)["model"]
+    return {name: value for name, value in state.items() if "running_" not in name and "num_batches" not in name}
+
+
+def test_the_seed_makes_the_initial_weights(tmp_path):
+    """A rate of zero leaves them as they were drawn; what was drawn before the run does not matter."""
+    still = ["optimizer=sgd", "optimizer.lr=0", "schedule=constant", "steps=1", "test_subset=4"]
+    found = []
+    for i, (seed, noise) in enumerate(((0, 1), (0, 2), (1, 1))):
+        torch.manual_seed(noise)
+        found.append(weights(tiny_run(tmp_path / str(i), *still, f"seed={seed}")["path"]))
+    first, again, other = found
+    drawn = [name for name, value in first.items() if value.numel() > 1 and value.std() > 0]
+    assert len(drawn) > 20 and any(name.endswith("bias") for name in drawn)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_weight_decay_moves_every_parameter(tmp_path):
+    """By lr times decay times itself in one step of gradient descent: norms, gains and biases too (Table 1)."""
+    step = ["optimizer=sgd", "optimizer.momentum=0", "schedule=constant", "steps=1", "test_subset=4"]
+    jobs = {
+        "start": ["optimizer.lr=0"],
+        "without": ["optimizer.weight_decay=0"],
+        "with": ["optimizer.weight_decay=0.5"],
+    }
+    found = {name: weights(tiny_run(tmp_path, *step, *job)["path"]) for name, job in jobs.items()}
+    for name, start in found["start"].items():
+        moved = found["with"][name] - found["without"][name]
+        torch.testing.assert_close(moved, -0.1 * 0.5 * start, rtol=1e-3, atol=1e-6, msg=name)
+    biases = [value for name, value in found["start"].items() if name.endswith("bias")]
+    assert max(float(bias.abs().max()) for bias in biases) > 0.01
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "timm"])
+def test_one_weight_decay_holds_for_all_parameters(tmp_path, optimizer):
+    job = [f"optimizer={optimizer}", "optimizer.weight_decay=0.03", "steps=1", "test_subset=4"]
+    folder = tiny_run(tmp_path, *job)["path"]
+    groups = torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.03}
+    assert sum(len(group["params"]) for group in groups) == len(weights(folder))
+
+
 def test_folders_tell_runs_apart_by_what_they_are(tmp_path):
     first = tiny_run(tmp_path, "steps=1")
     places = {

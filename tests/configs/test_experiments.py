@@ -75,7 +75,11 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     if choices["model"] == "mdeq_small":  # two classes are on disk
         assert record["num_parameters"] == PARAMETERS["mdeq_small", "imagenet"] - 998 * 2049
     else:
-        assert record["num_parameters"] == PARAMETERS[choices["model"], choices["data"]]
+        pair = (choices["model"], choices["data"])
+        assert pair in PARAMETERS, (
+            f"{pair} has no row in PARAMETERS of tests/configs/test_experiments.py: add its count"
+        )
+        assert record["num_parameters"] == PARAMETERS[pair]
 
 
 @pytest.mark.parametrize("scale", ["gpu", "smoke"])

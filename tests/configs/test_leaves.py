@@ -1,6 +1,7 @@
 """Every leaf of every group is one constructor with its keywords, and nothing but its keywords."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import hydra.utils
@@ -16,25 +17,14 @@ from tests.configs.tiny_data import INPUTS, spec, tiny
 from tests.plans import composed, plan
 from train import CONFIGS
 
-# what has to be chosen besides, for the leaf to be of use
-WITH = {
-    "adjoint_solver": ["grad=implicit"],
-    "data/chains": ["model=ignn"],
-    "data/cox2": ["model=ignn"],
-    "data/proteins": ["model=ignn"],
-    "data/ppi": ["model=ignn"],
-    "data/ppi_synthetic": ["model=ignn"],
-    "data/pydocs": ["model=deq_transformer_small"],
-    "data/wikitext103": ["model=deq_transformer_small"],
-}
-# data sets that a model leaf serves
+# data sets that a model leaf serves; the first model of a data set is chosen with it
 SERVED = {
     "mdeq_tiny": ["digits", "cifar10", "imagenet"],
     "mdeq_large": ["cifar10"],
     "mdeq_small": ["imagenet"],
-    "deq_transformer": ["wikitext103"],
     "deq_transformer_small": ["pydocs", "wikitext103"],
-    "ignn": ["cox2", "proteins", "ppi", "chains"],
+    "deq_transformer": ["wikitext103"],
+    "ignn": ["cox2", "proteins", "ppi", "ppi_synthetic", "chains"],
     "ignn_spectral": ["ppi"],
 }
 LEAVES = [
@@ -45,11 +35,32 @@ LEAVES = [
 ]
 
 
-def test_nothing_is_forgotten():
-    assert set(SERVED) == set(CONFIGS.leaves("model")) and set(INPUTS) == set(CONFIGS.leaves("data"))
+@pytest.mark.parametrize(
+    ("group", "table", "file", "known"),
+    [
+        ("model", "SERVED", "tests/configs/test_leaves.py", set(SERVED)),
+        ("data", "SERVED", "tests/configs/test_leaves.py", set(itertools.chain(*SERVED.values()))),
+        ("data", "INPUTS", "tests/configs/tiny_data.py", set(INPUTS)),
+    ],
+)
+def test_nothing_is_forgotten(group, table, file, known):
+    leaves = set(CONFIGS.leaves(group))
+    new, gone = sorted(leaves - known), sorted(known - leaves)
+    assert not new, f"configs/{group} has {', '.join(new)}, and {table} of {file} has not: add it there"
+    assert not gone, f"{table} of {file} has {', '.join(gone)}, and configs/{group} has not: remove it there"
+
+
+def test_the_groups_are_there():
     assert {"solver", "adjoint_solver", "eval_solver", "grad", "optimizer", "schedule"} <= {
         group for group, _ in LEAVES
     }
+
+
+def chosen_with(group: str, leaf: str) -> list[str]:
+    """Return what has to be chosen besides, for the leaf to be of use."""
+    if group == "adjoint_solver":
+        return ["grad=implicit"]
+    return [f"model={model}" for model, served in SERVED.items() if group == "data" and leaf in served][:1]
 
 
 def keywords(leaf: dict) -> dict:
@@ -60,7 +71,7 @@ def keywords(leaf: dict) -> dict:
 def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
-    more = [*WITH.get(group, []), *WITH.get(f"{group}/{leaf}", [])]
+    more = chosen_with(group, leaf)
     if group == "data" and leaf != "ppi":
         more += tiny(leaf, tmp_path / "data")
     node = composed([f"{group}={leaf}", *more])[0][group]
@@ -88,7 +99,7 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
 def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
-    source = build_source(plan([f"data={leaf}", *WITH.get(f"data/{leaf}", []), *tiny(leaf, tmp_path / "data")]))
+    source = build_source(plan([f"data={leaf}", *chosen_with("data", leaf), *tiny(leaf, tmp_path / "data")]))
     expected = spec(leaf)
     assert source.spec.kind == expected.kind == source.kind and source.spec.inputs.keys() == expected.inputs.keys()
     if leaf not in ("imagenet", "wikitext103", "pydocs"):  # classes and words are counted in the files

@@ -134,15 +134,28 @@ def test_table4(data, row):
     config, choices, deq = made.config, made.choices, made.deq
     assert (choices["model"], choices["data"], config["seed"]) == ("ignn", data, 42)
     assert deq.solver == FixedPoint(max_steps=300, tol=3e-6, stop="absolute", norm="max")
-    assert deq.grad == UPG(k=5, lam=LAMS[row]) if LAMS[row] else type(deq.grad.solver) is FixedPoint
+    if LAMS[row]:
+        assert deq.grad == UPG(k=5, lam=LAMS[row])
+    elif data == "ppi":
+        assert deq.grad == Implicit(solver=FixedPoint(max_steps=300, tol=1e-6, stop="relative", norm="l2"))
+    else:  # the official 3e-6, of the gradient of the sum over 128 graphs instead of their mean
+        assert deq.grad == Implicit(solver=FixedPoint(max_steps=300, tol=128 * 3e-6, stop="absolute", norm="max"))
+    assert deq.eval_solver is None and deq.graph_dtype is None
     built = made.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (type(built), built.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
+    assert (built.defaults["betas"], built.defaults["eps"]) == ((0.9, 0.999), 1e-8)
+    assert config["clipping"] is None and config["penalty"] is None and config["pretraining"] is None
+    assert config["ema"] is None and config["jitter"] is None
     schedule = made.schedule
     rates = [schedule.rate(0, base=built.defaults["lr"], total=1, epoch=epoch) for epoch in (0, 49, 50)]
     if data == "ppi":
         assert (config["epochs"], rates, config["data"]["batch_size"]) == (1000, [5e-3] * 3, 1)
+        assert config["data"]["eval_batch_size"] == 2 and config["eval_splits"] == ["test", "valid"]
         return
     assert (config["epochs"], rates, config["data"]["batch_size"]) == (200, [1e-3, 1e-3, 5e-4], 128)
     assert (config["data"]["folds"], config["data"]["eval_adjacency"]) == ("official", "doubled")
+    assert (config["data"]["shuffle"], config["data"]["validation"]) == (False, 0.0)
+    assert config["eval_splits"] == ["test"], "the best test epoch of a fold is what the paper reports"
 
 
 def test_the_tables_quote_the_paper():

@@ -7,7 +7,7 @@ from PIL import Image
 from data.images.cifar10 import CLASSES
 from phantom.engine.source import Spec
 
-# the numbers a model is built from; None where they follow from the text or the files alone
+# the kind of every data set, and the numbers a model is built from
 INPUTS = {
     "digits": ("image_classification", {"in_channels": 1, "num_classes": 10}),
     "cifar10": ("image_classification", {"in_channels": 3, "num_classes": 10}),
@@ -25,7 +25,13 @@ TEXT = "the cat sat on the mat <unk> \n\n the dog and the bird ran on \n" * 6
 
 
 def spec(leaf: str) -> Spec:
-    """Return the spec that a data set has once its files are there."""
+    """Return the spec that a data set has once its files are there.
+
+    Raises:
+        LookupError: the data set has no row in `INPUTS`.
+    """
+    if leaf not in INPUTS:
+        raise LookupError(f"data={leaf} has no row in INPUTS of tests/configs/tiny_data.py: add its kind and inputs")
     kind, inputs = INPUTS[leaf]
     return Spec(kind=kind, inputs=inputs, sizes={})
 

@@ -64,6 +64,26 @@ def test_order_and_augmentation_do_not_depend_on_workers_start_or_shards(tree):
     assert not torch.equal(epoch_of(make(tree), epoch=1)[0][0][0], whole[0][0][0])
 
 
+def test_a_picture_is_cut_anew_in_every_epoch(tree):
+    """One picture, so that neither order nor batch can make the difference; seed and epoch fix the cut."""
+
+    def cut(epoch: int, **changes) -> torch.Tensor:
+        [(pictures, _)] = epoch_of(make(tree, subset=1, **changes), epoch=epoch)[0]
+        return pictures
+
+    cuts = [cut(0), cut(1), cut(2), cut(0, seed=2)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(cuts) for b in cuts[:i])
+    assert torch.equal(cut(1), cuts[1])
+
+
+def test_two_copies_of_a_picture_are_cut_differently(tree):
+    names = [tree / "train" / name / f"{i}.JPEG" for name in ("n01", "n02") for i in range(4)]
+    for name in names[1:]:
+        name.write_bytes(names[0].read_bytes())
+    pictures = torch.cat([batch[0] for [batch] in epoch_of(make(tree))])
+    assert len(pictures.flatten(1).unique(dim=0)) == len(names)
+
+
 def test_drawing_augmentation_leaves_the_random_state_alone(tree):
     torch.manual_seed(5)
     state = torch.get_rng_state()

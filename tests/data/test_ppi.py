@@ -51,6 +51,22 @@ def test_ppi_reads_its_files_and_writes_elsewhere(files):
     assert [path.name for path in files.iterdir()] == ["raw"]
 
 
+@pytest.mark.parametrize("split", list(NODES))
+def test_a_split_has_its_own_features_and_labels(files, split):
+    """Against the file of that name: the graphs of a split are those of no other."""
+    source = PPI(root=str(files), download=False, **BATCHES)
+    if split == "train":
+        graphs = [part for (part,) in source.train(epoch=0, start=0, shard=Shard())]
+    else:
+        graphs = list(source.evaluate(split, shard=Shard()))
+    for i, name in enumerate(("feats", "labels")):
+        found = torch.cat([part[1] if i else part[0].features for part in graphs])
+        rows = torch.from_numpy(np.load(files / "raw" / f"{split}_{name}.npy")).float()
+        # training graphs come in an order of their own
+        expected = sorted(rows.tolist()) if split == "train" else rows.tolist()
+        assert (sorted(found.tolist()) if split == "train" else found.tolist()) == expected
+
+
 def test_missing_and_damaged_files_are_named(files):
     np.save(files / "raw" / "test_labels.npy", np.zeros((8, 7)))
     with pytest.raises(DataError, match="7 labels, but PPI has"):

@@ -10,6 +10,7 @@ from phantom.engine.errors import DivergenceError
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks.base import Score, Tally
 from phantom.engine.tasks.images import ImageClassification
+from phantom.engine.training.clipping import ClipEach, ClipTotal
 from tests.engine import tiny
 
 BAD = 5  # the step, counted from 1, whose batch is broken; epochs have three steps
@@ -38,6 +39,25 @@ class BrokenLoss(ImageClassification):
         tally = score.tally
         add = math.inf if self.calls == BAD else 0.0
         return Score(Tally(tally.loss_sum + add, tally.count, tally.sums), score.solutions, None)
+
+
+class BrokenGradient(ImageClassification):
+    """A gradient that is `number` at one step, under the loss as it was."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.calls = number, 0
+
+    def score(self, model, batch, carry):
+        score = super().score(model, batch, carry)
+        if not model.training:
+            return score
+        self.calls += 1
+        tally = score.tally
+        if self.calls == BAD:
+            nothing = tally.loss_sum - tally.loss_sum.detach()
+            nothing.register_hook(lambda gradient: gradient * self.number)
+            tally.loss_sum = tally.loss_sum.detach() + nothing
+        return Score(tally, score.solutions, None)
 
 
 def finite(state: dict) -> bool:
@@ -79,6 +99,25 @@ def test_the_run_goes_on_from_the_last_good_checkpoint(tmp_path):
 def test_a_loss_that_overflows_alone(tmp_path):
     assert f"at step {BAD} " in diverge(tmp_path, task=BrokenLoss(), budget=tiny.budget(log_every=100))
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("clipping", [None, ClipTotal(max_norm=0.5), ClipEach(max_norm=0.5)])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_gradient_that_breaks_under_a_finite_loss(tmp_path, number, clipping):
+    budget = tiny.budget(log_every=100, checkpoint_every=1)
+    message = diverge(tmp_path, task=BrokenGradient(number), clipping=clipping, budget=budget)
+    assert f"at step {BAD} (epoch 1)" in message
+    last = checkpoint.load(tmp_path / "last.pt")
+    assert last["step"] == BAD - 1 and finite(last)
+
+
+def test_a_finite_factor_on_the_gradient_stops_nothing(tmp_path):
+    """The stand-in for a broken gradient breaks nothing by itself."""
+    run = tiny.trainer(tmp_path, task=BrokenGradient(1.0))
+    run.fit(resume=False)
+    whole = tiny.trainer(tmp_path / "whole")
+    whole.fit(resume=False)
+    assert tiny.same(run.unwrapped.state_dict(), whole.unwrapped.state_dict())
 
 
 def test_weights_that_grow_without_bound(tmp_path):

@@ -70,6 +70,7 @@ def test_what_tells_the_rows_apart(row, solver, evals, grad, mem_len):
         assert (deq.grad.k, deq.grad.lam) == (5, 0.8) and rules.pretraining is None
     else:
         assert (type(deq.grad.solver), deq.grad.solver.max_steps) == (Broyden, 14 if pre else 40)
+        assert (deq.grad.solver.tol, deq.grad.solver.stop, deq.grad.solver.norm) == (1e-3, "relative", "l2")
         assert [rules.pretraining.active(t, 300_000) for t in (31_999, 32_000)] == [True, False]
         assert rules.pretraining.layers == 2
     if not pre:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.training.clipping import ClipTotal
 from phantom.engine.training.rules import Penalty, Rules
-from phantom.engine.training.schedule import Constant, Cosine
+from phantom.engine.training.schedule import Constant, Cosine, EpochSteps
 from tests.engine import tiny
 from tests.engine.two_ranks import activity
 
@@ -94,6 +94,39 @@ def test_a_step_is_the_clipped_mean_gradient_times_the_rate_of_that_step(tmp_pat
     rows = [row for row in tiny.rows(tmp_path) if row["kind"] == "train"]
     assert [row["lr"] for row in rows] == pytest.approx(rates)
     assert [row["gradient_norm"] for row in rows] == pytest.approx([float(norm) for norm in norms], rel=1e-5)
+
+
+@pytest.mark.parametrize("stopped", [None, 4])
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        (Cosine(floor=0.0), [1, (1 + 3**0.5 / 2) / 2, 0.75, 0.5, 0.25, (1 - 3**0.5 / 2) / 2]),  # cos(pi t / 6)
+        (EpochSteps(epochs=(0, 1), factor=0.5), [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]),
+        (Cosine(floor=0.0, warmup_steps=4), [0.25, 0.5, 0.75, 1, 0.25, (1 - 3**0.5 / 2) / 2]),
+    ],
+)
+def test_the_rate_of_a_step_is_a_share_of_the_base_rate(tmp_path, schedule, shares, stopped):
+    """Of each group's own base rate, never of the rate of the step before; and so after resuming."""
+    seen = []
+
+    def fit(source: tiny.Vectors) -> None:
+        model = tiny.Classifier()
+        groups = [{"params": model.head.parameters(), "lr": 0.1}, {"params": model.encoder.parameters(), "lr": 0.02}]
+        optimizer = torch.optim.SGD(groups)
+        optimizer.register_step_pre_hook(lambda *_: seen.append([group["lr"] for group in optimizer.param_groups]))
+        options = {"schedule": schedule, "budget": tiny.budget(checkpoint_every=1)}
+        tiny.trainer(tmp_path, unwrapped=model, optimizer=optimizer, source=source, **options).fit(resume=True)
+
+    if stopped is not None:
+        with pytest.raises(tiny.Killed):
+            fit(tiny.Killing(step=stopped))
+        assert len(seen) == stopped
+    fit(tiny.Vectors())
+    assert len(seen) == 6
+    for rates, share in zip(seen, shares, strict=True):
+        assert rates == pytest.approx([0.1 * share, 0.02 * share])
+    logged = [row["lr"] for row in tiny.rows(tmp_path) if row["kind"] == "train"]
+    assert logged == pytest.approx([0.1 * share for share in shares])
 
 
 @pytest.mark.parametrize("solves", [1, 2])

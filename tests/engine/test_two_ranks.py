@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.errors import CheckpointError
 from phantom.engine.training.evaluation import evaluate
+from phantom.layers import variational_mask
 from tests.engine import tiny, two_ranks
 
 EQUAL = 1e-10
@@ -89,3 +90,14 @@ def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
 
 def test_a_rank_without_a_batch_stops_all(folder):
     assert sorted(file.name for file in (folder / "too_few").iterdir()) == ["rank0", "rank1"]
+
+
+def test_ranks_drop_units_of_their_own(folder):
+    """A run has one seed, and the mask that a rank draws next is not the one that the other draws."""
+    (last,) = (folder / "command_line").rglob("last.pt")
+    masks = []
+    with torch.random.fork_rng(devices=[]):
+        for own in checkpoint.load(last)["ranks"]:
+            checkpoint.set_rng_state(own["rng"], tiny.CPU)
+            masks.append(variational_mask((4, 8, 1, 1), p=0.5, training=True, device=tiny.CPU, dtype=torch.float32))
+    assert len(masks) == 2 and not torch.equal(*masks)

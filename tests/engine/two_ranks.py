@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing, Shard
+from tests.tiny_run import tiny_run
 
 
 def activity(f, z):
@@ -85,6 +87,12 @@ def too_few(folder: Path, rank: int, world: int) -> None:
     (folder / f"rank{rank}").touch()
 
 
+def command_line(folder: Path, world: int) -> None:
+    """One step of train.py on a model with dropout, in the group of processes that is there."""
+    os.environ["WORLD_SIZE"] = str(world)
+    tiny_run(folder, "model.dropout=0.5", "steps=1")
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     """Run all jobs in a group of `world` processes."""
     torch.set_num_threads(1)
@@ -100,4 +108,5 @@ def main(rank: int, world: int, folder: Path) -> None:
         batch_statistics(name, rank, world, ema=ema)
     (folder / "too_few").mkdir(exist_ok=True)
     too_few(folder / "too_few", rank, world)
+    command_line(folder / "command_line", world)
     dist.destroy_process_group()

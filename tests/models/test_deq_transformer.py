@@ -1,20 +1,19 @@
-"""The DEQ Transformer: parameter counts, the cell against its formula written out, memory, masks, estimators."""
+"""The DEQ Transformer: parameter counts, the cell against its formula written out, memory, estimators."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import models.deq_transformer.cell as transformer_cell
 from models.deq_transformer.attention import causal_mask, relative_shift, sinusoids
 from models.deq_transformer.cell import CellMasks, TransformerCell
 from models.deq_transformer.model import DEQTransformer
-from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
+from phantom import BPTT, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.diagnostics import cosine
 from phantom.engine.build import compile_cell
+from tests.models.transformers import V, make, tokens, written_out
 
-V = 40
 FULL_SIZE = {
     "d_model": 700,
     "num_heads": 10,
@@ -22,40 +21,6 @@ FULL_SIZE = {
     "cutoffs": [20_000, 40_000, 200_000],
     "vocab_size": 267_735,
 }
-
-
-def make(*, dtype=torch.float64, scale: float = 1.0, solver=None, grad=None, **options) -> DEQTransformer:
-    torch.manual_seed(0)
-    arguments = {
-        "vocab_size": V,
-        "d_model": 12,
-        "num_heads": 3,
-        "d_inner": 20,
-        "cutoffs": [10, 25],
-        "div_val": 2,
-        "norm": "post",
-        "preln_residual": "normalised",
-        "mem_len": 6,
-        "eval_mem_len": 6,
-        "window": 1000,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "init_std": 0.01,
-    } | options
-    deq = DEQ(solver=solver or Broyden(max_steps=60, tol=1e-12), grad=grad or UPG(k=5, lam=0.8))
-    model = DEQTransformer(**arguments, deq=deq).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("cell.") or name.endswith("bias"):
-                parameter.normal_(0, 0.3 * scale)
-            elif name.endswith("weight_g"):
-                parameter.mul_(0.5 * scale)
-    return model
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    both = torch.randint(V, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
-    return both[:, :-1], both[:, 1:]
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -95,44 +60,6 @@ def test_float32_agrees_with_float64_at_full_width(norm):
         single = cell.bind(u, history, positions.float())(z)
         double = cell.double().bind(u.double(), history.double(), positions)(z.double())
     assert (single - double).norm() / double.norm() < 1e-5
-
-
-def weight(layer) -> torch.Tensor:
-    return layer.weight_v * layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True)
-
-
-def written_out(cell: TransformerCell, z, u, history, window: int) -> torch.Tensor:
-    """Return F(z; u, history) position by position, with every key and value computed from scratch."""
-    (batch, q, width), m, heads = z.shape, history.shape[1], cell.num_heads
-    a, d = cell.attention, width // cell.num_heads
-    ln = (lambda x: F.layer_norm(x, (width,))) if cell.norm == "pre" else (lambda x: x)
-    qkv = ln(torch.cat([history, z], dim=1)) @ weight(a.qkv).T + u
-    rate = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    attended = torch.zeros(batch, q, width, dtype=z.dtype)
-    for b in range(batch):
-        for h in range(heads):
-            columns = slice(h * d, (h + 1) * d)
-            query, key, value = (qkv[b, :, part * width : (part + 1) * width][:, columns] for part in range(3))
-            for i in range(q):
-                seen = [j for j in range(m + q) if 0 <= i + m - j < window]
-                scores = []
-                for j in seen:
-                    phase = (i + m - j) * rate
-                    r = (weight(a.position) @ torch.cat([phase.sin(), phase.cos()]))[columns]
-                    content = (query[m + i] + a.content_bias[h]) @ key[j]
-                    scores.append((content + (query[m + i] + a.position_bias[h]) @ r) / math.sqrt(d))
-                attended[b, i, columns] = torch.softmax(torch.stack(scores), dim=0) @ value[seen]
-    s = z + attended @ weight(a.out).T + a.out_bias
-
-    def ffn(x):
-        hidden = torch.relu(x @ weight(cell.ffn.inner).T + cell.ffn.inner_bias)
-        return hidden @ weight(cell.ffn.outer).T + cell.ffn.outer_bias
-
-    if cell.norm == "post":
-        s = F.layer_norm(s, (width,))
-        return F.layer_norm(s + ffn(s), (width,))
-    n = F.layer_norm(s, (width,))
-    return (n if cell.preln_residual == "normalised" else s) + ffn(n)
 
 
 @pytest.mark.parametrize("double_backward", [False, True])
@@ -248,44 +175,6 @@ def test_memory_grows_to_its_length_without_graph_and_without_hidden_storage():
     assert model(words, targets, memory)[2][0].shape[1] == 9
     model.eval_mem_len = 0
     assert model(words, targets, memory)[2][0].shape[1] == 0
-
-
-def test_masks_of_a_solve():
-    model = make(dropout=0.5, attention_dropout=0.5)
-    masks = model._draw(tokens(2, 5)[0])
-    assert [tuple(part.shape) for part in (masks.embedding, masks.positions, masks.output)] == [
-        (2, 1, 12),
-        (1, 12),
-        (2, 5, 1),
-    ]
-    u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
-    cell = model.cell._draw(u, 5)
-    assert [tuple(part.shape) for part in cell] == [(2, 3, 5, 9), (2, 1, 12), (2, 1, 20), (2, 1, 12)]
-    positions = sinusoids(9, 12, device="cpu", dtype=torch.float64)
-    f, g = (model.cell.bind(u, history, positions) for _ in range(2))
-    z = torch.randn(2, 5, 12, dtype=torch.float64)
-    assert torch.equal(f(z), f(z)) and not torch.allclose(f(z), g(z))
-    assert torch.equal(f(z), model.cell.bind(u, history, positions, masks=masks_of(f))(z))
-    model.eval()
-    assert model._draw(tokens(2, 5)[0])[:2] == (None, None)
-    assert set(model.cell._draw(u, 5)) == {None}
-
-
-def masks_of(f) -> CellMasks:
-    attention, ffn = f.keywords["attention"], f.keywords["ffn"]
-    return CellMasks(attention.attend.keywords["mask"], attention.mask, ffn.inner_mask, ffn.mask)
-
-
-def test_a_dropped_position_predicts_from_zeros():
-    model = make(dropout=0.5)
-    words, targets = tokens(2, 6)
-    masks = model._draw(words)
-    nll, _, _ = model(words, targets, None, masks=masks)
-    blind = model.softmax(torch.zeros(2, 6, 12, dtype=torch.float64), targets, model.embedding)
-    dropped = masks.output[:, :, 0] == 0
-    assert dropped.any() and not dropped.all()
-    torch.testing.assert_close(nll[dropped], blind[dropped])
-    assert (nll[~dropped] - blind[~dropped]).abs().min() > 1e-6
 
 
 def gradients(model: DEQTransformer, grad) -> list[torch.Tensor]:

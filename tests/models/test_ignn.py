@@ -1,62 +1,17 @@
 """IGNN: parameter counts, the projected contraction, exact gradients on a directed graph, odd graphs."""
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
 
 from data.graphs.graph import Graph, membership, normalized_adjacency, sparse_matrix, spectral_radius
 from models.ignn.layers import ImplicitGraphLayer, SpectralGraphLayer, SpectralWeight, project_rows
-from models.ignn.model import ChainsIGNN, GraphIGNN, NodeIGNN, solve
+from models.ignn.model import ChainsIGNN, NodeIGNN, solve
 from models.ignn.sparse import multiply
 from models.official.load import load_reference
-from phantom import DEQ, NPG, UPG, FixedPoint, GradientEstimator, Implicit, JacobianRegularizer
+from phantom import NPG, UPG, JacobianRegularizer
 from phantom.diagnostics import dense_jacobian, exact_adjoint
-
-TIGHT = FixedPoint(max_steps=3000, tol=1e-14, stop="absolute", norm="max")
-EXACT = Implicit(solver=TIGHT)
-
-
-def make_layer(kind: type = ImplicitGraphLayer, kappa: float = 0.9, dead: bool = True):
-    return functools.partial(kind, kappa=kappa, dead_parameters=dead)
-
-
-def deq(grad: GradientEstimator = EXACT) -> DEQ:
-    return DEQ(solver=TIGHT, grad=grad)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ones(count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.float64)
-
-
-def directed_graph(nodes: int = 9, features: int = 4, seed: int = 0) -> Graph:
-    weights = randn(nodes, nodes, seed=seed).clamp_min(0) * (randn(nodes, nodes, seed=seed + 1) > 0.3)
-    edges = weights.nonzero().T
-    adjacency = sparse_matrix(edges, weights[tuple(edges)], (nodes, nodes))
-    assert adjacency.rows is not adjacency.columns
-    return Graph(
-        features=randn(nodes, features, seed=seed + 2),
-        adjacency=adjacency,
-        radius=spectral_radius(adjacency),
-        pooling=membership([4, nodes - 4], ones(nodes)),
-    )
-
-
-def graph_model(grad: GradientEstimator = EXACT, **changes) -> GraphIGNN:
-    settings = {"hidden": 6, "num_layers": 2, "dropout": 0.0, "layer": make_layer(), "in_features": 4, "num_classes": 3}
-    torch.manual_seed(0)
-    return GraphIGNN(**{**settings, **changes}, deq=deq(grad)).double()
-
-
-def node_model(grad: GradientEstimator = EXACT, **changes) -> NodeIGNN:
-    settings = {"widths": [6, 5], "layer": make_layer(), "in_features": 4, "num_labels": 3}
-    torch.manual_seed(0)
-    return NodeIGNN(**{**settings, **changes}, deq=deq(grad)).double()
+from tests.models.graph_models import EXACT, deq, directed_graph, graph_model, make_layer, node_model, ones, randn
 
 
 @pytest.mark.parametrize(

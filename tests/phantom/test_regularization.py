@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phantom import DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, fixed_point
+from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, fixed_point
 from phantom.diagnostics import dense_jacobian
 from tests.phantom.problems import DTYPE, randn, with_radius
 
@@ -86,6 +86,34 @@ def test_the_penalty_leaves_by_the_solution(leaves, grad):
     with torch.no_grad():
         assert deq(bind(*leaves), z0).penalty is None
     assert fixed_point(bind(*leaves), z0, solver=solver, grad=grad).penalty is None
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [UPG(k=3, lam=0.5), NPG(k=3, lam=0.5), Implicit(solver=FixedPoint(max_steps=9, tol=None)), BPTT(num_steps=2)],
+    ids=["upg", "npg", "implicit", "bptt"],
+)
+def test_a_coarse_solve_is_penalised_where_it_ended(leaves, grad):
+    """At the detached z_star, not at the value that the estimator moved on to: there is no path through its steps.
+
+    Bai et al. 2021 take the solver's output; unrolled pretraining has none, and its last state stands for it.
+    """
+    deq = DEQ(solver=FixedPoint(max_steps=2, tol=None), grad=grad, regularizer=JacobianRegularizer())
+    torch.manual_seed(7)
+    solution = deq(bind(*leaves), torch.zeros(3, 4, dtype=DTYPE))
+    found = torch.autograd.grad(solution.penalty, leaves)
+    by_hand = torch.zeros(3, 4, dtype=DTYPE)
+    for _ in range(2):
+        by_hand = bind(*(leaf.detach() for leaf in leaves))(by_hand)
+    torch.manual_seed(7)
+    expected = JacobianRegularizer()(bind(*leaves), by_hand)
+    torch.testing.assert_close(solution.penalty, expected, rtol=1e-12, atol=0)
+    for a, b in zip(found, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    if isinstance(grad, UPG):
+        torch.manual_seed(7)
+        elsewhere = JacobianRegularizer()(bind(*leaves), solution.value)
+        assert abs(elsewhere - expected) > 0.001 * expected, "two steps leave room for a difference"
 
 
 def test_a_tuple_state_and_autocast():
