@@ -28,7 +28,7 @@ CIRCUMSTANCES = (
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
 
 
-def run_folder(root: Path, label: str, overrides: Sequence[str], seed: int) -> Path:
+def run_folder(root: Path | str, label: str, overrides: Sequence[str], seed: int) -> Path:
     """Return the folder of a run: a pure function of the experiment, the overrides and the seed.
 
     Args:
@@ -38,12 +38,10 @@ def run_folder(root: Path, label: str, overrides: Sequence[str], seed: int) -> P
     """
     kept = [item for item in meaningful(overrides) if item.split("=")[0] not in ("experiment", "scale")]
     slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
-    if len(slug) > 80 or slug not in (
-        "default",
-        ",".join(kept),
-    ):  # too long, or with characters that a folder's name may not have
+    # too long, or with characters that a folder's name may not have
+    if len(slug) > 80 or slug not in ("default", ",".join(kept)):
         slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
-    return root / label / slug / f"seed{seed}"
+    return Path(root) / label / slug / f"seed{seed}"
 
 
 def meaningful(overrides: Sequence[str]) -> list[str]:
