@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phantom.engine.errors import DataError
 from data.seeding import seed_of
+from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
 
 PATIENCE = 20

@@ -26,12 +26,17 @@ SERVED = {
     "deq_transformer": ["wikitext103"],
     "ignn": ["cox2", "proteins", "ppi", "ppi_synthetic", "chains"],
     "ignn_spectral": ["ppi"],
+    **{
+        f"reasoner_{leaf}": ["sudoku", "sudoku_files", "maze"]
+        for leaf in ("eqr", "hrm", "small", "trm", "trm_attention")
+    },
 }
 LEAVES = [
     (group, leaf)
     for group in CONFIGS.groups
     if group not in ("experiment", "scale", "model")
     for leaf in CONFIGS.leaves(group)
+    if (group, leaf) != ("adjoint_solver", "rollout")  # it measures no residual, and is refused there
 ]
 
 

@@ -19,8 +19,13 @@ INPUTS = {
     "ppi": ("node_labelling", {"in_features": 50, "num_labels": 121}),
     "ppi_synthetic": ("node_labelling", {"in_features": 50, "num_labels": 121}),
     "chains": ("node_classification", {"in_features": 100, "num_classes": 2}),
+    "sudoku": ("puzzle_solving", {"vocab_size": 6, "height": 4, "width": 4}),
+    "sudoku_files": ("puzzle_solving", {"vocab_size": 11, "height": 9, "width": 9}),
+    "maze": ("puzzle_solving", {"vocab_size": 6, "height": 9, "width": 9}),
 }
 GRAPHS = {"cox2": ("COX2", 467, 35), "proteins": ("PROTEINS", 1113, 3)}
+SOLUTION = "".join(str((3 * (row % 3) + row // 3 + column) % 9 + 1) for row in range(9) for column in range(9))
+PUZZLE = "." + SOLUTION[1:]
 TEXT = "the cat sat on the mat <unk> \n\n the dog and the bird ran on \n" * 6
 
 
@@ -53,6 +58,12 @@ def tiny(leaf: str, folder: Path) -> list[str]:
             (folder / f"wiki.{split}.tokens").write_text(TEXT)
         small = ["data.streams=2", "data.eval_streams=2", "data.segment=5", "data.allow_partial=true"]
         return [f"data.root={folder}", f"data.cache={folder}", *small]
+    if leaf in ("sudoku", "maze"):
+        return ["data.num_train=12", "data.num_test=6", "data.batch_size=4", "data.eval_batch_size=4"]
+    if leaf == "sudoku_files":
+        for split in ("train", "test"):
+            (folder / f"{split}.csv").write_text(f"source,question,answer,rating\nx,{PUZZLE},{SOLUTION},0\n")
+        return [f"data.root={folder}", "data.num_train=1", "data.batch_size=2", "data.passes=4"]
     if leaf == "ppi":  # the real one has its nodes counted: the same spec from generated graphs
         return ["data=ppi_synthetic", "data.scale=0.02"]
     return {"ppi_synthetic": ["data.scale=0.02"]}.get(leaf, [])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phantom.engine.errors import DataError
 from data.puzzles.sudoku_files import SudokuFiles
+from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
 from tests.data.test_sudoku import canonical, grids, make
 
