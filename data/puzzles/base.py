@@ -17,6 +17,7 @@ from torch import Tensor
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_count, check_flag
 
 PATIENCE = 20
 Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each
@@ -79,9 +80,8 @@ class Puzzles(Source):
     ) -> None:
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "passes": passes}
         for name, value in counts.items():
-            check_count(name, value)
-        if not isinstance(augment, bool):
-            raise ValueError(f"augment={augment!r} must be true or false")
+            check_count(name, value, least=1)
+        check_flag("augment", augment)
         self.batch_size, self.eval_batch_size, self.passes = batch_size, eval_batch_size, passes
         self.augment, self.seed = augment, seed
         loaded = self.load()
@@ -102,6 +102,7 @@ class Puzzles(Source):
             inputs={"vocab_size": vocab_size, "height": height, "width": width},
             sizes=sizes,
             digests={name: puzzles.digest() for name, puzzles in loaded.items()},
+            notes=self._notes(loaded),
         )
 
     @abstractmethod
@@ -111,6 +112,21 @@ class Puzzles(Source):
     @abstractmethod
     def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
         """Return every puzzle under a symmetry of its own, drawn from `random`."""
+
+    @abstractmethod
+    def orbit_keys(self, puzzles: PuzzleSet) -> np.ndarray:
+        """Return a uint64 key per puzzle (N,), the same for all puzzles that a symmetry maps to one another."""
+
+    def _notes(self, loaded: Mapping[str, PuzzleSet]) -> dict[str, str | int]:
+        """Return how many orbits every split has, and how many of its puzzles lie in an orbit of the training split."""
+        keys = {name: self.orbit_keys(puzzles) for name, puzzles in loaded.items()}
+        counts = {f"{name}_orbits": len(np.unique(found)) for name, found in keys.items()}
+        shared = {
+            f"{name}_puzzles_in_training_orbits": int(np.isin(found, keys["train"]).sum())
+            for name, found in keys.items()
+            if name != "train"
+        }
+        return {"orbits": "puzzle and solution under the symmetries of the grid", **counts, **shared}
 
     def steps(self, epoch: int) -> int:
         return self.spec.sizes["train"] * self.passes // self.batch_size
@@ -194,12 +210,6 @@ def collect(
             counts = ", ".join(f"{name} {len(found[name])} of {size}" for name, size in sizes.items())
             raise DataError(f"there seem to be no more puzzles of this kind: {counts}; ask for fewer or easier ones")
     return {name: PuzzleSet(*map(np.stack, zip(*rows.values(), strict=True))) for name, rows in found.items()}
-
-
-def check_count(name: str, value: int, *, minimum: int = 1) -> None:
-    """Raise unless `value` is an integer >= `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
 
 
 def _tensors(puzzles: PuzzleSet) -> Batch:

@@ -33,7 +33,7 @@ def units_of_cells(size: int) -> np.ndarray:
 
 def check_size(size: int) -> None:
     """Raise ValueError unless the project knows the boxes of a grid of this size."""
-    if size not in BOXES:
+    if isinstance(size, bool) or size not in BOXES:
         raise ValueError(f"size={size!r} is not known; choose one of {', '.join(map(str, BOXES))}")
 
 

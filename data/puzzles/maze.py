@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data.puzzles.base import Puzzles, PuzzleSet, check_count, collect
+from data.puzzles.base import Puzzles, PuzzleSet, collect
 from data.puzzles.grid import mix
+from phantom.validate import check_count
 
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 VOCABULARY = 6
@@ -57,9 +58,9 @@ class Mazes(Puzzles):
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size not in SIZES:
             raise ValueError(f"size={size!r} must be an integer from {SIZES[0]} to {SIZES[-1]}")
-        check_count("num_train", num_train)
-        check_count("num_valid", num_valid, minimum=0)
-        check_count("num_test", num_test)
+        check_count("num_train", num_train, least=1)
+        check_count("num_valid", num_valid, least=0)
+        check_count("num_test", num_test, least=1)
         self.size, self.path, self.generation_seed = size, check_path(path, size), generation_seed
         self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
         super().__init__(
@@ -82,12 +83,15 @@ class Mazes(Puzzles):
         which = random.integers(8, size=len(puzzles.inputs))
         return PuzzleSet(*(turned(part, self.size)[which, np.arange(len(part))] for part in puzzles))
 
+    def orbit_keys(self, puzzles: PuzzleSet) -> np.ndarray:
+        return orbit_keys(puzzles.inputs, self.size)
+
     def _make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
         pairs = [pair for _ in range(MADE_AT_ONCE) if (pair := make_maze(self.size, self.path, random)) is not None]
         if not pairs:
             return PuzzleSet(*np.empty((2, 0, self.size**2), dtype=np.uint8)), np.empty(0, dtype=np.uint64)
         puzzles = PuzzleSet(*np.array(pairs, dtype=np.uint8).swapaxes(0, 1))
-        return puzzles, orbit_keys(puzzles.inputs, self.size)
+        return puzzles, self.orbit_keys(puzzles)
 
 
 def make_maze(size: int, path: tuple[int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data.puzzles.base import Puzzles, PuzzleSet, check_count, collect
+from data.puzzles.base import Puzzles, PuzzleSet, collect
 from data.puzzles.grid import check_size, orbit_keys, random_symmetries, transform
 from data.puzzles.solver import random_grids, remove_clues
+from phantom.validate import check_count
 
 MADE_AT_ONCE = 256
 
@@ -24,6 +25,9 @@ class SudokuTokens(Puzzles):
     def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
         cells, digits = random_symmetries(len(puzzles.inputs), self.size, random)
         return PuzzleSet(*(transform(part - 1, cells, digits) + 1 for part in puzzles))
+
+    def orbit_keys(self, puzzles: PuzzleSet) -> np.ndarray:
+        return orbit_keys(puzzles.inputs - 1, puzzles.labels - 1, self.size)
 
 
 class Sudoku(SudokuTokens):
@@ -64,9 +68,9 @@ class Sudoku(SudokuTokens):
         seed: int,
     ) -> None:
         check_size(size)
-        check_count("num_train", num_train)
-        check_count("num_valid", num_valid, minimum=0)
-        check_count("num_test", num_test)
+        check_count("num_train", num_train, least=1)
+        check_count("num_valid", num_valid, least=0)
+        check_count("num_test", num_test, least=1)
         least, greatest = check_clues(clues, size)
         self.size, self.clues, self.generation_seed = size, (least, greatest), generation_seed
         self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
@@ -92,7 +96,8 @@ class Sudoku(SudokuTokens):
         puzzles = remove_clues(grids, wanted, self.size, random)
         reached = (puzzles > 0).sum(axis=1) == wanted
         puzzles, grids = puzzles[reached], grids[reached]
-        return PuzzleSet(puzzles + 1, grids + 1), orbit_keys(puzzles, grids, self.size)
+        made = PuzzleSet(puzzles + 1, grids + 1)
+        return made, self.orbit_keys(made)
 
 
 def check_clues(clues: Sequence[int], size: int) -> tuple[int, int]:

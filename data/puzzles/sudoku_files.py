@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from data.paths import data_root, root_hint
-from data.puzzles.base import PuzzleSet, check_count, split_of
-from data.puzzles.grid import check_size, is_solution, mix, orbit_keys
+from data.puzzles.base import PuzzleSet, split_of
+from data.puzzles.grid import check_size, is_solution, mix
 from data.puzzles.solver import candidates_of, count_solutions
 from data.puzzles.sudoku import SudokuTokens
 from phantom.engine.errors import DataError
+from phantom.validate import check_count
 
 COLUMNS = (("puzzle", "solution"), ("quizzes", "solutions"), ("question", "answer"))
 
@@ -60,7 +61,7 @@ class SudokuFiles(SudokuTokens):
         check_size(size)
         for name, value in (("num_train", num_train), ("num_test", num_test)):
             if value is not None:
-                check_count(name, value)
+                check_count(name, value, least=1)
         if test_file is None and num_test is not None:
             raise ValueError(f"num_test={num_test!r} needs a test_file: without one a fifth of the puzzles is held out")
         self.size, self.root, self.draw_seed = size, data_root(root, "sudoku"), draw_seed
@@ -84,7 +85,7 @@ class SudokuFiles(SudokuTokens):
             return sets
         both = sets["train"]
         # mixed once more, so that a file which is one split of `Sudoku` still falls into two parts
-        keys = mix(orbit_keys(both.inputs - 1, both.labels - 1, self.size))
+        keys = mix(self.orbit_keys(both))
         test = split_of(keys, {"test": 1, "train": 4}) == 0
         return {"train": both.take(~test), "test": both.take(test)}
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from models.reasoner.layers import Stack
-from phantom.validate import check_count, check_lam
+from phantom.validate import check_count, check_flag, check_lam
 
 Pair = tuple[Tensor, Tensor]
 Noise = tuple[Tensor | None, ...]
@@ -66,8 +66,7 @@ class TwoSpeeds(nn.Module):
         super().__init__()
         check_count("num_fast", num_fast, least=1)
         check_lam(lam)
-        if not isinstance(shared, bool):
-            raise ValueError(f"shared={shared!r} must be true or false")
+        check_flag("shared", shared)
         self.fast = stack(width=width, length=length)
         self.slow = self.fast if shared else stack(width=width, length=length)
         self.num_fast, self.lam = num_fast, lam

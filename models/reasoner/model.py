@@ -20,7 +20,7 @@ from models.reasoner.layers import cut_normal_, linear, rotary_tables
 from models.reasoner.supervision import IGNORED, Carry, Supervision, detached, refill
 from phantom import DEQ, FixedPoint, Solution, fixed_point
 from phantom.state import Map, State
-from phantom.validate import check_choice, check_count, is_number
+from phantom.validate import check_choice, check_count, check_number
 
 Positions = Literal["none", "learned", "rope", "rope2d"]
 Start = Literal["fixed", "random"]
@@ -98,8 +98,7 @@ class Reasoner(nn.Module):
         check_choice("positions", positions, get_args(Positions))
         check_choice("start", start, get_args(Start))
         check_choice("differentiate", differentiate, get_args(Differentiate))
-        if not is_number(noise) or not noise >= 0:
-            raise ValueError(f"noise={noise!r} must be >= 0: a standard deviation")
+        check_number("noise", noise, ">= 0", also=": a standard deviation")
         self.d_model, self.prefix_tokens, self.start, self.noise = d_model, prefix_tokens, start, noise
         self.differentiate, self.supervision = differentiate, supervision
         self.grid = (height, width)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phantom.state import State
-from phantom.validate import check_choice, check_count, is_number
+from phantom.validate import check_choice, check_count, check_number
 
 Halting = Literal["fixed", "halt", "halt_or_continue"]
 Loss = Literal["softmax", "stablemax"]
@@ -61,8 +61,7 @@ class Supervision:
         check_count("supervision.restarts", self.restarts, least=1)
         if self.eval_steps is not None:
             check_count("supervision.eval_steps", self.eval_steps, least=1)
-        if not is_number(self.exploration) or not 0 <= self.exploration <= 1:
-            raise ValueError(f"supervision.exploration={self.exploration!r} must be in [0, 1]: a probability")
+        check_number("supervision.exploration", self.exploration, "[0, 1]", also=": a probability")
 
     @property
     def steps_of_evaluation(self) -> int:

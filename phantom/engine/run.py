@@ -73,6 +73,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         metric=trainer.task.metric,
         baseline=spec.baseline,
         data_digests=spec.digests,
+        data_notes=spec.notes,
         num_parameters=sum(p.numel() for p in model.parameters()),
         parameter_groups=parameter_counts(model),
         official_parameter_count=official_parameter_count(model),

@@ -22,6 +22,7 @@ class Spec:
         sizes: number of examples (images, graphs, tokens) per split.
         baseline: the headline metric, per split, of a model that ignores its input; for records and reports.
         digests: what was read, per split, as a short hash of the content; for records. Empty where none is made.
+        notes: how the splits were made and what they share, for records.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Spec:
     sizes: dict[str, int]
     baseline: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

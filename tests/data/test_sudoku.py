@@ -87,7 +87,7 @@ def test_every_puzzle_has_its_solution_alone(size):
         assert len(np.unique(puzzles, axis=0)) == len(puzzles)
         clues = (puzzles > 0).sum(axis=1)
         assert clues.min() >= CLUES[size][0] and clues.max() <= CLUES[size][1] and len(set(clues)) > 1
-        for puzzle, answer in zip(puzzles[:10], answers[:10], strict=True):
+        for puzzle, answer in zip(puzzles[: 40 // size], answers[: 40 // size], strict=True):
             assert solutions(puzzle.tolist(), size) == [answer.tolist()]
 
 
@@ -118,6 +118,9 @@ def test_no_test_puzzle_is_a_symmetric_version_of_a_training_puzzle():
     assert not orbits["train"] & orbits["test"]
     assert not orbits["train"] & orbits["valid"] and not orbits["test"] & orbits["valid"]
     assert min(len(found) for found in orbits.values()) > 20
+    notes = source.spec.notes
+    assert notes["test_puzzles_in_training_orbits"] == notes["valid_puzzles_in_training_orbits"] == 0
+    assert 0.9 * len(orbits["train"]) < notes["train_orbits"] <= len(orbits["train"])
 
 
 def test_keys_tell_almost_all_orbits_of_four_apart():
@@ -135,7 +138,7 @@ def test_symmetries_keep_solutions_and_keys(size):
     moved, moved_answers = transform(puzzles, cells, digits), transform(answers, cells, digits)
     assert (moved != puzzles).any(axis=1).all()
     assert (orbit_keys(moved, moved_answers, size) == orbit_keys(puzzles, answers, size)).all()
-    for puzzle, answer in zip(moved[:5], moved_answers[:5], strict=True):
+    for puzzle, answer in zip(moved[:2], moved_answers[:2], strict=True):
         assert solutions(puzzle.tolist(), size) == [answer.tolist()]
 
 

@@ -56,6 +56,7 @@ def test_pairs_are_read_as_they_stand(tmp_path, header):
     source = read(tmp_path)
     assert words(source, "train") == pairs and words(source, "test") == pairs[:2]
     assert source.spec.inputs == {"vocab_size": 6, "height": 4, "width": 4}
+    assert source.spec.notes["test_puzzles_in_training_orbits"] == 2
 
 
 def test_a_held_out_part_shares_no_orbit(tmp_path):

@@ -86,7 +86,7 @@ def test_every_model_follows_the_course_in_training_and_not_in_evaluation(tmp_pa
         (lambda: Ramp(first=0, last=3, steps=5), "first=0 must be a number > 0"),
         (lambda: Ramp(first=1, last=3, steps=0), "steps=0 must be an integer >= 1"),
         (lambda: RandomDepth(mean=1), r"mean=1 must be in \(1, 500\)"),
-        (lambda: RandomDepth(mean=9, sigma=-1), "sigma=-1 must be >= 0"),
+        (lambda: RandomDepth(mean=9, sigma=-1), "sigma=-1 must be a number >= 0"),
         (lambda: rules(BPTT(num_steps=3), k=WARM_UP), r"course\.k needs an estimator with k, BPTT has none"),
         (lambda: rules(UPG(k=1, lam=1.0), lam=Ramp(first=1, last=1.5, steps=5)), r"lam=1\.5 must be in \(0, 1\]"),
         (lambda: rules(UPG(k=1, lam=1.0), k=Ramp(first=0.5, last=2, steps=5)), "must stay >= 1"),

@@ -17,6 +17,7 @@ from phantom.engine.build import build_model, build_source, build_trainer
 from phantom.engine.source import Shard
 from phantom.engine.tasks.base import Tally
 from phantom.engine.tasks.puzzles import PuzzleSolving
+from phantom.engine.training.evaluation import evaluate
 from tests.engine import tiny
 from tests.plans import plan
 
@@ -201,3 +202,17 @@ def test_evaluation_by_a_solver_that_measures_residuals(tmp_path, capsys):
 def test_bad_input_is_one_sentence(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         build_trainer(plan([*TINY[:1], f"runs={tmp_path}", "wandb=disabled", *overrides]))
+
+
+@pytest.mark.parametrize("leaf", ["reasoner_trm", "reasoner_trm_attention", "reasoner_hrm", "reasoner_eqr"])
+def test_the_published_models_train_and_evaluate_alike_twice(tmp_path, leaf):
+    small = ["model.d_model=16", "model.cell.stack.num_layers=1", "model.cell.stack.block.multiple=8"]
+    trainer = train(tmp_path, f"model={leaf}", *small, "ema=null", "steps=4", "eval_every=2")
+    before, after = (row["loss"] for row in rows_of(tmp_path) if row["kind"] == "eval")
+    assert after != before
+    again = evaluate(
+        trainer.unwrapped, trainer.task, trainer.source, "test", shard=Shard(), device=tiny.CPU, precision="fp32"
+    )
+    assert again["loss"] == after
+    if leaf == "reasoner_hrm":  # two cycles and a pair, and three more cycles that no gradient sees
+        assert [row["num_evals"] for row in rows_of(tmp_path) if row["kind"] == "train"] == [3] * 4

@@ -59,6 +59,7 @@ class Record:
         overrides: the items of the command line that change the result.
         metric: the headline metric; `baseline` holds, per split, its value for a model that ignores its input.
         data_digests: per split, a short hash of the examples that were read.
+        data_notes: what the data set says of its splits.
         parameter_groups: number of parameters of every part of the model.
         official_parameter_count: where the original counts otherwise, such as a shared weight twice; else None.
         folder: the run folder, relative to the folder of all runs.
@@ -80,6 +81,7 @@ class Record:
     metric: str
     baseline: dict[str, float]
     data_digests: dict[str, str]
+    data_notes: dict[str, str | int]
     num_parameters: int
     parameter_groups: dict[str, int]
     official_parameter_count: int | None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from phantom import BPTT, UPG, GradientEstimator, Solver
 from phantom.engine.training.schedule import share_of_run
-from phantom.validate import check_count, check_lam, is_number
+from phantom.validate import check_count, check_lam, check_number
 
 
 class Value(ABC):
@@ -38,8 +38,7 @@ class Ramp(Value):
 
     def __post_init__(self) -> None:
         for name, value in (("first", self.first), ("last", self.last)):
-            if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} must be a number > 0")
+            check_number(name, value, "> 0")
         check_count("steps", self.steps, least=1)
         if self.of_steps is not None:
             check_count("of_steps", self.of_steps, least=1)
@@ -60,10 +59,8 @@ class RandomDepth(Value):
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
-        if not is_number(self.mean) or not 1 < self.mean < 500:
-            raise ValueError(f"mean={self.mean!r} must be in (1, 500): the mean number of steps")
-        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma={self.sigma!r} must be >= 0")
+        check_number("mean", self.mean, "(1, 500)", also=": the mean number of steps")
+        check_number("sigma", self.sigma, ">= 0")
 
     def at(self, step: int, total: int, seed: int) -> int:
         draws = random.Random(f"depth/{seed}/{step}")
