@@ -303,18 +303,10 @@ class Reasoner(nn.Module):
         step.solution.stats.num_evals = num_evals
         return Run(self.supervision.cell_losses(step.logits, labels), *map(torch.stack, zip(*rows, strict=True))), step
 
-    def parameter_groups_count(self) -> dict[str, int]:
-        """Return the number of parameters of each part; they add up to all parameters."""
-        groups: dict[str, int] = {}
-        for name, parameter in self.named_parameters():
-            part = name.split(".")[0]
-            groups[part] = groups.get(part, 0) + parameter.numel()
-        return groups
-
     @property
     def official_parameter_count(self) -> int:
         """The count of the official codes, where the prefix is no parameter and has an optimiser of its own."""
-        return sum(self.parameter_groups_count().values()) - (0 if self.prefix is None else self.prefix.numel())
+        return sum(p.numel() for p in self.parameters()) - (0 if self.prefix is None else self.prefix.numel())
 
 
 def relative_change(new: State, old: State) -> Tensor:
