@@ -51,8 +51,9 @@ class Configs:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """The root keys of train.yaml with their values, groups left out."""
-        return {key: value for key, value in self._root.items() if key not in ("defaults", "hydra")}
+        """The root keys of train.yaml with their values, and None for every group that may be left out."""
+        absent = {group: None for group, leaf in self.groups.items() if leaf is None and group in self.root_keys}
+        return absent | {key: value for key, value in self._root.items() if key not in ("defaults", "hydra")}
 
     @cached_property
     def _root(self) -> dict[str, Any]:
