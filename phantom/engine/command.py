@@ -9,21 +9,21 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from phantom.engine.config import compose
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, UserError
-from phantom.engine.plan import Plan, make_plan, plan_of
+from phantom.engine.plan import Plan, make_plan
 
 Job = Callable[[Plan], Any]
 
 SWEEP = {"-m", "--multirun"}
+SHOW = {"-c", "--cfg", "--resolve"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
 # errors of the disk or its permissions; not bugs, so they are reported in one line
@@ -37,12 +37,16 @@ DISK = (
 def run(job: Job, configs: Configs) -> None:
     """Run `job` on the plan of the command line, or with -m on every plan of its sweep; exit 1 where one failed.
 
-    All plans are made before the first one runs. Hydra's own flags and keys (`--cfg`, `hydra/launcher=...`) go to
-    Hydra, whose launcher makes each plan again where it runs the job.
+    All plans are made before the first one runs. `--cfg job` prints the config of the plan. Hydra's other flags and
+    keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job.
     """
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     items = [argument for argument in arguments if argument not in flags]
+    if flags and flags <= SHOW and "job" in items:
+        items.remove("job")
+        _show(items, configs)
+        return
     if flags <= SWEEP:
         try:
             hydras = [item for item in items if HYDRA_KEY.match(item)]
@@ -50,14 +54,26 @@ def run(job: Job, configs: Configs) -> None:
             plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
             for plan in plans:
                 _make_folder(Path(plan.config["runs"]))
-            sys.argv[1:] = [*flags, *hydras, *to_hydra(own, configs)]
+            sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
         except (ConfigError, OSError) as error:
-            # every process finds the same mistake
-            sys.exit(1 if int(os.environ.get("RANK", "0")) > 0 else f"error: {message_of(error)}")
+            _refuse(error)
         if not hydras:
             _run_here(job, plans)
             return
     _run_by_hydra(job, configs)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    # every process finds the same mistake
+    sys.exit(1 if int(os.environ.get("RANK", "0")) > 0 else f"error: {message_of(error)}")
+
+
+def _show(items: list[str], configs: Configs) -> None:
+    """Print the config that a run would have: Hydra, asked for it, does not know the recipe of a pair."""
+    try:
+        print(make_plan(items, configs).text, end="")
+    except ConfigError as error:
+        _refuse(error)
 
 
 def _run_here(job: Job, plans: list[Plan]) -> None:
@@ -70,21 +86,22 @@ def _run_here(job: Job, plans: list[Plan]) -> None:
         sys.exit(1)
 
 
+def _recipe(plans: list[Plan], items: list[str]) -> list[str]:
+    """Return the recipe that all jobs of a command line share, for Hydra's own composition of it."""
+    names = {plan.recipe for plan in plans}
+    typed = any(item.split("=")[0] in ("recipe", "experiment") for item in items)
+    return [f"recipe={name}" for name in names if len(names) == 1 and name is not None and not typed]
+
+
 def _run_by_hydra(job: Job, configs: Configs) -> None:
     failed = []
     configs.mount()
 
     @hydra.main(version_base="1.3", config_path=str(configs.folder), config_name="train")
-    def main(tree: DictConfig) -> None:
-        state = HydraConfig.get()
-        overrides = from_hydra(state.overrides.task)
-        choices = compose.choices_of(state.runtime.choices)
-
-        def start() -> Any:
-            config = compose.resolve(tree, overrides, configs)
-            return job(plan_of(config, choices=choices, overrides=overrides, configs=configs))
-
-        failed.extend([] if _attempt(start) else [overrides])
+    def main(_: DictConfig) -> None:
+        overrides = from_hydra(HydraConfig.get().overrides.task)
+        # made again from the command line, because a recipe follows from the job's own model and data
+        failed.extend([] if _attempt(lambda: job(make_plan(overrides, configs))) else [overrides])
 
     main()
     if failed:

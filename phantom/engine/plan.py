@@ -18,6 +18,7 @@ from phantom.engine.config import compose
 from phantom.engine.config.compatibility import find_task, model_config
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.instantiate import instantiate, unknown_keys
+from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
 from phantom.engine.errors import ConfigError
@@ -64,6 +65,11 @@ class Plan:
         return records.run_folder(self.root, self.label, self.overrides, self.config["seed"])
 
     @property
+    def recipe(self) -> str | None:
+        """The recipe in use; None for a pair that has none, or for a config that was saved."""
+        return self.choices.get("recipe")
+
+    @property
     def root(self) -> Path:
         """The folder of all runs."""
         return Path(self.config["runs"]).absolute()
@@ -84,6 +90,7 @@ def make_plan(overrides: Sequence[str], configs: Configs) -> Plan:
     Raises:
         ConfigError: an unknown key or leaf, an impossible value or pair, or a key the chosen estimator does not use.
     """
+    overrides = canonical(overrides, configs)
     config, choices = compose.compose(overrides, configs)
     return plan_of(config, choices=choices, overrides=overrides, configs=configs)
 

@@ -31,6 +31,7 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         if not resume:
             for name in ("last.pt", "best.pt", "metrics.jsonl", "record.json"):
                 (folder / name).unlink(missing_ok=True)
+        log.info("%s", _recipe_line(plan))
         log.info("run folder: %s", folder)
     distributed.barrier()
     finished = _finished_record(plan)
@@ -52,6 +53,14 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
     return record
 
 
+def _recipe_line(plan: Plan) -> str:
+    model, data, experiment = (plan.choices.get(group) for group in ("model", "data", "experiment"))
+    start = f"experiment={experiment}" if experiment else f"model={model} data={data}"
+    if plan.recipe is None:
+        return f"recipe: none; {start} starts from the general defaults of train.yaml"
+    return f"recipe: {plan.recipe}; {start} starts from it, recipe=null from the general defaults"
+
+
 def _finished_record(plan: Plan) -> dict[str, Any] | None:
     record, config = plan.folder / "record.json", plan.folder / "config.yaml"
     if not record.exists() or not config.exists() or plan.differences(config.read_text()):
@@ -64,6 +73,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
     return Record(
         label=plan.label,
         experiment=plan.choices.get("experiment"),
+        recipe=plan.recipe,
         choices=plan.choices,
         overrides=records.meaningful(plan.overrides),
         scale=config["scale"],

@@ -131,13 +131,13 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
 def plan(overrides: dict[str, str]) -> Plan:
     """Return the plan of train.py for data that the model serves, with a fixed budget unless `overrides` say otherwise.
 
-    The data is named for its kind alone: batches are synthetic, and nothing is read.
+    The data is named for its kind alone: batches are synthetic, nothing is read, and its recipe is not followed.
     """
     fixed = _used(
         {key: "null" for key in FIXED if key not in overrides} | {"grad": overrides.get("grad", CONFIGS.groups["grad"])}
     )
     kind = _kind_of(overrides.get("model", CONFIGS.groups["model"]))
-    items = {"data": batches.DATA[kind], **fixed, **overrides}
+    items = {"data": batches.DATA[kind], "recipe": "null", **fixed, **overrides}
     return make_plan([f"{key}={value}" for key, value in items.items()], CONFIGS)
 
 

@@ -55,6 +55,7 @@ class Record:
 
     Args:
         label: the experiment's name, or model-data-gradient.
+        recipe: that of the pair of model and data; None where no recipe was used, or existed yet.
         choices: the chosen leaf of every group.
         overrides: the items of the command line that change the result.
         metric: the headline metric; `baseline` holds, per split, its value for a model that ignores its input.
@@ -72,6 +73,7 @@ class Record:
 
     label: str
     experiment: str | None
+    recipe: str | None = None
     choices: dict[str, Any]
     overrides: list[str]
     scale: str

@@ -12,7 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plain
 from phantom.engine.config.instantiate import parameters_of
+from phantom.engine.config.layers import drop_replaced
 from phantom.engine.config.overrides import check_overrides, given_keys, to_hydra
+from phantom.engine.config.recipes import with_recipe
 from phantom.engine.errors import ConfigError
 
 # groups without a default leaf: absent from the config unless chosen
@@ -28,19 +30,21 @@ def compose(overrides: Sequence[str], configs: Configs) -> tuple[dict[str, Any],
         ConfigError: an unknown key or leaf, a value that is missing, or a key the chosen estimator does not use.
     """
     check_overrides(overrides, configs)
+    items = with_recipe(overrides, configs)
     try:
-        tree = configs.compose(to_hydra(overrides, configs))
+        tree = configs.compose(to_hydra(items, configs))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides, configs)) from error
-    return resolve(tree, overrides, configs), choices_of(tree.hydra.runtime.choices)
+        raise ConfigError(_explain(error, items, configs)) from error
+    choices = _choices_of(tree.hydra.runtime.choices)
+    return _resolve(tree, choices, overrides, configs), choices
 
 
-def choices_of(choices: Mapping[Any, Any]) -> dict[str, Any]:
+def _choices_of(choices: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the chosen leaf of every group of ours; Hydra's own groups say nothing about a run."""
     return {str(group): leaf for group, leaf in sorted(choices.items()) if not str(group).startswith("hydra/")}
 
 
-def resolve(tree: DictConfig, overrides: Sequence[str], configs: Configs) -> dict[str, Any]:
+def _resolve(tree: DictConfig, choices: dict[str, Any], overrides: Sequence[str], configs: Configs) -> dict[str, Any]:
     """Return what Hydra composed as plain values.
 
     `k` and `lam` fill the estimator's arguments of these names, whether its leaf refers to them (`${k}`) or holds
@@ -51,6 +55,7 @@ def resolve(tree: DictConfig, overrides: Sequence[str], configs: Configs) -> dic
     """
     container = plain(tree, resolve=False)
     container.pop("hydra", None)
+    container = drop_replaced(container, choices, overrides, configs)
     try:
         config = plain(OmegaConf.create(container), resolve=True)
     except OmegaConfBaseException as error:

@@ -11,12 +11,15 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 # groups that offer every leaf of another one, unless they have a leaf of that name themselves
 MOUNTED = {"adjoint_solver": "solver", "eval_solver": "solver"}
 # root keys that an estimator may bring along: train.yaml does not have them
 ESTIMATOR_KEYS = ("k", "lam")
+# groups whose leaves choose leaves of the others and fill their keys, from the weakest to the strongest
+LAYERS = ("recipe", "experiment", "scale")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Configs:
     @cached_property
     def root_keys(self) -> frozenset[str]:
         """Every key that a resolved config may have: those of train.yaml, its groups and the estimators' own."""
-        choices = {"experiment", "recipe"}  # they fill other keys
-        return frozenset({*self._root, *self.groups, *ESTIMATOR_KEYS} - choices - {"defaults", "hydra"})
+        return frozenset({*self._root, *({*self.groups} - {*LAYERS}), *ESTIMATOR_KEYS} - {"defaults", "hydra"})
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -73,6 +75,8 @@ class Configs:
             HydraException, OmegaConfBaseException: see `phantom.engine.command`, which explains them.
         """
         self.mount()
+        if GlobalHydra.instance().is_initialized():  # in a job that hydra.main started, on this very folder
+            return hydra.compose("train", overrides=list(items), return_hydra_config=True)
         with hydra.initialize_config_dir(str(self.folder), version_base="1.3"):
             return hydra.compose("train", overrides=list(items), return_hydra_config=True)
 
