@@ -23,7 +23,7 @@ from phantom.engine.plan import Plan, make_plan
 Job = Callable[[Plan], Any]
 
 SWEEP = {"-m", "--multirun"}
-SHOW = {"-c", "--cfg", "--resolve"}
+SHOW = {"-c", "--cfg", "--cfg=job", "--resolve"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
 # errors of the disk or its permissions; not bugs, so they are reported in one line
@@ -43,9 +43,8 @@ def run(job: Job, configs: Configs) -> None:
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     items = [argument for argument in arguments if argument not in flags]
-    if flags and flags <= SHOW and "job" in items:
-        items.remove("job")
-        _show(items, configs)
+    if flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
+        _show([item for item in items if item != "job"], configs)
         return
     if flags <= SWEEP:
         try:
