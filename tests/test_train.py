@@ -20,8 +20,16 @@ from tests.tiny_run import TINY, rows, tiny_run
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {
-    *("label", "experiment", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric", "baseline"),
-    *("data_digests", "num_parameters", "parameter_groups", "official_parameter_count", "world_size", "folder"),
+    *("label", "experiment", "recipe", "choices", "overrides", "scale", "seed", "config_hash", "kind", "metric"),
+    *(
+        "baseline",
+        "data_digests",
+        "num_parameters",
+        "parameter_groups",
+        "official_parameter_count",
+        "world_size",
+        "folder",
+    ),
     *("precision", "gradient_precision", "compile", "cuda_graph"),
     *("device", "versions", "commit", "dirty", "started", "finished"),
     *("wall_seconds", "steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from phantom.engine.artifacts import records
@@ -34,7 +35,7 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         log.info("%s", _recipe_line(plan))
         log.info("run folder: %s", folder)
     distributed.barrier()
-    finished = _finished_record(plan)
+    finished = _finished_record(plan, plan.folder)
     if finished is not None:
         log.info("this run is finished; resume=never trains it again from the start")
         if main:
@@ -61,11 +62,25 @@ def _recipe_line(plan: Plan) -> str:
     return f"recipe: {plan.recipe}; {start} starts from it, recipe=null from the general defaults"
 
 
-def _finished_record(plan: Plan) -> dict[str, Any] | None:
-    record, config = plan.folder / "record.json", plan.folder / "config.yaml"
-    if not record.exists() or not config.exists() or plan.differences(config.read_text()):
+def finished_folder(plan: Plan) -> Path | None:
+    """Return the folder of a finished run of the plan's config, however its command line named it.
+
+    `model=mdeq_small data=imagenet k=5 lam=0.6` is a run of the row `experiment=table3/imagenet_upg`, because both
+    resolve to one config. The plan's own folder comes first; under resume=never no run counts.
+    """
+    if plan.config["resume"] == "never":
         return None
-    return json.loads(record.read_text())
+    others = sorted(path.parent for path in plan.root.rglob("record.json"))
+    return next((folder for folder in (plan.folder, *others) if _finished_record(plan, folder) is not None), None)
+
+
+def _finished_record(plan: Plan, folder: Path) -> dict[str, Any] | None:
+    record, config = folder / "record.json", folder / "config.yaml"
+    if not record.exists() or not config.exists():
+        return None
+    found = json.loads(record.read_text())
+    other = found["seed"] != plan.config["seed"] or plan.differences(config.read_text())
+    return None if other else found
 
 
 def _record(trainer: Trainer, plan: Plan, started: str) -> Record:

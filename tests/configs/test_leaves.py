@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from phantom.engine.build import build_model, build_source
+from phantom.engine.config.configs import LAYERS
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.errors import ConfigError
 from phantom.engine.plan import optimizer_factory
@@ -34,7 +35,7 @@ SERVED = {
 LEAVES = [
     (group, leaf)
     for group in CONFIGS.groups
-    if group not in ("experiment", "scale", "model")
+    if group not in (*LAYERS, "model")
     for leaf in CONFIGS.leaves(group)
     if (group, leaf) != ("adjoint_solver", "rollout")  # it measures no residual, and is refused there
 ]
