@@ -1,5 +1,6 @@
 """Recipes: a pair of model and data trains as the paper's row does, and what is typed beats it."""
 
+import functools
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from phantom import Anderson, Broyden, FixedPoint
 from phantom.engine import command
 from phantom.engine.artifacts import records
 from phantom.engine.config.recipes import recipe_of_pair
+from phantom.engine.plan import Plan
 from phantom.engine.run import finished_folder
 from tests.configs.tiny_data import tiny
 from tests.plans import plan, trained
@@ -42,16 +44,21 @@ ROWS = [
 ]
 
 
+@functools.cache
+def named(line: str) -> Plan:
+    return plan(line.split())
+
+
 @pytest.mark.parametrize(("line", "row"), ROWS, ids=[line for line, _ in ROWS])
 def test_a_command_by_groups_is_the_row(line, row):
-    made, paper = plan(line.split()), plan([f"experiment={row}"])
+    made, paper = named(line), named(f"experiment={row}")
     assert made.differences(paper.text) == [] and records.config_hash(made.config) == records.config_hash(paper.config)
     assert made.label == "-".join(made.choices[group] for group in ("model", "data", "grad")) and paper.label == row
     assert made.recipe == paper.recipe == f"{made.choices['model']}-{made.choices['data']}"
 
 
 def test_every_recipe_is_compared_with_a_row():
-    assert {plan(line.split()).recipe for line, _ in ROWS} == set(CONFIGS.leaves("recipe"))
+    assert {named(line).recipe for line, _ in ROWS} == set(CONFIGS.leaves("recipe"))
 
 
 @pytest.mark.parametrize("name", CONFIGS.leaves("recipe"))
