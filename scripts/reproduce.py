@@ -16,8 +16,9 @@
     list               print the commands and run nothing
 
 Everything else goes to train.py. What has a record in results/ is not run; finished runs of runs/ are not trained
-again, interrupted ones resume. Overrides that make it another experiment are in the name of the record, which no page
-shows. `python scripts/report.py` renders the pages.
+again, interrupted ones resume. A run that was typed as model=, data= and grad= counts as the row whose resolved config
+it has. Overrides that make it another experiment are in the name of the record, which no page shows.
+`python scripts/report.py` renders the pages.
 """
 
 from __future__ import annotations

@@ -62,16 +62,21 @@ def _recipe_line(plan: Plan) -> str:
     return f"recipe: {plan.recipe}; {start} starts from it, recipe=null from the general defaults"
 
 
-def finished_folder(plan: Plan) -> Path | None:
+def finished_folder(plan: Plan, root: Path | None = None) -> Path | None:
     """Return the folder of a finished run of the plan's config, however its command line named it.
 
     `model=mdeq_small data=imagenet k=5 lam=0.6` is a run of the row `experiment=table3/imagenet_upg`, because both
     resolve to one config. The plan's own folder comes first; under resume=never no run counts.
+
+    Args:
+        root: the folder of all runs; None is the plan's own.
     """
     if plan.config["resume"] == "never":
         return None
-    others = sorted(path.parent for path in plan.root.rglob("record.json"))
-    return next((folder for folder in (plan.folder, *others) if _finished_record(plan, folder) is not None), None)
+    root = root or plan.root
+    own = root / plan.folder.relative_to(plan.root)
+    others = sorted(path.parent for path in root.rglob("record.json"))
+    return next((folder for folder in (own, *others) if _finished_record(plan, folder) is not None), None)
 
 
 def _finished_record(plan: Plan, folder: Path) -> dict[str, Any] | None:

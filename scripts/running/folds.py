@@ -20,7 +20,7 @@ from data.graphs.folds import NUM_FOLDS
 from phantom.engine.artifacts import records
 from phantom.engine.errors import ConfigError
 from scripts import studies
-from scripts.running.process import Run, Work, curve, folder_of, plan, variant_of
+from scripts.running.process import Run, Work, curve, folder_of, plan, typed_by_groups, variant_of
 
 PER_FOLD = ("seed", "config_hash", "commit", "dirty", "cpu_seconds", "peak_memory", "started", "finished")
 
@@ -49,14 +49,14 @@ def work(experiment: str, overrides: Sequence[str], folds: Sequence[int] = tuple
         line = [*items, f"data.fold={fold}", f"seed={seed}"]
         runs.append(Run(f"{label}, fold {fold}", line, folder_of(config, label, line, seed), kept))
     found = _Folds(runs, folds)
-    return Work(runs, found.keep, small=True, begin=found.begin)
+    return Work(runs, found.keep, small=True, begin=found.begin, find=typed_by_groups)
 
 
 class _Folds:
     """The records of the folds so far."""
 
     def __init__(self, runs: Sequence[Run], folds: Sequence[int]) -> None:
-        self._fold = dict(zip([run.folder for run in runs], folds, strict=True))
+        self._fold = dict(zip([run.name for run in runs], folds, strict=True))
         self._found: dict[int, dict[str, Any]] = {}
 
     def begin(self) -> None:
@@ -65,7 +65,7 @@ class _Folds:
     def keep(self, run: Run, record: dict[str, Any]) -> None:
         """Add the record of one fold; after the last one print the protocols, and write the record of all ten."""
         curves = {split: curve(run.folder, split, record["metric"])[1] for split in record["final"]}
-        self._found[self._fold[run.folder]] = record | {"curves": curves}
+        self._found[self._fold[run.name]] = record | {"curves": curves}
         last, best = (record[which]["test"][record["metric"]] for which in ("final", "best"))
         print(f"{run.name}: best {best:.2f}, last {last:.2f}", flush=True)
         if len(self._found) < len(self._fold):

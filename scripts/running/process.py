@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from phantom.engine.artifacts import records
 from phantom.engine.plan import make_plan
+from phantom.engine.run import finished_folder
 from scripts import studies
 from train import CONFIGS
 
@@ -50,6 +51,7 @@ class Work:
     Args:
         keep: takes a run and its record as soon as it is finished.
         begin: is called before the first one starts.
+        find: returns a finished run of the same config that another command line left, with its record, or None.
         small: one thread a run is best, and as many run at a time as there are cores; otherwise one, with all threads.
     """
 
@@ -57,6 +59,7 @@ class Work:
     keep: Callable[[Run, dict[str, Any]], None]
     small: bool = False
     begin: Callable[[], None] = lambda: None
+    find: Callable[[Run], tuple[Run, dict[str, Any]] | None] = lambda run: None
 
 
 def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -92,7 +95,13 @@ def execute(work: Work, jobs: int | None) -> None:
     Raises:
         RuntimeError: a run failed; those that were running have finished, their folders are kept.
     """
-    jobs = min(jobs or (cores() if work.small else 1), max(1, len(work.runs)))
+    work.begin()
+    found = [pair for run in work.runs if (pair := work.find(run)) is not None]
+    for run, record in found:
+        print(f"{run.name}: {run.folder}", flush=True)
+        work.keep(run, record)
+    runs = [run for run in work.runs if run.name not in {run.name for run, _ in found}]
+    jobs = min(jobs or (cores() if work.small else 1), max(1, len(runs)))
     alone = jobs == 1 and not work.small
 
     failed = threading.Event()  # the pool itself would begin the next run before it hears of a failure
@@ -107,15 +116,27 @@ def execute(work: Work, jobs: int | None) -> None:
             failed.set()
             raise
 
-    work.begin()
     with ThreadPoolExecutor(jobs) as pool:
-        started = {pool.submit(start, run): run for run in work.runs}
+        started = {pool.submit(start, run): run for run in runs}
         for future in as_completed(started):
             if future.exception() is not None:
                 pool.shutdown(cancel_futures=True)
                 raise future.exception()
             if future.result() is not None:
                 work.keep(started[future], future.result())
+
+
+def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
+    """Return a finished run of a row's config that was typed as model=, data= and grad=, and its record as the row's.
+
+    Returns None where there is none, or where the row's own folder has the record.
+    """
+    made = make_plan(run.overrides, CONFIGS)
+    folder = finished_folder(made, studies.ROOT / made.config["runs"])
+    if folder is None or folder == run.folder:
+        return None
+    record = json.loads((folder / "record.json").read_text())
+    return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
 
 
 def train(overrides: Sequence[str], folder: Path, *, alone: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from phantom.engine.artifacts import records
 from phantom.engine.errors import ConfigError
 from scripts import studies
-from scripts.running.process import Run, Work, folder_of, plan, variant_of
+from scripts.running.process import Run, Work, folder_of, plan, typed_by_groups, variant_of
 
 
 def work(experiments: Sequence[str], overrides: Sequence[str]) -> Work:
@@ -29,7 +29,7 @@ def work(experiments: Sequence[str], overrides: Sequence[str]) -> Work:
         for seed in range(config["repeats"]):
             folder = folder_of(config, label, items, seed)
             runs.append(Run(f"{label}, seed {seed}", [*items, f"seed={seed}"], folder, kept / f"seed{seed}.json"))
-    return Work(runs, _keep)
+    return Work(runs, _keep, find=typed_by_groups)
 
 
 def _keep(run: Run, record: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from scripts import reproduce, studies
 from scripts.running import process
-from tests.plans import composed
+from tests.plans import composed, plan
 
 
 @pytest.fixture
@@ -62,6 +62,24 @@ def test_what_has_a_record_is_not_run_unless_asked_for(ran, tmp_path, capsys):
     assert [line[2:4] for line in lines] == [
         ["experiment=table4/cox2_upg_k5_lam0.5", f"data.fold={fold}"] for fold in range(10)
     ]
+
+
+def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
+    typed = plan(["model=mdeq_small", "data=imagenet", "grad=upg", "lam=0.6"])
+    folder = tmp_path / "runs" / typed.folder.relative_to(typed.root)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(typed.text)
+    (folder / "record.json").write_text(json.dumps({"seed": 0, "label": typed.label, "steps": 7}))
+    reproduce.main(["table3", "rows=imagenet_upg,cifar10_upg", "repeats=2"])
+    assert [(line[0], line[-1]) for line in ran] == [
+        *(("experiment=table3/imagenet_upg", f"seed={seed}") for seed in (1,)),
+        *(("experiment=table3/cifar10_upg", f"seed={seed}") for seed in (0, 1)),
+    ]
+    record = json.loads((tmp_path / "results/table3/imagenet_upg/seed0.json").read_text())
+    row = "table3/imagenet_upg"
+    assert record == {"seed": 0, "label": row, "experiment": row, "steps": 7}
+    reproduce.main(["table3", "rows=imagenet_upg", "scale=smoke"])
+    assert ran[-1] == [f"experiment={row}", "scale=smoke", "seed=0"], "another budget is another run"
 
 
 def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_path):
