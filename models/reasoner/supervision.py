@@ -8,12 +8,11 @@ keep their puzzle, and what the batch has at their index is passed over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from phantom.state import State
 from phantom.validate import check_choice, check_count, check_number
@@ -25,9 +24,8 @@ HALTING_WEIGHT = 0.5
 Carry = dict[str, Any]  # state, steps (B,), finished (B,), inputs (B, S), labels (B, S)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supervision:
-    """How many supervision steps a puzzle gets, and what each of them costs.
+class Supervision(nn.Module):
+    """How many supervision steps a puzzle gets, and what each of them costs; it has no parameters.
 
     loss of a row = mean over its cells of -log p(label) + 0.5 BCE(halt, answer is right)
 
@@ -47,21 +45,26 @@ class Supervision:
     with tiny networks* (2025).
     """
 
-    steps: int
-    halting: Halting
-    exploration: float = 0.1
-    loss: Loss = "stablemax"
-    eval_steps: int | None = None
-    restarts: int = 1
-
-    def __post_init__(self) -> None:
-        check_count("supervision.steps", self.steps, least=1)
-        check_choice("supervision.halting", self.halting, get_args(Halting))
-        check_choice("supervision.loss", self.loss, get_args(Loss))
-        check_count("supervision.restarts", self.restarts, least=1)
-        if self.eval_steps is not None:
-            check_count("supervision.eval_steps", self.eval_steps, least=1)
-        check_number("supervision.exploration", self.exploration, "[0, 1]", also=": a probability")
+    def __init__(
+        self,
+        *,
+        steps: int,
+        halting: Halting,
+        exploration: float = 0.1,
+        loss: Loss = "stablemax",
+        eval_steps: int | None = None,
+        restarts: int = 1,
+    ) -> None:
+        super().__init__()
+        check_count("supervision.steps", steps, least=1)
+        check_choice("supervision.halting", halting, get_args(Halting))
+        check_choice("supervision.loss", loss, get_args(Loss))
+        check_count("supervision.restarts", restarts, least=1)
+        if eval_steps is not None:
+            check_count("supervision.eval_steps", eval_steps, least=1)
+        check_number("supervision.exploration", exploration, "[0, 1]", also=": a probability")
+        self.steps, self.halting, self.exploration, self.loss = steps, halting, exploration, loss
+        self.eval_steps, self.restarts = eval_steps, restarts
 
     @property
     def steps_of_evaluation(self) -> int:

@@ -17,6 +17,7 @@ from phantom.engine.errors import ConfigError
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.source import Source
 from phantom.engine.training.clipping import Clipping
+from phantom.engine.training.course import Course, Value
 from phantom.engine.training.rules import Jitter, Penalty, Pretraining
 from phantom.engine.training.schedule import Schedule
 
@@ -28,10 +29,11 @@ TIMM = "timm.optim.create_optimizer_v2"
 KINDS: dict[str, type] = {
     **{"solver": Solver, "adjoint_solver": Solver, "eval_solver": Solver, "grad": GradientEstimator},
     **{"data": Source, "model": nn.Module, "optimizer": optim.Optimizer, "schedule": Schedule, "clipping": Clipping},
-    **{"pretraining": Pretraining, "penalty": Penalty, "jitter": Jitter, "monitor": Monitor},
+    **{"pretraining": Pretraining, "penalty": Penalty, "jitter": Jitter, "course": Course},
+    "monitor": Monitor,
 }
 # those of a constructor's arguments
-PARTS = (Solver, GradientEstimator, JacobianRegularizer, nn.Module)
+PARTS = (Solver, GradientEstimator, JacobianRegularizer, Value, nn.Module)
 
 
 def check_trusted(config: Mapping[str, Any], *, trust: str | None = None) -> None:
