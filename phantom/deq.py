@@ -47,7 +47,8 @@ def fixed_point(
         Solution: value, z0 and z_star in the form of `z0`.
     """
     packing = Packing(z0)
-    flat_f, flat_z0 = packing.wrap(f), packing.pack(z0).detach()
+    flat_f, start = packing.wrap(f), packing.pack(z0)
+    flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
     with clock("solve"):
         if differentiate and not grad.needs_equilibrium:
@@ -58,7 +59,7 @@ def fixed_point(
             torch.clear_autocast_cache()
     keep = history if grad.needs_history else None
     del history
-    flat = Solution(value=z_star, z0=flat_z0, z_star=z_star, stats=stats, history=keep)
+    flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
     if differentiate:
         with clock("attach"):
             if graph_dtype is not None:

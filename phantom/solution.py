@@ -25,6 +25,8 @@ class Stats:
         diverged: (B,) True where |f(z) - z| left the finite range or grew beyond the limit of the loop.
         trace: (T + 1, B) residual of every iterate visited, the initial guess first.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
+        fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual 1 is reported,
+            and u = g was returned, the one-step gradient; None of a forward solve.
     """
 
     num_steps: Tensor
@@ -35,6 +37,7 @@ class Stats:
     trace: Tensor
     num_vjps: int = 0
     adjoint: Stats | None = None
+    fallback: Tensor | None = None
 
     @classmethod
     def of_no_solve(cls, z: Tensor) -> Stats:

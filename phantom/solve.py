@@ -20,7 +20,13 @@ DIVERGENCE = 1e6
 
 @torch.no_grad()
 def solve(
-    f: FlatMap, z0: Tensor, solver: Solver, *, fz0: Tensor | None = None, in_place: bool = False
+    f: FlatMap,
+    z0: Tensor,
+    solver: Solver,
+    *,
+    fz0: Tensor | None = None,
+    scale: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
@@ -31,6 +37,7 @@ def solve(
         f: closed map of (B, D) tensors.
         z0: (B, D) initial guess.
         fz0: f(z0) where it is known already; saves one evaluation.
+        scale: (B,) the residual is |f(z) - z| / scale instead of what `solver.stop` says.
         in_place: f returns memory of its own at every call, which the loop may write to.
     """
     if solver.max_steps == 0:
@@ -38,21 +45,24 @@ def solve(
     with torch.autocast(z0.device.type, enabled=False):
         if not solver.measures_residual:
             return *solver.roll_out(f, z0.detach()), None
-        return _loop(f, z0.detach(), solver, fz0, in_place)
+        return _loop(f, z0.detach(), solver, fz0, scale, in_place)
 
 
-def _loop(f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, in_place: bool) -> tuple[Tensor, Stats, Any]:
+def _loop(
+    f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, scale: Tensor | None, in_place: bool
+) -> tuple[Tensor, Stats, Any]:
     stops_early = solver.tol is not None
     observe = partial(
         compiled(_observe) if solver.compile else _observe,
         norm=solver.norm,
         stop=solver.stop,
+        scale=scale,
         tol=solver.tol,
         in_place=in_place and not solver.compile,  # a fused pass gains nothing by it
     )
     fz = f(z) if fz0 is None else fz0
     num_evals = int(fz0 is None)
-    g, length, residual = residual_of(fz, z, norm=solver.norm, stop=solver.stop)
+    g, length, residual = residual_of(fz, z, norm=solver.norm, stop=solver.stop, scale=scale)
     del fz  # a state is large
     trace = [residual]
     # a NaN compares false with everything: it is never better, never converged, and always diverged
@@ -104,11 +114,12 @@ def _observe(
     *,
     norm: Norm,
     stop: Stop,
+    scale: Tensor | None,
     tol: float | None,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return g = f(z) - z and, as (B,): the residual, whether it is the best yet, the best one, and who goes on."""
-    g, length, residual = residual_of(fz, z, norm=norm, stop=stop, in_place=in_place)
+    g, length, residual = residual_of(fz, z, norm=norm, stop=stop, scale=scale, in_place=in_place)
     better = residual < best_residual if tol is None else (residual < best_residual) & active
     best_residual = torch.where(better, residual, best_residual)
     active = active & (length <= limit)
@@ -127,7 +138,7 @@ def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
     """Write into `kept` (B, D) those rows of `new` (B, D) for which `rows` (B,) is true, and return it."""
     wide = [kept, new]
     plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide)
-    if kept.device.type == "cpu" and plain and kept.shape[1] * kept.element_size() % 16 == 0:
+    if kept.device.type == "cpu" and plain and kept.numel() > 0 and kept.shape[1] * kept.element_size() % 16 == 0:
         # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
         wide = [t.view(torch.complex128) for t in wide]
     torch.where(rows[:, None], wide[1], wide[0], out=wide[0])
