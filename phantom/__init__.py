@@ -4,6 +4,7 @@ solution = phantom.fixed_point(f, z0, solver=Broyden(max_steps=20, tol=1e-4), gr
 loss(solution.value).backward()
 """
 
+from phantom.check import check
 from phantom.deq import DEQ, fixed_point
 from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
 from phantom.gradient.base import GradientEstimator
@@ -40,6 +41,7 @@ __all__ = [
     "State",
     "Stats",
     "WeightNorm",
+    "check",
     "fixed_point",
     "variational_mask",
 ]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from phantom.check import check
 from phantom.gradient.base import GradientEstimator
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
@@ -27,6 +28,7 @@ def fixed_point(
     regularizer: Regularizer | None = None,
     graph_dtype: torch.dtype | None = None,
     in_place: bool = False,
+    debug: bool = False,
     clock: Clock = nullcontext,
 ) -> Solution:
     """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
@@ -41,11 +43,17 @@ def fixed_point(
             bfloat16 there costs the gradient little, and in the solve, which keeps the caller's, much.
         in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
             Of a tuple state that is so in any case.
+        debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
+
+    Raises:
+        ValueError: with `debug`, where f is no map to solve.
     """
+    if debug and (findings := check(f, z0)):
+        raise ValueError(" ".join(findings))
     packing = Packing(z0)
     flat_f, start = packing.wrap(f), packing.pack(z0)
     flat_z0 = start.detach()
