@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from phantom.check import check
 from phantom.gradient.base import GradientEstimator
@@ -52,6 +53,20 @@ def fixed_point(
     Raises:
         ValueError: with `debug`, where f is no map to solve.
     """
+    if _is_compiled_around(grad):
+        from phantom.compiled import outside
+
+        return outside(
+            f,
+            z0,
+            solver=solver,
+            grad=grad,
+            regularizer=regularizer,
+            graph_dtype=graph_dtype,
+            in_place=in_place,
+            debug=debug,
+            clock=clock,
+        )
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
@@ -83,6 +98,13 @@ def fixed_point(
         with clock("attach"):
             solution.penalty = regularizer(f, solution.z_star)
     return solution
+
+
+def _is_compiled_around(grad: GradientEstimator) -> bool:
+    """Return whether torch.compile is at work around a solve; it traces an unrolled iteration alone, which has none."""
+    if torch.compiler.is_dynamo_compiling():
+        return grad.needs_equilibrium or not torch.is_grad_enabled()
+    return get_eval_frame_callback() not in (None, False)
 
 
 class DEQ(nn.Module):
