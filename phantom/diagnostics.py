@@ -134,10 +134,11 @@ def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, T
     if len(a) != len(b):
         raise ValueError(f"the gradients must have the same tensors, got {len(a)} and {len(b)}")
     pairs = [(x.double().flatten(), y.double().flatten()) for x, y in zip(a, b, strict=True)]
+    zero = torch.zeros((), dtype=torch.float64)
     return (
-        sum(torch.dot(x, y) for x, y in pairs),
-        sum(torch.dot(x, x) for x, _ in pairs),
-        sum(torch.dot(y, y) for _, y in pairs),
+        sum((torch.dot(x, y) for x, y in pairs), start=zero),
+        sum((torch.dot(x, x) for x, _ in pairs), start=zero),
+        sum((torch.dot(y, y) for _, y in pairs), start=zero),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from phantom.state import State
+
+S = TypeVar("S", bound=State)
 
 
 @dataclass
@@ -54,8 +56,8 @@ class Stats:
 
 
 @dataclass
-class Solution:
-    """The outcome of `fixed_point`.
+class Solution(Generic[S]):
+    """The outcome of `fixed_point`; an estimator gets it with every state as one (B, D) tensor.
 
     Args:
         value: the state to compute with. With grad enabled it carries the estimator's graph; without, it is `z_star`.
@@ -66,9 +68,9 @@ class Solution:
         penalty: () the value of the DEQ's regulariser, with a graph; None without one.
     """
 
-    value: State
-    z0: State
-    z_star: State
+    value: S
+    z0: S
+    z_star: S
     stats: Stats
     history: Any = None
     penalty: Tensor | None = None
