@@ -72,7 +72,7 @@ def _loop(
     limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
     active = length <= limit
     batch, going = len(active), None
-    if stops_early:
+    if solver.tol is not None:
         active = active & ~(best_residual < solver.tol)
         going = int(active.sum())  # device-to-host sync
     moved = [torch.zeros_like(active)]
@@ -147,7 +147,8 @@ def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
 
 def _propose(solver: Solver, memory: Any, z: Tensor, g: Tensor) -> Tensor:
     """Keep TF32 and bfloat16 shortcuts out of a solver's own matrix products; f keeps what the user has set."""
-    backend = torch.backends.cuda.matmul if z.device.type == "cuda" else torch.backends.mkldnn.matmul
+    cpu: Any = torch.backends.mkldnn  # torch declares no `matmul` there
+    backend = torch.backends.cuda.matmul if z.device.type == "cuda" else cpu.matmul
     kept = backend.fp32_precision
     backend.fp32_precision = "ieee"
     try:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
@@ -76,7 +75,7 @@ class _Equilibrium(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, fz: Tensor, backward: _Backward, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, fz: Tensor, backward: _Backward, *inputs: Tensor) -> Tensor:
         ctx.equilibrium = backward
         ctx.set_materialize_grads(False)
         value = fz.detach()
@@ -84,7 +83,7 @@ class _Equilibrium(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         equilibrium = ctx.equilibrium
         nothing = [None] * len(equilibrium.linear.inputs)
         if g is None:
@@ -101,7 +100,7 @@ class _Equilibrium(torch.autograd.Function):
         return None, None, *_differentiable(ctx, g, u)
 
 
-def _differentiable(ctx: FunctionCtx, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
+def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     """Return u^T df/dx for all tensors x that f reads, with a graph: everything there depends on the parameters.
 
     f is evaluated once more, at z_star as the value of this node, whose derivative is that of the equilibrium. u is the

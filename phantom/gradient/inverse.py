@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from phantom import transforms
 
@@ -72,15 +71,15 @@ class OnceOnly(torch.autograd.Function):
         return u.view_as(u)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> None:
+    def backward(ctx: Any, g: Tensor) -> None:
         raise RuntimeError(REFUSAL)
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, *tangents: Tensor) -> None:
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
         raise RuntimeError(REFUSAL)
 
 
@@ -106,21 +105,21 @@ class Inverse(torch.autograd.Function):
         return found.reshape(ordered.shape).permute([order.index(i) for i in range(v.dim())])
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         v, index, ctx.operator, ctx.transposed, ctx.acts, ctx.lead = inputs
         ctx.save_for_backward(v, index)
         ctx.save_for_forward(v, index)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return Inverse._derivative(ctx, g, not ctx.transposed), None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, tangent: Tensor, *nothing: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *nothing: None) -> Tensor:
         return Inverse._derivative(ctx, tangent, ctx.transposed)
 
     @staticmethod
-    def _derivative(ctx: FunctionCtx, v: Tensor, transposed: bool) -> Tensor:
+    def _derivative(ctx: Any, v: Tensor, transposed: bool) -> Tensor:
         fz, index = ctx.saved_tensors
         u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
         if ctx.acts:
