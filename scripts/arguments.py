@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
+
+Default = TypeVar("Default")
 
 
 class Arguments(NamedTuple):
@@ -52,7 +54,7 @@ def split(
     return found
 
 
-def count(own: dict[str, str], key: str, default: int | None, least: int = 1) -> int | None:
+def count(own: dict[str, str], key: str, default: Default, least: int = 1) -> int | Default:
     """Return the integer of an item, or the default where it is not given."""
     if key not in own:
         return default
@@ -61,7 +63,7 @@ def count(own: dict[str, str], key: str, default: int | None, least: int = 1) ->
     return int(own[key])
 
 
-def choice(own: dict[str, str], key: str, allowed: Sequence[str], default: str | None) -> str | None:
+def choice(own: dict[str, str], key: str, allowed: Sequence[str], default: Default) -> str | Default:
     """Return the value of an item, or the default where it is not given."""
     if key in own and own[key] not in allowed:
         fail(f"{key}={own[key]} is not known; choose {' or '.join(allowed)}")

@@ -51,7 +51,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     ours = [row for row in rows if row.role == "ours"]
     peers = {id(row.peer): row.peer for row in ours if row.peer}.values()
     return {
-        "overhead": [ratio(row, row.floor) for row in ours],
+        "overhead": [ratio(row, row.floor) for row in ours if row.floor],
         "speedup": [ratio(row.peer, row) for row in ours if row.peer],
         "implicit": [ratio(a, b) for group in (ours, list(peers)) for a in group for b in group if _comparable(a, b)],
         "hoisting": [ratio(a, b) for a in (*ours, *peers) for b in ours if _unhoisted(a, b)],

@@ -133,17 +133,16 @@ def plan(overrides: dict[str, str]) -> Plan:
 
     The data is named for its kind alone: batches are synthetic, nothing is read, and its recipe is not followed.
     """
-    fixed = _used(
-        {key: "null" for key in FIXED if key not in overrides} | {"grad": overrides.get("grad", CONFIGS.groups["grad"])}
-    )
-    kind = _kind_of(overrides.get("model", CONFIGS.groups["model"]))
+    grad = overrides.get("grad", str(CONFIGS.groups["grad"]))
+    fixed = _used({key: "null" for key in FIXED if key not in overrides} | {"grad": grad})
+    kind = _kind_of(overrides.get("model", str(CONFIGS.groups["model"])))
     items = {"data": batches.DATA[kind], "recipe": "null", **fixed, **overrides}
     return make_plan([f"{key}={value}" for key, value in items.items()], CONFIGS)
 
 
 def _used(overrides: dict[str, str]) -> dict[str, str]:
     """Return the overrides without the keys that their estimator does not take: a sweep gives them to every job."""
-    leaf = overrides.get("grad", CONFIGS.groups["grad"])
+    leaf = overrides.get("grad", str(CONFIGS.groups["grad"]))
     if leaf not in CONFIGS.leaves("grad"):
         return overrides  # the plan names the leaf and those that exist
     node = CONFIGS.read("grad", leaf)

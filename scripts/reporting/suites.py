@@ -45,8 +45,9 @@ def _speed(result: dict[str, Any]) -> list[list[str]]:
     for label, overhead in overheads.items():
         peer = peers.get(label)
         row, other = rows[label], rows.get(peer["a"]) if peer else None
-        traced = other is not None and "peak_bytes" in row and "peak_bytes" in other
-        memory = f"{row['peak_bytes']['solver'] / other['peak_bytes']['solver']:.2f}" if traced else ""
+        memory = ""
+        if other is not None and "peak_bytes" in row and "peak_bytes" in other:
+            memory = f"{row['peak_bytes']['solver'] / other['peak_bytes']['solver']:.2f}"
         syncs = str(row["syncs"]["solve"]) if "syncs" in row else ""
         found.append([label, interval_cell(peer, "total"), interval_cell(overhead, "total"), memory, syncs])
     return found

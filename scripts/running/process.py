@@ -119,11 +119,13 @@ def execute(work: Work, jobs: int | None) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         started = {pool.submit(start, run): run for run in runs}
         for future in as_completed(started):
-            if future.exception() is not None:
+            error = future.exception()
+            if error is not None:
                 pool.shutdown(cancel_futures=True)
-                raise future.exception()
-            if future.result() is not None:
-                work.keep(started[future], future.result())
+                raise error
+            record = future.result()
+            if record is not None:
+                work.keep(started[future], record)
 
 
 def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
