@@ -41,9 +41,9 @@ def configs(tmp_path_factory):
         assert not (folder / name).exists(), f"{name} is taken"
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    sys.path.insert(0, str(folder))
-    yield Configs(folder / "configs")
-    sys.path.remove(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield Configs(folder / "configs")
     for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
         del sys.modules[name]
 
