@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from phantom.engine.config.configs import LAYERS, Configs
+from phantom.engine.config.configs import LAYERS, Configs, plain
 from phantom.engine.config.instantiate import locate
 from phantom.engine.config.overrides import parse
 
@@ -65,7 +65,7 @@ def _rebuilt(group: str, name: str, layers: Sequence[Layer], typed: dict[str, An
     tree = OmegaConf.merge(*parts)
     for key, value in typed.items():
         OmegaConf.update(tree, key, value, merge=False)
-    return OmegaConf.to_container(tree, resolve=False)
+    return plain(tree, resolve=False)
 
 
 def _typed(group: str, node: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _files(group: str, name: str, leaves: dict[str, str | None], configs: Config
 def _leaf(group: str, name: str, configs: Configs) -> dict[str, Any]:
     """Return a leaf with those of its group that it starts from."""
     parts = [layer.numbers for layer in _files(group, name, {}, configs)]
-    body = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)
+    body = plain(OmegaConf.merge(*parts), resolve=False)
     return body.get(group, body)  # a leaf of the package _global_ names its group
 
 
