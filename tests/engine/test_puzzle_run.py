@@ -159,7 +159,7 @@ def test_resume_is_exact_with_rows_of_every_age(tmp_path, accumulate):
 def test_evaluation_sweeps(tmp_path, capsys):
     trainer = train(tmp_path, *RESTLESS, "steps=4")
     capsys.readouterr()
-    sweep = ["model.supervision.eval_steps=3,6", "model.supervision.restarts=1,2", "eval_solver.max_steps=2"]
+    sweep = ["model.supervision.eval_steps=3,6", "model.supervision.restarts=1,2", "eval_solver.max_steps=3"]
     evaluate_script.main([f"run={trainer.folder}", *sweep])
     rows = json.loads(capsys.readouterr().out)
     assert [row["overrides"][:2] for row in rows] == [
@@ -169,7 +169,7 @@ def test_evaluation_sweeps(tmp_path, capsys):
     ]
     own = trainer.final["test"]
     assert {name: rows[0][name] for name in own} == known(own)
-    assert [row["num_evals"] for row in rows] == [6, 6, 12, 12]
+    assert [row["num_evals"] for row in rows] == [9, 9, 18, 18]
     assert "exact_match@6" in rows[2] and "exact_match_any" in rows[1] and "exact_match_any" not in rows[0]
     assert rows[2]["exact_match@2"] == rows[0]["exact_match@2"]
 
