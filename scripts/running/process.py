@@ -141,19 +141,6 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
 
 
-def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
-    """Return a finished run of a row's config that was typed as model=, data= and grad=, and its record as the row's.
-
-    Returns None where there is none, or where the row's own folder has the record.
-    """
-    made = make_plan(run.overrides, CONFIGS)
-    folder = finished_folder(made, studies.ROOT / made.config["runs"])
-    if folder is None or folder == run.folder:
-        return None
-    record = json.loads((folder / "record.json").read_text())
-    return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
-
-
 def train(overrides: Sequence[str], folder: Path, *, alone: bool = False) -> dict[str, Any]:
     """Run `train.py <overrides>` and return the record it leaves in `folder`, with the CPU seconds of that process.
 
