@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
+from phantom.solver.broyden import Broyden
 from phantom.state import FlatMap
 from phantom.validate import check_count, check_lam
 
@@ -106,8 +107,8 @@ class NPG(AdjointEstimator):
         lam: damping, in (0, 1].
     """
 
-    k: int
-    lam: float
+    k: int = 5
+    lam: float = 0.5
 
     def __post_init__(self) -> None:
         check_count("k", self.k, least=1)
@@ -133,7 +134,7 @@ class Implicit(AdjointEstimator):
         solver: solves the adjoint equation, from u = 0.
     """
 
-    solver: Solver
+    solver: Solver = field(default_factory=lambda: Broyden(tol=1e-6))
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
