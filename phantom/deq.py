@@ -73,7 +73,8 @@ def fixed_point(
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
     packing = Packing(z0)
-    flat_f, flat_z0 = Pure(packing.wrap(f)), packing.pack(z0).detach()
+    flat_f, start = Pure(packing.wrap(f)), packing.pack(z0)
+    flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
     with clock("solve"):
         if differentiate and not grad.needs_equilibrium:
@@ -84,7 +85,7 @@ def fixed_point(
             torch.clear_autocast_cache()
     keep = history if grad.needs_history else None
     del history
-    flat = Solution(value=z_star, z0=flat_z0, z_star=z_star, stats=stats, history=keep)
+    flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
     unsure = confirm and not stats.confirmed
     if differentiate:
         with clock("attach"):

@@ -35,6 +35,8 @@ class Stats:
         tol: the tolerance of the solver; None for a fixed budget.
         on_failure: the policy of `fixed_point`, which the backward solve follows.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
+        fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual 1 is reported,
+            and u = g was returned, the one-step gradient; None of a forward solve.
     """
 
     num_steps: Tensor
@@ -51,6 +53,7 @@ class Stats:
     on_failure: Any = "useless"
     num_vjps: int = 0
     adjoint: Stats | None = None
+    fallback: Tensor | None = None
 
     @classmethod
     def of_no_solve(cls, z: Tensor) -> Stats:

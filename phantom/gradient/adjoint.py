@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
+from phantom.gradient.linear import Linearisation, Readings, vjp
+from phantom.residual import vector_norm
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
@@ -26,34 +28,51 @@ from phantom.validate import check_count, check_lam
 Vjp = Callable[[Tensor], Tensor]
 
 
-class _Cotangent(torch.autograd.Function):
-    """The identity, whose backward maps the cotangent; the graph of f below it stays an ordinary graph.
+@dataclass
+class _Backward:
+    """What the backward of an equilibrium needs: f, its linearisation there, and the estimator with the solve."""
 
-    The saved tensors are an input of this node and a leaf, so no reference cycle forms, and nothing outlives the graph.
+    estimator: AdjointEstimator
+    f: FlatMap
+    linear: Linearisation
+    stats: Stats
+    history: Any
+
+    def cotangent(self, g: Tensor) -> Tensor:
+        def vjp(u: Tensor) -> Tensor:
+            self.stats.num_vjps += 1
+            return self.linear.vjp(u)
+
+        with torch.no_grad():
+            return self.estimator.cotangent(vjp, g, self.stats, self.history)
+
+
+class _Equilibrium(torch.autograd.Function):
+    """The identity on f(z_star), whose backward maps the cotangent; the graph of f below it stays an ordinary graph.
+
+    z_star is a leaf there, so no reference cycle forms, and nothing outlives the graph. What f reads is an input of
+    this node, too, for a second derivative alone.
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, fz: Tensor, z: Tensor, estimator: AdjointEstimator, stats: Stats, history: Any
-    ) -> Tensor:
-        ctx.save_for_backward(fz, z)
-        ctx.estimator, ctx.stats, ctx.history = estimator, stats, history
-        return fz.view_as(fz)
+    def forward(ctx: FunctionCtx, fz: Tensor, backward: _Backward, *inputs: Tensor) -> Tensor:
+        ctx.equilibrium = backward
+        value = fz.detach()
+        ctx.save_for_backward(value)
+        return value
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
-        fz, z = ctx.saved_tensors
-
-        def vjp(u: Tensor) -> Tensor:
-            ctx.stats.num_vjps += 1
-            (product,) = torch.autograd.grad(fz, z, u, retain_graph=True)
-            return product
-
-        with torch.no_grad():
-            u = ctx.estimator.cotangent(vjp, g, ctx.stats, ctx.history)
-        # grad is enabled here only under create_graph=True. u depends on the parameters through J even where g is a
-        # constant, so the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
-        return (_OnceOnly.apply(u, fz) if torch.is_grad_enabled() else u), None, None, None, None
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        equilibrium = ctx.equilibrium
+        u = equilibrium.cotangent(g)
+        nothing = [None] * len(equilibrium.linear.inputs)
+        if not torch.is_grad_enabled():
+            return u, None, *nothing
+        # create_graph=True: u depends on the parameters through J, even where g is a constant
+        if not isinstance(equilibrium.estimator, Implicit):
+            # the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
+            return _OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
+        return None, None, *_differentiable(ctx, g, u)
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -65,14 +84,45 @@ class _OnceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> None:
-        raise RuntimeError("the implicit and NPG gradients cannot be differentiated twice: use UPG or BPTT, which can")
+        raise RuntimeError(
+            "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, which "
+            "is exact in every order"
+        )
+
+
+def _differentiable(ctx: FunctionCtx, g: Tensor, u: Tensor) -> tuple[Tensor | None, ...]:
+    """Return u^T df/dx for all tensors x that f reads, with a graph: everything there depends on the parameters.
+
+    f is evaluated once more, at z_star as the value of this node, whose derivative is that of the equilibrium. u is the
+    equilibrium of u -> J^T u + g, and is differentiated as such.
+    """
+    equilibrium, (value,) = ctx.equilibrium, ctx.saved_tensors
+    z = value + (equilibrium.linear.z - value).detach()
+    with Readings(z) as readings:
+        fz = equilibrium.f(z)
+    edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in readings.tensors]
+    if [(edge.node, edge.output_nr) for edge in edges] != list(ctx.next_functions[1:]) or readings.missed(fz, z):
+        raise RuntimeError(
+            "the second derivative of Implicit evaluates f again, and needs to see every tensor that f reads: here f "
+            "reads others than before, or hides them in compiled or scripted code. Use UPG or BPTT"
+        )
+
+    def adjoint(u: Tensor) -> Tensor:
+        return vjp(fz, z, u, create_graph=torch.is_grad_enabled()) + g
+
+    linear = Linearisation(adjoint, u)
+    linear.inputs = [tensor for tensor in (*readings.tensors, z, g) if tensor.requires_grad]
+    again = _Backward(equilibrium.estimator, adjoint, linear, Stats.of_no_solve(u), None)
+    attached = _Equilibrium.apply(linear.fz, again, *linear.inputs)
+    u = attached + (u - attached).detach()
+    return torch.autograd.grad(fz, readings.tensors, u, create_graph=True, allow_unused=True)
 
 
 class AdjointEstimator(GradientEstimator):
     """The family of estimators that differ only in how they map the cotangent.
 
     The value is f(z_star). Cost: one evaluation of f with a graph, whatever k or the number of solver steps, and the
-    vjps of `cotangent`. Double backward is not supported and raises: UPG supports it.
+    vjps of `cotangent`; where nothing that f reads needs a gradient, the value has no graph and backward costs nothing.
     """
 
     @abstractmethod
@@ -86,12 +136,15 @@ class AdjointEstimator(GradientEstimator):
 
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         check_grad_enabled()
-        z = solution.z_star.detach().requires_grad_()
+        stats = solution.stats
         # the backward of a compiled f is one piece: every vjp would compute the gradients of all parameters, too
         with torch.compiler.set_stance("force_eager"):
-            fz = f(z)
-        solution.stats.num_evals += 1
-        return _Cotangent.apply(fz, z, self, solution.stats, solution.history)
+            linear = Linearisation(f, solution.z_star)
+        stats.num_evals += 1
+        if linear.is_frozen:
+            return linear.fz.detach()
+        backward = _Backward(self, f, linear, stats, solution.history)
+        return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +152,7 @@ class NPG(AdjointEstimator):
     """Neumann-series phantom gradient: u = lam sum_{i<k} (B^T)^i g with B = lam J + (1 - lam) I.
 
     Eq. (17), Geng et al. 2021. The error against the exact adjoint is (B^T)^k u_exact. Cost: k - 1 vjps, memory flat in
-    k. Degrades where the spectral radius of B exceeds one, and the more the larger k is. k = 1, lam = 1 is the one-step
+    k. Refuses a second derivative. Degrades where the spectral radius of B exceeds one, and the more the larger k is. k = 1, lam = 1 is the one-step
     (Jacobian-free) gradient of Fung et al. 2022.
 
     Args:
@@ -127,8 +180,13 @@ class Implicit(AdjointEstimator):
     """Exact implicit differentiation: solve u = J^T u + g with a solver of its own.
 
     Eq. (4), Geng et al. 2021. Exact up to the residual of the backward solve, which is reported in
-    `stats.adjoint` after backward, and to the residual of the forward solve. A problem whose solve finds nothing better
-    than u = 0 gets u = g, the one-step gradient. Cost: one vjp per step of `solver`.
+    `stats.adjoint` after backward, and to the residual of the forward solve. The equation is linear with right-hand
+    side g, so that residual is |J^T u + g - u| / |g| whatever the `stop` of `solver`: 1 at u = 0, and 0 where g = 0.
+    A problem whose solve visits nothing below 1 gets u = g, the one-step gradient, and is marked in
+    `stats.adjoint.fallback`. Cost: one vjp per step of `solver`.
+
+    Exact in every order: under `create_graph=True` f is evaluated once more, and the adjoint equation, itself a fixed
+    point, is differentiated in the same way. Then f must be twice differentiable.
 
     Args:
         solver: solves the adjoint equation, from u = 0.
@@ -147,7 +205,15 @@ class Implicit(AdjointEstimator):
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         # at u = 0 the map is g itself: no vjp needed to know that
-        u, stats.adjoint, _ = solve(lambda u: vjp(u) + g, torch.zeros_like(g), self.solver, fz0=g, in_place=True)
-        # where nothing beat u = 0, a zero gradient would pass for an answer, and hide a cotangent that is not finite
-        progress = stats.adjoint.residual < stats.adjoint.trace[0]
-        return replace_rows(u, g, ~progress)
+        u, adjoint, _ = solve(
+            lambda u: vjp(u) + g,
+            torch.zeros_like(g),
+            self.solver,
+            fz0=g,
+            scale=vector_norm(g, self.solver.norm),
+            in_place=True,
+        )
+        # a zero gradient would pass for an answer, and hide a cotangent that is not finite
+        adjoint.fallback = ~(adjoint.residual < 1)
+        stats.adjoint = adjoint
+        return replace_rows(u, g, adjoint.fallback)
