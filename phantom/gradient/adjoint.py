@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
-from phantom.gradient.linear import Linearisation, Readings, vjp
+from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
 from phantom.residual import vector_norm
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
@@ -37,6 +38,7 @@ class _Backward:
     linear: Linearisation
     stats: Stats
     history: Any
+    is_adjoint: bool = False  # f is the map of an adjoint equation itself, and its inputs are given
 
     def cotangent(self, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:
@@ -57,15 +59,18 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, fz: Tensor, backward: _Backward, *inputs: Tensor) -> Tensor:
         ctx.equilibrium = backward
+        ctx.set_materialize_grads(False)
         value = fz.detach()
         ctx.save_for_backward(value)
         return value
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, g: Tensor | None) -> tuple[Tensor | None, ...]:
         equilibrium = ctx.equilibrium
-        u = equilibrium.cotangent(g)
         nothing = [None] * len(equilibrium.linear.inputs)
+        if g is None:
+            return None, None, *nothing
+        u = equilibrium.cotangent(g)
         if not torch.is_grad_enabled():
             return u, None, *nothing
         # create_graph=True: u depends on the parameters through J, even where g is a constant
@@ -85,37 +90,42 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> None:
         raise RuntimeError(
-            "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, which "
-            "is exact in every order"
+            "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, "
+            "which is exact in every order"
         )
 
 
-def _differentiable(ctx: FunctionCtx, g: Tensor, u: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable(ctx: FunctionCtx, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     """Return u^T df/dx for all tensors x that f reads, with a graph: everything there depends on the parameters.
 
     f is evaluated once more, at z_star as the value of this node, whose derivative is that of the equilibrium. u is the
     equilibrium of u -> J^T u + g, and is differentiated as such.
     """
     equilibrium, (value,) = ctx.equilibrium, ctx.saved_tensors
-    z = value + (equilibrium.linear.z - value).detach()
-    with Readings(z) as readings:
-        fz = equilibrium.f(z)
-    edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in readings.tensors]
-    if [(edge.node, edge.output_nr) for edge in edges] != list(ctx.next_functions[1:]) or readings.missed(fz, z):
-        raise RuntimeError(
-            "the second derivative of Implicit evaluates f again, and needs to see every tensor that f reads: here f "
-            "reads others than before, or hides them in compiled or scripted code. Use UPG or BPTT"
-        )
+    z = _with_value(value, equilibrium.linear.z)
+    if equilibrium.is_adjoint:
+        fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
+    else:
+        with Readings(z) as readings:
+            fz, inputs = equilibrium.f(z), readings.tensors
+        if [*map(edge_of, inputs)] != [*ctx.next_functions[1:]] or readings.missed(fz):
+            raise RuntimeError(
+                "the second derivative of Implicit evaluates f again, and needs to see every tensor that f reads: here "
+                "f reads others than before, or hides them in compiled or scripted code. Use UPG or BPTT"
+            )
 
     def adjoint(u: Tensor) -> Tensor:
         return vjp(fz, z, u, create_graph=torch.is_grad_enabled()) + g
 
     linear = Linearisation(adjoint, u)
-    linear.inputs = [tensor for tensor in (*readings.tensors, z, g) if tensor.requires_grad]
-    again = _Backward(equilibrium.estimator, adjoint, linear, Stats.of_no_solve(u), None)
-    attached = _Equilibrium.apply(linear.fz, again, *linear.inputs)
-    u = attached + (u - attached).detach()
-    return torch.autograd.grad(fz, readings.tensors, u, create_graph=True, allow_unused=True)
+    linear.inputs = [tensor for tensor in (*inputs, z, g) if tensor.requires_grad]
+    again = _Backward(equilibrium.estimator, adjoint, linear, Stats.of_no_solve(u), None, is_adjoint=True)
+    u = _with_value(_Equilibrium.apply(linear.fz, again, *linear.inputs), u)
+    return partial_vjps(fz, inputs, u, fixed=z)
+
+
+def _with_value(graph: Tensor, value: Tensor) -> Tensor:
+    return graph + (value - graph).detach()
 
 
 class AdjointEstimator(GradientEstimator):
@@ -152,8 +162,8 @@ class NPG(AdjointEstimator):
     """Neumann-series phantom gradient: u = lam sum_{i<k} (B^T)^i g with B = lam J + (1 - lam) I.
 
     Eq. (17), Geng et al. 2021. The error against the exact adjoint is (B^T)^k u_exact. Cost: k - 1 vjps, memory flat in
-    k. Refuses a second derivative. Degrades where the spectral radius of B exceeds one, and the more the larger k is. k = 1, lam = 1 is the one-step
-    (Jacobian-free) gradient of Fung et al. 2022.
+    k. Degrades where the spectral radius of B exceeds one, and the more the larger k is. k = 1, lam = 1 is the one-step
+    (Jacobian-free) gradient of Fung et al. 2022. Refuses a second derivative.
 
     Args:
         k: number of terms, >= 1.

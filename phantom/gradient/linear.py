@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Linearisation:
         with Readings(self.z) as readings:
             self.fz = f(self.z)
         self.inputs = readings.tensors
-        self.is_frozen = not self.fz.requires_grad or not (self.inputs or readings.missed(self.fz, self.z))
+        self.is_frozen = not self.fz.requires_grad or not (self.inputs or readings.missed(self.fz))
 
     def vjp(self, u: Tensor) -> Tensor:
         """Return J^T u (B, D)."""
@@ -54,6 +54,23 @@ def vjp(fz: Tensor, z: Tensor, u: Tensor, *, create_graph: bool = False) -> Tens
     return product
 
 
+def partial_vjps(fz: Tensor, inputs: Sequence[Tensor], u: Tensor, *, fixed: Tensor) -> Sequence[Tensor | None]:
+    """Return (dfz/dx)^T u with a graph for every x of `inputs`, the others and `fixed` held, though x may make them."""
+    nodes = {tensor.grad_fn for tensor in (*inputs, fixed)} - {None}
+    stops = [node.register_prehook(lambda gradients: (None,) * len(gradients)) for node in nodes]
+    try:
+        return torch.autograd.grad(fz, inputs, u, create_graph=True, allow_unused=True)
+    finally:
+        for stop in stops:
+            stop.remove()
+
+
+def edge_of(tensor: Tensor) -> tuple[Node, int]:
+    """Return where the gradient of `tensor` goes: a node, and which of its outputs the tensor is."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
 class Readings(TorchFunctionMode):
     """Collect the tensors with a graph that a map of `z` reads from outside.
 
@@ -64,39 +81,50 @@ class Readings(TorchFunctionMode):
     def __init__(self, z: Tensor) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
+        self._own = [z]  # leaves that the map makes itself, as a solve inside of it does
         self._known = {id(z)}
         self._first = z.view_as(z).grad_fn._sequence_nr()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ != "__get__":  # reading its shape is not reading a tensor
-            for tensor in _tensors((*args, *kwargs.values())):
-                if tensor.requires_grad and id(tensor) not in self._known and self._is_outside(tensor.grad_fn):
-                    self._known.add(id(tensor))
-                    self.tensors.append(tensor)
-        return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        is_getter = func.__name__ == "__get__"
+        if not is_getter:
+            self._read((*args, *kwargs.values()))
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            if is_getter:  # its transpose, say; to read its shape is not to read a tensor
+                self._read(args)
+            if out.requires_grad and out.grad_fn is None and id(out) not in self._known:
+                self._keep(out, self._own)
+        return out
 
-    def missed(self, fz: Tensor, z: Tensor) -> bool:
-        """Return whether the graph of `fz`, the map at `z`, leads to a tensor that was not seen."""
-        known = {torch.autograd.graph.get_gradient_edge(tensor).node for tensor in (z, *self.tensors)}
-        pending, seen = [fz.grad_fn], set()
+    def _read(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                self._read(value)
+            elif isinstance(value, Tensor) and value.requires_grad:
+                if id(value) not in self._known and self._is_outside(value.grad_fn):
+                    self._keep(value, self.tensors)
+
+    def _keep(self, tensor: Tensor, where: list[Tensor]) -> None:
+        self._known.add(id(tensor))
+        where.append(tensor)
+
+    def missed(self, fz: Tensor) -> bool:
+        """Return whether the graph of the map's value `fz` leads to a tensor that was not seen."""
+        known = {edge_of(tensor) for tensor in (*self._own, *self.tensors)}
+        pending, seen = [edge_of(fz)], set()
         while pending:
-            node = pending.pop()
-            if node is None or node in seen or node in known:
+            edge = pending.pop()
+            if edge[0] is None or edge in seen or edge in known:
                 continue
-            if self._is_outside(node):
+            if self._is_outside(edge[0]):
                 return True
-            seen.add(node)
-            pending.extend(following for following, _ in node.next_functions)
+            seen.add(edge)
+            pending.extend(edge[0].next_functions)
         return False
 
     def _is_outside(self, node: Node | None) -> bool:
         return node is None or hasattr(node, "variable") or node._sequence_nr() < self._first
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
