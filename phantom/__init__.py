@@ -5,6 +5,7 @@ loss(solution.value).backward()
 """
 
 from phantom import diagnostics
+from phantom.check import check
 from phantom.deq import DEQ, fixed_point
 from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
 from phantom.gradient.base import GradientEstimator
@@ -48,6 +49,7 @@ __all__ = [
     "WeightNorm",
     "describe",
     "diagnostics",
+    "check",
     "fixed_point",
     "variational_mask",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phantom.confirm import Confirming
+from phantom.check import check
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
@@ -38,6 +39,7 @@ def fixed_point(
     in_place: bool = False,
     confirm: bool = True,
     on_failure: OnFailure = "useless",
+    debug: bool = False,
     clock: Clock = nullcontext,
 ) -> Solution:
     """Solve z = f(z) without a graph, then attach the gradient estimate when grad is enabled.
@@ -60,6 +62,7 @@ def fixed_point(
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
             called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU.
+        debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
     Raises:
@@ -67,11 +70,16 @@ def fixed_point(
 
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
+
+    Raises:
+        ValueError: with `debug`, where f is no map to solve.
     """
     solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
     check_kind("solver", solver, Solver, "Broyden()")
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
+    if debug and (findings := check(f, z0)):
+        raise ValueError(" ".join(findings))
     packing = Packing(z0)
     flat_f, start = Pure(packing.wrap(f)), packing.pack(z0)
     flat_z0 = start.detach()

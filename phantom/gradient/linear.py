@@ -104,9 +104,11 @@ class Readings(TorchFunctionMode):
         for value in values:
             if isinstance(value, (tuple, list)):
                 self._read(value)
-            elif isinstance(value, Tensor) and value.requires_grad:
-                if id(value) not in self._known and self._is_outside(value.grad_fn):
-                    self._keep(value, self.tensors)
+            elif isinstance(value, Tensor) and self._is_reading(value):
+                self._keep(value, self.tensors)
+
+    def _is_reading(self, tensor: Tensor) -> bool:
+        return tensor.requires_grad and id(tensor) not in self._known and self._is_outside(tensor.grad_fn)
 
     def _keep(self, tensor: Tensor, where: list[Tensor]) -> None:
         self._known.add(id(tensor))

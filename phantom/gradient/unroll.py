@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -19,8 +20,9 @@ class UPG(GradientEstimator):
     """Unrolled phantom gradient: differentiate k steps z <- lam f(z) + (1 - lam) z from z_star.
 
     Eq. (12) and (16), Geng et al. 2021. The value is the state after the k steps. Cost: k evaluations of f with a
-    graph, and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead.
-    Supports double backward.
+    graph, and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead,
+    with the same random numbers; a buffer that f moves is moved twice. Supports double backward, which holds z_star
+    fixed: the second derivative is that of the k steps alone.
 
     Args:
         k: number of steps, >= 1.
@@ -64,7 +66,9 @@ class BPTT(GradientEstimator):
 def _unroll(f: FlatMap, z: Tensor, steps: int, lam: float, checkpoint: bool, solution: Solution) -> Tensor:
     check_grad_enabled()
     for _ in range(steps):
-        fz = recompute(f, z, use_reentrant=False, preserve_rng_state=False) if checkpoint else f(z)
+        # a mask drawn inside f must be drawn again as it was; a stream that is being captured has no state to keep
+        keep = not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+        fz = recompute(f, z, use_reentrant=False, preserve_rng_state=keep) if checkpoint else f(z)
         z = fz if lam == 1 else z.lerp(fz, lam)
     solution.stats.num_evals += steps
     return z

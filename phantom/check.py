@@ -1,0 +1,235 @@
+"""Ask a map what is wrong with it: the questions that a solve and an estimator cannot afford to ask at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from types import CellType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from phantom.state import Map, Packing, State
+
+
+def check(f: Map, z0: State) -> list[str]:
+    """Return in sentences what is wrong with `f` as a map of states like `z0`; an empty list where nothing was found.
+
+    f is evaluated about 6 + 2 log2(B) times: it must return the form and dtype of z0, leave its argument and its
+    buffers alone, give the same value twice, and with a graph as without, treat the B problems apart, depend on z, and
+    lead its graph to z and to every parameter that it reads. The state of the random generators and the buffers are as
+    before afterwards.
+
+    Args:
+        f: closed map, as for `fixed_point`.
+        z0: a tensor or a tuple of tensors with a leading axis of B independent problems.
+
+    Raises:
+        TypeError, ValueError: `z0` is no state, as in `fixed_point`.
+    """
+    packing = Packing(z0)
+    devices = [packing.device] if packing.device.type == "cuda" else []
+    reads = _Reads(_names(f))
+
+    def watched(z: State) -> State:
+        reads.own(z)
+        with reads:
+            return f(z)
+
+    with torch.random.fork_rng(devices):
+        try:
+            return _findings(watched, packing, packing.pack(z0).detach().clone(), reads)
+        finally:
+            reads.restore()
+
+
+def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
+    with torch.no_grad():
+        argument = _state(packing, z)
+        copies = [part.clone() for part in _parts(argument)]
+        versions = [part._version for part in _parts(argument)]
+        fz = f(argument)
+        found = _form(fz, argument)
+        if found:
+            return found
+        fz = packing.pack(fz).clone()
+        written = any(part._version != version for part, version in zip(_parts(argument), versions, strict=True))
+        if written or not all(map(_same, _parts(argument), copies)):
+            found.append("f writes its argument: use out-of-place operations, nn.ReLU(inplace=False) for one.")
+        moved = reads.moved()
+        if moved:
+            found.append(
+                f"f moves what it reads, {', '.join(moved)}: every evaluation does, so its value after a solve depends "
+                "on the number of steps. Freeze running statistics inside f (eval mode), or normalise without them."
+            )
+        if not fz.isfinite().all():
+            return [*found, "f(z0) is not finite: nothing else can be told from there."]
+        again = packing.pack(f(_state(packing, z))).clone()
+    with torch.enable_grad():
+        leaf = z.clone().requires_grad_()
+        with_graph = packing.pack(f(_state(packing, leaf)))
+    if not _same(again, fz):
+        found.append(
+            "f is random: two evaluations at the same z differ. Draw masks once per solve, outside of f "
+            "(phantom.variational_mask), so that f stays one map."
+        )
+    else:
+        # a solve inside f returns another iterate with a graph, within its tolerance
+        if not _same(with_graph.detach(), fz, tol=torch.finfo(z.dtype).eps ** 0.5):
+            found.append("f gives another value with a graph than under no_grad: the gradient is that of another map.")
+        with torch.no_grad():
+            found += _dependence(f, packing, z, fz, with_graph, leaf)
+    return found + _graph(with_graph, leaf, reads)
+
+
+def _state(packing: Packing, z: Tensor) -> State:
+    """Return `z` (B, D) in the form of f, each part in memory of its own."""
+    parts = packing.unpack(z)
+    return tuple(part.clone() for part in parts) if isinstance(parts, tuple) else parts.clone()
+
+
+def _dependence(f: Map, packing: Packing, z: Tensor, fz: Tensor, with_graph: Tensor, leaf: Tensor) -> list[str]:
+    def evaluate(z: Tensor) -> Tensor:
+        return packing.pack(f(_state(packing, z))).clone()
+
+    step = torch.randn_like(z) * (0.1 * z.square().mean().sqrt() + 0.01)
+    if _same(evaluate(z + step), fz):
+        return ["f does not depend on z: its fixed point is f(z0), and no solve is needed."]
+    rows = torch.arange(len(z), device=z.device)
+    for bit in range(max(len(z) - 1, 0).bit_length()):
+        for value in (0, 1):
+            moved = (rows >> bit) % 2 == value
+            other = evaluate(torch.where(moved[:, None], z + step, z))
+            if not _same(other[~moved], fz[~moved]):
+                return [
+                    "f couples the rows of z: one problem changes another, and each is stopped and measured alone. Pass"
+                    " what belongs together as one problem, z[None], or normalise each problem for itself."
+                ]
+    return []
+
+
+def _graph(with_graph: Tensor, leaf: Tensor, reads: _Reads) -> list[str]:
+    """Return what the graph of f does not reach, of all that f has read."""
+    wanted = [leaf, *(tensor for tensor in reads.tensors.values() if tensor.requires_grad)]
+    if with_graph.requires_grad:
+        gradients = torch.autograd.grad(with_graph.sum(), wanted, allow_unused=True)
+    else:
+        gradients = [None] * len(wanted)
+    found = []
+    if gradients[0] is None:
+        found.append(
+            "the graph of f does not lead to z: every estimator takes df/dz = 0. Look for detach() or no_grad()."
+        )
+    cut = [reads.name(tensor) for tensor, gradient in zip(wanted[1:], gradients[1:], strict=True) if gradient is None]
+    if cut:
+        found.append(
+            f"f reads {', '.join(cut)}, which needs a gradient, and its graph does not lead there: it would never be "
+            "trained. Look for detach(), .data or no_grad() inside f."
+        )
+    return found
+
+
+def _form(fz: Any, z: State) -> list[str]:
+    parts, wanted = _parts(fz), _parts(z)
+    if type(fz) is not type(z) or not all(isinstance(part, Tensor) for part in parts) or len(parts) != len(wanted):
+        return [f"f returns {_kind(fz)} for {_kind(z)}: it must return the form of its argument."]
+    found = []
+    for part, want in zip(parts, wanted, strict=True):
+        if part.shape != want.shape:
+            found.append(f"f changes the shape of its state from {tuple(want.shape)} to {tuple(part.shape)}.")
+        if part.dtype != want.dtype:
+            found.append(f"f changes the dtype of its state from {want.dtype} to {part.dtype}.")
+        if part.device != want.device:
+            found.append(f"f moves its state from {want.device} to {part.device}.")
+    return found
+
+
+def _kind(z: Any) -> str:
+    return f"a {type(z).__name__} of {len(z)} parts" if isinstance(z, (tuple, list)) else f"a {type(z).__name__}"
+
+
+def _parts(z: Any) -> tuple[Any, ...]:
+    return tuple(z) if isinstance(z, (tuple, list)) else (z,)
+
+
+def _same(a: Tensor, b: Tensor, tol: float | None = None) -> bool:
+    """Return whether two tensors agree, by default up to the rounding of sums taken in another order."""
+    tol = 100 * torch.finfo(a.dtype).eps if tol is None else tol
+    scale = b.abs().amax() if b.numel() else 1.0
+    return bool(((a - b).abs() <= tol * scale).all())
+
+
+class _Reads(TorchFunctionMode):
+    """Keep every tensor that f reads from outside, and what a buffer was before f ran."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self._names = names
+        self.tensors: dict[int, Tensor] = {}
+        self._own: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        is_getter = func.__name__ == "__get__"
+        if not is_getter:
+            self._read((*args, *kwargs.values()))
+        out = func(*args, **kwargs)
+        if is_getter and isinstance(out, Tensor):  # its transpose, say; to read its shape is not to read a tensor
+            self._read(args)
+        self.own(out)
+        return out
+
+    def own(self, values: Any) -> None:
+        """Take these tensors for made inside; one read from outside before stays so."""
+        for value in _parts(values):
+            if isinstance(value, Tensor) and id(value) not in self.tensors:
+                self._own[id(value)] = value
+
+    def _read(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                self._read(value)
+            elif isinstance(value, Tensor) and id(value) not in self._own and id(value) not in self.tensors:
+                self.tensors[id(value)] = value
+                if not value.requires_grad:
+                    self._before[id(value)] = value.detach().clone()
+
+    def moved(self) -> list[str]:
+        return [self.name(self.tensors[key]) for key, old in self._before.items() if not _equal(self.tensors[key], old)]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for key, old in self._before.items():
+                if not _equal(self.tensors[key], old):
+                    self.tensors[key].copy_(old)
+
+    def name(self, tensor: Tensor) -> str:
+        return self._names.get(id(tensor), f"a tensor of shape {tuple(tensor.shape)}")
+
+
+def _names(f: Any) -> dict[int, str]:
+    """Return the names of the tensors of those modules that `f` is, is a method of, or reads by a name of its own."""
+    inner = f.func if isinstance(f, partial) else f
+    holders = [inner, getattr(inner, "__self__", None)]
+    code, scope = getattr(inner, "__code__", None), getattr(inner, "__globals__", {})
+    holders += [scope.get(name) for name in code.co_names] if code else []
+    holders += [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if not _is_empty(cell)]
+    names = {}
+    for module in holders:
+        if isinstance(module, nn.Module):
+            names |= {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return names
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or (bool((a.isnan() & b.isnan()).any()) and torch.allclose(a, b, 0, 0, equal_nan=True))
