@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from phantom.confirm import Confirming
 from phantom.check import check
@@ -78,6 +79,20 @@ def fixed_point(
     check_kind("solver", solver, Solver, "Broyden()")
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
+    if _is_compiled_around(grad):
+        from phantom.compiled import outside
+
+        return outside(
+            f,
+            z0,
+            solver=solver,
+            grad=grad,
+            regularizer=regularizer,
+            graph_dtype=graph_dtype,
+            in_place=in_place,
+            debug=debug,
+            clock=clock,
+        )
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
@@ -123,6 +138,13 @@ def fixed_point(
         with clock("attach"):
             solution.penalty = regularizer(f, solution.z_star)
     return solution
+
+
+def _is_compiled_around(grad: GradientEstimator) -> bool:
+    """Return whether torch.compile is at work around a solve; it traces an unrolled iteration alone, which has none."""
+    if torch.compiler.is_dynamo_compiling():
+        return grad.needs_equilibrium or not torch.is_grad_enabled()
+    return get_eval_frame_callback() not in (None, False)
 
 
 class DEQ(nn.Module):

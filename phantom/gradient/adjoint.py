@@ -6,10 +6,13 @@ solution u of (I - J^T) u = g, and the ordinary graph carries u to parameters an
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -147,14 +150,21 @@ class AdjointEstimator(GradientEstimator):
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         check_grad_enabled()
         stats = solution.stats
-        # the backward of a compiled f is one piece: every vjp would compute the gradients of all parameters, too
-        with torch.compiler.set_stance("force_eager"):
+        with _uncompiled():
             linear = Linearisation(f, solution.z_star)
         stats.num_evals += 1
         if linear.is_frozen:
             return linear.fz.detach()
         backward = _Backward(self, f, linear, stats, solution.history)
         return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Run f eagerly: the backward of a compiled f is one piece, where every vjp computes the gradients of all weights.
+
+    torch._dynamo takes seconds to load, and has nothing compiled where nobody has loaded it.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

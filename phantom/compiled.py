@@ -1,0 +1,49 @@
+"""Where torch.compile meets a solve. The first solve that it traces imports this: torch._dynamo takes long to load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.decorators import skip
+from torch._dynamo.eval_frame import _callback_from_stance, skip_code
+
+from phantom import deq
+from phantom.solution import Solution
+from phantom.state import Map, State
+
+REASON = (
+    "phantom runs a solve between two compiled halves of the model, and compiles f there alone: one graph break, which "
+    "fullgraph=True refuses. Traced whole is BPTT, which has no solve"
+)
+
+
+@skip
+def outside(f: Map, z0: State, **settings: Any) -> Solution:
+    """Return `fixed_point(f, z0, **settings)`, run eagerly, with f compiled in the solve as the model around it.
+
+    With a graph f runs eagerly: the backward of a compiled f is one piece, and would compute the gradients of all
+    parameters with every vjp. Compile the cell itself to have both.
+    """
+    callback = set_eval_frame(None)
+
+    def inner(z: State) -> State:
+        if torch.is_grad_enabled():
+            return f(z)
+        set_eval_frame(_callback_from_stance(callback))
+        try:
+            return f(z)
+        finally:
+            set_eval_frame(None)
+
+    try:
+        return deq.fixed_point(inner, z0, **settings)
+    finally:
+        set_eval_frame(callback)
+
+
+outside._torchdynamo_disable_msg = REASON
+# these frames lead to `outside` and have nothing to compile: each would be a graph break of its own
+skip_code(deq.fixed_point.__code__)
+skip_code(deq.DEQ.forward.__code__)
