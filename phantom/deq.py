@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from phantom.confirm import Confirming
+from phantom import transforms
 from phantom.check import check
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
@@ -103,7 +104,8 @@ def fixed_point(
         if differentiate and not grad.needs_equilibrium:
             z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
         else:
-            z_star, stats, history = solve(flat_f, flat_z0, solver, in_place=in_place or packing.joins)
+            run = solve if not transforms.are_active() else transforms.solve
+            z_star, stats, history = run(flat_f, flat_z0, solver, in_place=in_place or packing.joins)
             # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
             torch.clear_autocast_cache()
     keep = history if grad.needs_history else None

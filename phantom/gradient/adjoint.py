@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
+from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
 from phantom.residual import vector_norm
 from phantom.solution import Solution, Stats
@@ -51,6 +53,23 @@ class _Backward:
         with torch.no_grad():
             return self.estimator.cotangent(vjp, g, self.stats, self.history)
 
+    def cotangents(self, g: Tensor) -> Tensor:
+        """Return u for a `g` under vmap, of `is_grads_batched=True` for one."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a graph of a gradient under is_grads_batched is not there: use torch.func around the whole "
+                "model (hessian, jacrev), or differentiate one row after the other"
+            )
+
+        def solve(product: Vjp, v: Tensor) -> Tensor:
+            return self.estimator.cotangent(product, v, self.stats, self.history)
+
+        operator = Operator(self.linear.fz, self.linear.z, solve, is_exact=False)
+        if transforms.is_grads_batched(g):
+            return transforms.on_batch(lambda g: operator(g, transposed=True), g)
+        index = torch.arange(len(self.linear.z), device=g.device)
+        return Inverse.apply(g, index, operator, True, True, ())
+
 
 class _Equilibrium(torch.autograd.Function):
     """The identity on f(z_star), whose backward maps the cotangent; the graph of f below it stays an ordinary graph.
@@ -73,29 +92,16 @@ class _Equilibrium(torch.autograd.Function):
         nothing = [None] * len(equilibrium.linear.inputs)
         if g is None:
             return None, None, *nothing
+        if transforms.are_active() or transforms.is_grads_batched(g):
+            return equilibrium.cotangents(g), None, *nothing
         u = equilibrium.cotangent(g)
         if not torch.is_grad_enabled():
             return u, None, *nothing
         # create_graph=True: u depends on the parameters through J, even where g is a constant
         if not isinstance(equilibrium.estimator, Implicit):
             # the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
-            return _OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
+            return OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
         return None, None, *_differentiable(ctx, g, u)
-
-
-class _OnceOnly(torch.autograd.Function):
-    """The identity on u, whose own backward raises."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, u: Tensor, fz: Tensor) -> Tensor:
-        return u.view_as(u)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> None:
-        raise RuntimeError(
-            "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, "
-            "which is exact in every order"
-        )
 
 
 def _differentiable(ctx: FunctionCtx, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
@@ -150,6 +156,8 @@ class AdjointEstimator(GradientEstimator):
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         check_grad_enabled()
         stats = solution.stats
+        if transforms.are_active():
+            return self._attach_under(transforms.Levels(), f, solution)
         with _uncompiled():
             linear = Linearisation(f, solution.z_star)
         stats.num_evals += 1
@@ -157,6 +165,39 @@ class AdjointEstimator(GradientEstimator):
             return linear.fz.detach()
         backward = _Backward(self, f, linear, stats, solution.history)
         return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
+
+    def _attach_under(self, levels: transforms.Levels, f: FlatMap, solution: Solution) -> Tensor:
+        """Return the value with a derivative at every level of torch.func and forward mode.
+
+        The derivative is a linear map with the Jacobian at z_star, a constant. Each Newton step with it makes one more
+        order of mixed derivatives right: one step for each level that differentiates.
+        """
+        stats, history = solution.stats, solution.history
+        rows = levels.rows(solution.z_star)
+        with levels.aside(f), torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+        value = f(levels.wrap(rows))
+        stats.num_evals += 1
+
+        def apply(product: Vjp, v: Tensor) -> Tensor:
+            return self.cotangent(product, v, stats, history)
+
+        operator = Operator(levels.rows(value), rows, apply, is_exact=isinstance(self, Implicit))
+        if not levels.rows(levels.wrap(rows) * 1).requires_grad:
+            raise RuntimeError(
+                "torch.func needs grad around it to differentiate an equilibrium: call it outside of torch.no_grad()"
+            )
+        index = levels.wrap(torch.arange(len(rows), device=rows.device))
+
+        def inverse(v: Tensor) -> Tensor:
+            return Inverse.apply(v, index, operator, False, False, ())
+
+        value = inverse(value)
+        for _ in range(levels.orders - 1 if operator.is_exact else 0):
+            fz = f(value)
+            stats.num_evals += 1
+            value = value + inverse((fz - levels.constant(fz)) - (value - levels.constant(value)))
+        return value
 
 
 def _uncompiled() -> AbstractContextManager:

@@ -1,0 +1,140 @@
+"""The derivative of an equilibrium as a linear map, for torch.func and forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from phantom import transforms
+
+Cotangent = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+REFUSAL = (
+    "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, "
+    "which is exact in every order (under torch.func, where each order is a transform of its own)"
+)
+
+
+@dataclass
+class Operator:
+    """v -> (I - J)^{-1} v, or what an estimator takes for it, at a plain linearisation of R rows.
+
+    Args:
+        fz, z: (R, D) f(z) with a graph to z.
+        solve: solve(product, v) gives u with u = product(u) + v.
+        is_exact: whether `solve` is the inverse, so that it may be differentiated.
+    """
+
+    fz: Tensor
+    z: Tensor
+    solve: Cotangent
+    is_exact: bool
+
+    def __call__(self, v: Tensor, *, transposed: bool) -> Tensor:
+        """Return the solution (K, R, D) for K right-hand sides `v` (K, R, D)."""
+        copies, shape = len(v), v.shape
+        with torch.no_grad():
+            product = self._products(transposed)
+            found = self.solve(lambda u: product(u.view(shape)).reshape(-1, shape[-1]), v.reshape(-1, shape[-1]))
+        return found.view(copies, *shape[1:])
+
+    def _products(self, transposed: bool) -> Callable[[Tensor], Tensor]:
+        output, point = self.fz, self.z
+        if not transposed and output.requires_grad:
+            with torch.enable_grad():  # J v is the gradient of J^T u, which is linear in u
+                point = torch.zeros_like(output).requires_grad_()
+                (output,) = torch.autograd.grad(
+                    self.fz, self.z, point, create_graph=True, materialize_grads=True, retain_graph=True
+                )
+        if not output.requires_grad:
+            return torch.zeros_like
+
+        def product(u: Tensor) -> Tensor:
+            (found,) = torch.autograd.grad(output, point, u, retain_graph=True, materialize_grads=True)
+            return found
+
+        return lambda u: product(u[0])[None] if len(u) == 1 else torch.func.vmap(product)(u)
+
+
+class OnceOnly(torch.autograd.Function):
+    """The identity on u, an estimate that depends on `fz` and more: its own derivative raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, fz: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> None:
+        raise RuntimeError(REFUSAL)
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *tangents: Tensor) -> None:
+        raise RuntimeError(REFUSAL)
+
+
+class Inverse(torch.autograd.Function):
+    """The linear map of an `Operator` at every level of torch.func, or the identity with its derivative.
+
+    `index` (B,) is batched where the rows of the operator are: a dimension of vmap that it lacks holds right-hand sides
+    of their own. `lead` tells which of the leading dimensions of `v` are such.
+    """
+
+    @staticmethod
+    def forward(
+        v: Tensor, index: Tensor, operator: Operator, transposed: bool, acts: bool, lead: tuple[bool, ...]
+    ) -> Tensor:
+        if not acts:
+            return v.clone()
+        n = len(lead)
+        order = [i for i in range(n) if lead[i]] + [i for i in range(n) if not lead[i]] + [*range(n, v.dim())]
+        ordered = v.permute(order)
+        extra = sum(lead)
+        copies = ordered.shape[:extra].numel()
+        found = operator(ordered.reshape(copies, -1, v.shape[-1]), transposed=transposed)
+        return found.reshape(ordered.shape).permute([order.index(i) for i in range(v.dim())])
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        v, index, ctx.operator, ctx.transposed, ctx.acts, ctx.lead = inputs
+        ctx.save_for_backward(v, index)
+        ctx.save_for_forward(v, index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return Inverse._derivative(ctx, g, not ctx.transposed), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, tangent: Tensor, *nothing: None) -> Tensor:
+        return Inverse._derivative(ctx, tangent, ctx.transposed)
+
+    @staticmethod
+    def _derivative(ctx: FunctionCtx, v: Tensor, transposed: bool) -> Tensor:
+        fz, index = ctx.saved_tensors
+        u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
+        if ctx.acts:
+            return u
+        if torch.is_grad_enabled() and not transforms.are_active():
+            return OnceOnly.apply(u, ctx.operator.fz.sum() + fz.sum())
+        return u if ctx.operator.is_exact else OnceOnly.apply(u, fz)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], v: Tensor, index: Tensor, *settings: Any
+    ) -> tuple[Tensor, int]:
+        *settings, lead = settings
+        dim, index_dim = in_dims[:2]
+        v = v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0)
+        index = index if index_dim is None else index.movedim(index_dim, 0)
+        return Inverse.apply(v, index, *settings, (index_dim is None, *lead)), 0

@@ -1,0 +1,228 @@
+"""torch.func, forward mode and batched gradients against Newton's method, whose derivatives are exact in plain torch."""
+
+import pytest
+import torch
+from torch import Tensor, func
+from torch.autograd import forward_ad
+
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
+from phantom.diagnostics import exact_adjoint
+from tests.phantom.problems import DTYPE, Regression, randn, with_radius
+
+EXACT = 1e-9
+WEIGHT, X = with_radius(0.5, 3, seed=1), randn(2, 3, seed=2)
+SOLVERS = {
+    "broyden": Broyden(max_steps=30, tol=1e-13),
+    "anderson": Anderson(max_steps=60, tol=1e-13),
+    "plain": FixedPoint(max_steps=100, tol=1e-13),
+    "budget": FixedPoint(max_steps=60, tol=None),
+}
+
+
+def equilibrium(weight: Tensor, x: Tensor, *, grad=None, solver=SOLVERS["broyden"]) -> Tensor:
+    grad = Implicit(solver=solver) if grad is None else grad
+    return fixed_point(lambda z: torch.tanh(z @ weight.mT) + x, torch.zeros_like(x), solver=solver, grad=grad).value
+
+
+def newton(weight: Tensor, x: Tensor) -> Tensor:
+    eye, z = torch.eye(3, dtype=DTYPE), torch.zeros_like(x)
+    for _ in range(12):
+        hidden = torch.tanh(z @ weight.mT)
+        z = z + torch.linalg.solve(eye - (1 - hidden**2)[..., None] * weight, (hidden + x - z)[..., None])[..., 0]
+    return z
+
+
+def loss(solve):
+    return lambda weight, x: solve(weight, x).square().sum()
+
+
+def forward_mode(solve):
+    with forward_ad.dual_level():
+        value = solve(forward_ad.make_dual(WEIGHT, torch.ones_like(WEIGHT)), X)
+        return tuple(forward_ad.unpack_dual(value))
+
+
+def batched(solve):
+    weight = WEIGHT.clone().requires_grad_()
+    basis = torch.eye(6, dtype=DTYPE).view(6, 2, 3)
+    return torch.autograd.grad(solve(weight, X), weight, basis, is_grads_batched=True)
+
+
+XS = torch.stack([X, 2 * X, X.flip(0)])
+FIRST = {
+    "grad": lambda s: func.grad(loss(s), argnums=(0, 1))(WEIGHT, X),
+    "vjp": lambda s: func.vjp(s, WEIGHT, X)[1](torch.ones_like(X)),
+    "jvp": lambda s: func.jvp(s, (WEIGHT, X), (torch.ones_like(WEIGHT), X.cos())),
+    "jacrev": lambda s: func.jacrev(s, argnums=(0, 1))(WEIGHT, X),
+    "jacfwd": lambda s: func.jacfwd(s, argnums=(0, 1))(WEIGHT, X),
+    "vmap": lambda s: func.vmap(s, (None, 0))(WEIGHT, XS),
+    "vmap_of_weights": lambda s: func.vmap(s, (0, None), out_dims=1)(torch.stack([WEIGHT, 0.5 * WEIGHT]), X),
+    "vmap_of_last_axis": lambda s: func.vmap(s, (None, 2))(WEIGHT, XS.movedim(0, 2)),
+    "vmap_of_vmap": lambda s: func.vmap(func.vmap(s, (None, 0)), (0, None))(torch.stack([WEIGHT, WEIGHT.mT]), XS),
+    "per_sample": lambda s: func.vmap(func.grad(loss(s)), (None, 0))(WEIGHT, X[:, None]),
+    "grad_of_vmap": lambda s: func.grad(lambda w: func.vmap(s, (None, 0))(w, XS).square().sum())(WEIGHT),
+    "jacrev_of_vmap": lambda s: func.jacrev(lambda w: func.vmap(s, (None, 0))(w, XS))(WEIGHT),
+    "vmap_of_jacrev": lambda s: func.vmap(func.jacrev(s), (None, 0))(WEIGHT, X[:, None]),
+    "forward_mode": forward_mode,
+    "is_grads_batched": batched,
+}
+SECOND = {
+    "hessian": lambda s: func.hessian(loss(s), argnums=(0, 1))(WEIGHT, X),
+    "reverse_of_reverse": lambda s: func.jacrev(func.jacrev(loss(s)))(WEIGHT, X),
+    "reverse_of_forward": lambda s: func.jacrev(func.jacfwd(loss(s)))(WEIGHT, X),
+    "forward_of_forward": lambda s: func.jacfwd(func.jacfwd(loss(s)))(WEIGHT, X),
+    "force": lambda s: func.grad(lambda w: func.grad(loss(s), argnums=1)(w, X).square().sum())(WEIGHT),
+    "autograd_hessian": lambda s: torch.autograd.functional.hessian(lambda w: loss(s)(w, X), WEIGHT),
+}
+
+
+def close(found, expected) -> None:
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("transform", FIRST.values(), ids=FIRST)
+def test_first_order(transform, solver):
+    close(transform(lambda weight, x: equilibrium(weight, x, solver=solver)), transform(newton))
+
+
+@pytest.mark.parametrize("transform", SECOND.values(), ids=SECOND)
+def test_second_order(transform):
+    close(transform(equilibrium), transform(newton))
+
+
+def test_a_hessian_per_sample():
+    """The oracle goes sample by sample: torch's own linalg.solve is wrong in this transform of transforms."""
+    found = func.vmap(func.hessian(loss(equilibrium)), (None, 0))(WEIGHT, X[:, None])
+    close(found, torch.stack([func.hessian(loss(newton))(WEIGHT, x) for x in X[:, None]]))
+
+
+def test_the_third_order():
+    def third(solve) -> Tensor:
+        inner = func.grad(loss(solve), argnums=1)
+        middle = func.grad(lambda w: inner(w, X).square().sum())
+        return func.grad(lambda w: middle(w).sum())(WEIGHT)
+
+    torch.testing.assert_close(third(equilibrium), third(newton), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("grad", "k", "lam"), [(NPG(k=4, lam=0.5), 4, 0.5), (UPG(k=4, lam=0.5), 4, 0.5), (NPG(k=1, lam=1.0), 1, 1.0)]
+)
+def test_phantom_gradients_are_the_neumann_sum(grad, k, lam):
+    """u = lam sum (B^T)^i g by dense matrices, in reverse; and its transpose in forward mode."""
+    g, tangent = randn(2, 3, seed=3), randn(2, 3, seed=4)
+    jacobian = (1 - torch.tanh(newton(WEIGHT, X) @ WEIGHT.mT) ** 2)[:, :, None] * WEIGHT
+    damped = lam * jacobian + (1 - lam) * torch.eye(3, dtype=DTYPE)
+    total = lam * sum(torch.linalg.matrix_power(damped, i) for i in range(k))
+    (found,) = func.vjp(lambda x: equilibrium(WEIGHT, x, grad=grad), X)[1](g)
+    close(found, torch.einsum("bij,bi->bj", total, g))
+    _, moved = func.jvp(lambda x: equilibrium(WEIGHT, x, grad=grad), (X,), (tangent,))
+    close(moved, torch.einsum("bij,bj->bi", total, tangent))
+
+
+def test_bptt_is_the_loop():
+    def loop(weight: Tensor, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(3):
+            z = torch.tanh(z @ weight.mT) + x
+        return z
+
+    for transform in (FIRST["jacrev"], FIRST["jvp"], FIRST["per_sample"], SECOND["hessian"]):
+        close(transform(lambda weight, x: equilibrium(weight, x, grad=BPTT(num_steps=3))), transform(loop))
+
+
+def test_shine_has_the_gradient_of_autograd():
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(equilibrium(WEIGHT, x, grad=SHINE()).square().sum(), x)[0]
+    close(func.grad(lambda x: equilibrium(WEIGHT, x, grad=SHINE()).square().sum())(X), expected)
+
+
+@pytest.mark.parametrize("grad", [NPG(k=3, lam=0.5), NPG(k=1, lam=1.0)], ids=str)
+@pytest.mark.parametrize("name", ["hessian", "reverse_of_reverse", "reverse_of_forward", "force"])
+def test_estimates_refuse_a_second_derivative(grad, name):
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        SECOND[name](lambda weight, x: equilibrium(weight, x, grad=grad))
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_functional_call(solver):
+    """Parameters of a module that need grad outside, too: per-sample gradients sum to the gradient of the sum."""
+    model, x = Regression(DEQ(solver=solver, grad=Implicit(solver=solver))), randn(4, 3, seed=5)
+    parameters = dict(model.named_parameters())
+
+    def one(parameters, x: Tensor) -> Tensor:
+        return func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    each = func.vmap(func.grad(one), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        close(each[name].detach().sum(0), parameter.grad)
+        assert each[name].shape == (4, *parameter.shape)
+
+
+def test_a_tuple_state_and_frozen_weights():
+    def pair(x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x)
+        value = fixed_point(
+            lambda z: (torch.tanh(z[0] @ WEIGHT.mT) + z[1], x),
+            (zeros, zeros),
+            solver=SOLVERS["broyden"],
+            grad=Implicit(solver=SOLVERS["broyden"]),
+        ).value
+        return value[0]
+
+    for transform in (func.jacrev, func.jacfwd, lambda f: func.vmap(func.jacrev(f))):
+        x = X if transform in (func.jacrev, func.jacfwd) else XS
+        close(transform(pair)(x), transform(lambda x: newton(WEIGHT, x))(x))
+
+
+def test_rows_of_a_vmap_stop_alone():
+    """Two scales of one map in one vmap: each instance takes the steps that it takes alone."""
+    scales, evaluations = torch.tensor([0.1, 0.9], dtype=DTYPE), []
+
+    def solve(scale: Tensor) -> Tensor:
+        solution = fixed_point(
+            lambda z: scale * z + 1,
+            torch.zeros(1, 1, dtype=DTYPE),
+            solver=FixedPoint(max_steps=400, tol=1e-10),
+            grad=UPG(k=1, lam=1.0),
+        )
+        evaluations.append(solution.stats.num_steps)
+        return solution.z_star
+
+    close(func.vmap(solve)(scales)[:, 0, 0], 1 / (1 - scales))
+    together = evaluations.pop()
+    for scale in scales:
+        solve(scale)
+    assert together.flatten().tolist() == [int(steps) for steps in evaluations]
+
+
+def test_a_transform_inside_f():
+    """f is itself a gradient: the equilibrium of z = x - 0.3 grad E(z), whose Jacobian is -0.3 times a Hessian."""
+    x = X.clone().requires_grad_()
+    energy = func.vmap(func.grad(lambda z: (z @ WEIGHT @ z).sin()))
+    grad = Implicit(solver=SOLVERS["broyden"])
+    value = fixed_point(lambda z: x - 0.1 * energy(z), torch.zeros_like(X), solver=SOLVERS["broyden"], grad=grad).value
+    g = randn(2, 3, seed=6)
+    jacobian = -0.1 * func.vmap(func.hessian(lambda z: (z @ WEIGHT @ z).sin()))(value.detach())
+    close(torch.autograd.grad(value, x, g)[0], exact_adjoint(jacobian, g))
+
+
+def test_no_grad_around_a_transform_is_refused_in_a_sentence():
+    with torch.no_grad(), pytest.raises(RuntimeError, match="needs grad around it"):
+        func.grad(loss(equilibrium))(WEIGHT, X)
+
+
+def test_a_vectorised_hessian_of_autograd():
+    def hessian(solve) -> Tensor:
+        return torch.autograd.functional.hessian(lambda w: loss(solve)(w, X), WEIGHT, vectorize=solve is equilibrium)
+
+    close(hessian(equilibrium), hessian(newton))
+
+
+def test_a_batched_gradient_with_a_graph_is_refused_in_a_sentence():
+    weight = WEIGHT.clone().requires_grad_()
+    basis = torch.eye(6, dtype=DTYPE).view(6, 2, 3)
+    with pytest.raises(RuntimeError, match="around the whole model"):
+        torch.autograd.grad(equilibrium(weight, X), weight, basis, is_grads_batched=True, create_graph=True)
