@@ -1,4 +1,4 @@
-"""torch.func, forward mode and batched gradients against Newton's method, whose derivatives are exact in plain torch."""
+"""torch.func, forward mode and batched gradients against Newton's method, whose derivatives are exact in any order."""
 
 import pytest
 import torch
