@@ -47,9 +47,9 @@ __all__ = [
     "State",
     "Stats",
     "WeightNorm",
+    "check",
     "describe",
     "diagnostics",
-    "check",
     "fixed_point",
     "variational_mask",
 ]

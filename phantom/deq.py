@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from phantom.confirm import Confirming
 from phantom import transforms
 from phantom.check import check
+from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
@@ -69,12 +69,10 @@ def fixed_point(
 
     Raises:
         SolveError: the solve has failed, with `on_failure="raise"`.
+        ValueError: with `debug`, where f is no map to solve.
 
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
-
-    Raises:
-        ValueError: with `debug`, where f is no map to solve.
     """
     solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
     check_kind("solver", solver, Solver, "Broyden()")
@@ -91,6 +89,8 @@ def fixed_point(
             regularizer=regularizer,
             graph_dtype=graph_dtype,
             in_place=in_place,
+            confirm=confirm,
+            on_failure=on_failure,
             debug=debug,
             clock=clock,
         )
@@ -111,7 +111,7 @@ def fixed_point(
     keep = history if grad.needs_history else None
     del history
     flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
-    unsure = confirm and not stats.confirmed
+    unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
         with clock("attach"):
             if graph_dtype is not None:

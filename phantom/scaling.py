@@ -38,6 +38,8 @@ def powers_of_two(*states: Tensor) -> Tensor | None:
     Other rows have the power 1. A row of zeros takes that of the largest of its neighbours; infinities and NaN do not
     count. None where there is nothing to do.
     """
+    if states[0].numel() == 0:
+        return None
     least, most = bounds(states[0].dtype)
     largest = torch.stack([s.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1) for s in states]).amax(dim=0)
     largest = torch.where(largest > 0, largest, largest.amax())

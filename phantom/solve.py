@@ -254,7 +254,7 @@ def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
     """Write into `kept` (B, D) those rows of `new` (B, D) for which `rows` (B,) is true, and return it."""
     wide = [kept, new]
     plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide)
-    if kept.device.type == "cpu" and plain and kept.shape[1] * kept.element_size() % 16 == 0:
+    if kept.device.type == "cpu" and plain and kept.numel() > 0 and kept.shape[1] * kept.element_size() % 16 == 0:
         # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
         wide = [t.view(torch.complex128) for t in wide]
     torch.where(rows[:, None], wide[1], wide[0], out=wide[0])

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +21,9 @@ from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
+from phantom.report import act
 from phantom.residual import vector_norm
+from phantom.scaling import is_on_host
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
@@ -277,4 +277,6 @@ class Implicit(AdjointEstimator):
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint
+        if stats.on_failure != "ignore" and (self.solver.tol is not None or is_on_host(g)):
+            act(adjoint, stats.on_failure, of="the adjoint solve of u = J^T u + g")
         return replace_rows(u, g, adjoint.fallback)
