@@ -4,6 +4,7 @@ solution = phantom.fixed_point(f, z0, solver=Broyden(max_steps=20, tol=1e-4), gr
 loss(solution.value).backward()
 """
 
+from phantom import diagnostics
 from phantom.check import check
 from phantom.deq import DEQ, fixed_point
 from phantom.gradient.adjoint import NPG, AdjointEstimator, Implicit
@@ -13,6 +14,7 @@ from phantom.gradient.shine import SHINE
 from phantom.gradient.unroll import BPTT, UPG
 from phantom.layers import WeightNorm, variational_mask
 from phantom.regularization import JacobianRegularizer
+from phantom.report import SolveError, SolveWarning, describe
 from phantom.solution import Solution, Stats
 from phantom.solver.anderson import Anderson
 from phantom.solver.base import Solver
@@ -20,6 +22,8 @@ from phantom.solver.broyden import Broyden
 from phantom.solver.fixed_point import FixedPoint
 from phantom.solver.rollout import Rollout
 from phantom.state import State
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BPTT",
@@ -37,11 +41,15 @@ __all__ = [
     "OneStep",
     "Rollout",
     "Solution",
+    "SolveError",
+    "SolveWarning",
     "Solver",
     "State",
     "Stats",
     "WeightNorm",
     "check",
+    "describe",
+    "diagnostics",
     "fixed_point",
     "variational_mask",
 ]

@@ -11,11 +11,20 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from phantom import transforms
 from phantom.check import check
+from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator
+from phantom.gradient.unroll import UPG
+from phantom.purity import Pure
+from phantom.report import OnFailure, act, check_on_failure
+from phantom.scaling import is_on_host
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
+from phantom.solver.broyden import Broyden
 from phantom.state import Map, Packing, State
+from phantom.validate import check_kind
+
+SOLVER, GRAD = Broyden(), UPG()  # the defaults
 
 Clock = Callable[[str], AbstractContextManager]
 Regularizer = Callable[[Map, State], Tensor]
@@ -25,11 +34,13 @@ def fixed_point(
     f: Map,
     z0: State,
     *,
-    solver: Solver,
-    grad: GradientEstimator,
+    solver: Solver | None = None,
+    grad: GradientEstimator | None = None,
     regularizer: Regularizer | None = None,
     graph_dtype: torch.dtype | None = None,
     in_place: bool = False,
+    confirm: bool = True,
+    on_failure: OnFailure = "useless",
     debug: bool = False,
     clock: Clock = nullcontext,
 ) -> Solution:
@@ -37,23 +48,36 @@ def fixed_point(
 
     Args:
         f: closed map of states: input, masks and effective weights are bound already, the same at every step.
-        z0: initial guess, a tensor or a tuple of tensors with a leading axis of B independent problems.
-        solver: finds z_star.
-        grad: gives the value its backward; not used under `torch.no_grad()`, where the value is z_star.
+        z0: initial guess with a leading axis of B independent problems: a tensor, or a tuple, list, dict or namedtuple
+            of tensors, nested as it may be.
+        solver: finds z_star; `Broyden()` by default.
+        grad: gives the value its backward; not used under `torch.no_grad()`, where the value is z_star. `UPG()` by
+            default.
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
         graph_dtype: autocast of the evaluations of f with a graph, and so of their backward; None keeps the caller's.
             bfloat16 there costs the gradient little, and in the solve, which keeps the caller's, much.
         in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
             Of a tuple state that is so in any case.
+        confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
+            they make together, which is another one if the problems depend on each other. The evaluation is that of
+            the estimator; under `torch.no_grad()` it is one more. False where they are known not to.
+        on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
+            that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
+            called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU.
         debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
+    Raises:
+        SolveError: the solve has failed, with `on_failure="raise"`.
+        ValueError: with `debug`, where f is no map to solve.
+
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
-
-    Raises:
-        ValueError: with `debug`, where f is no map to solve.
     """
+    solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
+    check_kind("solver", solver, Solver, "Broyden()")
+    check_kind("grad", grad, GradientEstimator, "UPG()")
+    check_on_failure(on_failure)
     if _is_compiled_around(grad):
         from phantom.compiled import outside
 
@@ -65,13 +89,15 @@ def fixed_point(
             regularizer=regularizer,
             graph_dtype=graph_dtype,
             in_place=in_place,
+            confirm=confirm,
+            on_failure=on_failure,
             debug=debug,
             clock=clock,
         )
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
-    flat_f, start = packing.wrap(f), packing.pack(z0)
+    flat_f, start = Pure(packing.wrap(f)), packing.pack(z0)
     flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
     with clock("solve"):
@@ -85,16 +111,30 @@ def fixed_point(
     keep = history if grad.needs_history else None
     del history
     flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
+    unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
         with clock("attach"):
             if graph_dtype is not None:
                 with torch.autocast(flat_z0.device.type, dtype=graph_dtype):
-                    flat_f = packing.wrap(f)  # f keeps the autocast it is wrapped under
-            flat.value = grad.attach(flat_f, flat)
+                    flat_f = Pure(packing.wrap(f), flat_f.writes)  # f keeps the autocast it is wrapped under
+            confirming = Confirming(flat_f, stats, solver) if unsure and graph_dtype is None else flat_f
+            flat.value = grad.attach(confirming, flat)
             if not grad.needs_equilibrium:
                 flat.z_star = flat.value.detach()
+    elif unsure:
+        with clock("solve"):
+            Confirming(flat_f, stats, solver)(z_star)
+            stats.num_evals += 1
+    stats.on_failure = on_failure
+    if on_failure != "ignore" and stats.num_evals and (solver.tol is not None or is_on_host(flat_z0)):
+        act(stats, on_failure, of="the solve of z = f(z)")
+    # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
     solution = Solution(
-        value=packing.unpack(flat.value), z0=z0, z_star=packing.unpack(flat.z_star), stats=stats, history=keep
+        value=packing.unpack(flat.value, copy=True),
+        z0=z0,
+        z_star=packing.unpack(flat.z_star),
+        stats=stats,
+        history=keep,
     )
     if differentiate and regularizer is not None:
         with clock("attach"):
@@ -121,23 +161,28 @@ class DEQ(nn.Module):
         eval_solver: used in evaluation mode.
         regularizer: its value leaves as `Solution.penalty`.
         graph_dtype: autocast of the evaluations of f with a graph; see `fixed_point`.
+        confirm: measure the residual of the returned state where its problems stopped apart; see `fixed_point`.
+        on_failure: what to do about a solve that failed; see `fixed_point`.
     """
 
     def __init__(
         self,
         *,
-        solver: Solver,
-        grad: GradientEstimator,
+        solver: Solver | None = None,
+        grad: GradientEstimator | None = None,
         eval_solver: Solver | None = None,
         regularizer: Regularizer | None = None,
         graph_dtype: torch.dtype | None = None,
+        confirm: bool = True,
+        on_failure: OnFailure = "useless",
     ) -> None:
         super().__init__()
-        for name, value, kind in (("solver", solver, Solver), ("grad", grad, GradientEstimator)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+        solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
+        check_kind("solver", solver, Solver, "Broyden()")
+        check_kind("grad", grad, GradientEstimator, "UPG()")
         if eval_solver is not None and not isinstance(eval_solver, Solver):
             raise TypeError(f"eval_solver must be a Solver or None, got {eval_solver!r}")
+        check_on_failure(on_failure)
         if regularizer is not None and not callable(regularizer):
             raise TypeError(f"regularizer must be callable as regularizer(f, z), or None, got {regularizer!r}")
         self.solver = solver
@@ -145,11 +190,14 @@ class DEQ(nn.Module):
         self.eval_solver = eval_solver
         self.regularizer = regularizer
         self.graph_dtype = graph_dtype
+        self.confirm = confirm
+        self.on_failure = on_failure
         self.clock: Clock = nullcontext
 
-    def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
-        """Return the equilibrium of `f` from `z0`; see `fixed_point`."""
-        solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
+    def forward(self, f: Map, z0: State, *, solver: Solver | None = None, in_place: bool = False) -> Solution:
+        """Return the equilibrium of `f` from `z0`, by `solver` this time if one is given; see `fixed_point`."""
+        if solver is None:
+            solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
         return fixed_point(
             f,
             z0,
@@ -158,6 +206,8 @@ class DEQ(nn.Module):
             regularizer=self.regularizer,
             graph_dtype=self.graph_dtype,
             in_place=in_place,
+            confirm=self.confirm,
+            on_failure=self.on_failure,
             clock=self.clock,
         )
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from phantom.state import State
 
@@ -22,10 +23,19 @@ class Stats:
         num_evals: evaluations of f, those of the estimator's `attach` included.
         num_vjps: vector-Jacobian products of the estimator's backward so far (those of the ordinary backward through
             the attached graph are not counted).
-        residual: (B,) residual of the returned iterate, in the solver's own measure (`stop`, `norm`).
-        converged: (B,) True where `residual < tol`.
+        residual: (B,) residual of the returned iterate, in the solver's own measure: |f(z) - z| / max(|f(z)|, |f(z0)|)
+            (`stop="relative"`), |f(z) - z| (`"absolute"`), or in the backward solve |J^T u + g - u| / |g|.
+        converged: (B,) True where `residual <= tol`; False without a tolerance.
         diverged: (B,) True where |f(z) - z| left the finite range or grew beyond the limit of the loop.
+        stalled: (B,) True where the solve stopped above `tol` because the residual had come down to the rounding of
+            f(z), and fell no further.
+        dependent: () True where the residual of a problem was seen to change with the state of others.
         trace: (T + 1, B) residual of every iterate visited, the initial guess first.
+        scale: (B,) what the residual is relative to, or at least; None for an absolute one.
+        confirmed: whether f was evaluated at the returned state as a whole: `residual` is then true of dependent
+            problems, too.
+        tol: the tolerance of the solver; None for a fixed budget.
+        on_failure: the policy of `fixed_point`, which the backward solve follows.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
         fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual 1 is reported,
             and u = g was returned, the one-step gradient; None of a forward solve.
@@ -36,7 +46,13 @@ class Stats:
     residual: Tensor
     converged: Tensor
     diverged: Tensor
+    stalled: Tensor
+    dependent: Tensor
     trace: Tensor
+    scale: Tensor | None = None
+    confirmed: bool = True
+    tol: float | None = None
+    on_failure: Any = "useless"
     num_vjps: int = 0
     adjoint: Stats | None = None
     fallback: Tensor | None = None
@@ -45,12 +61,15 @@ class Stats:
     def of_no_solve(cls, z: Tensor) -> Stats:
         """Return the statistics of a solve of zero steps from `z` (B, D): nothing evaluated, nothing known."""
         batch = z.shape[0]
+        no = torch.zeros(batch, dtype=torch.bool, device=z.device)
         return cls(
             num_steps=torch.zeros(batch, dtype=torch.long, device=z.device),
             num_evals=0,
             residual=z.new_full((batch,), torch.nan),
-            converged=torch.zeros(batch, dtype=torch.bool, device=z.device),
-            diverged=torch.zeros(batch, dtype=torch.bool, device=z.device),
+            converged=no,
+            diverged=no.clone(),
+            stalled=no.clone(),
+            dependent=no.new_zeros(()),
             trace=z.new_empty((0, batch)),
         )
 
@@ -74,3 +93,7 @@ class Solution(Generic[S]):
     stats: Stats
     history: Any = None
     penalty: Tensor | None = None
+
+
+for _record in (Stats, Solution):
+    register_dataclass(_record)

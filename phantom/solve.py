@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phantom.residual import Norm, Stop, residual_of
+from phantom.precision import exact_products
+from phantom.purity import pure
+from phantom.residual import positive, residual_of, vector_norm
+from phantom.scaling import is_on_host, is_out_of_range, powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
 from phantom.state import FlatMap
@@ -16,6 +19,8 @@ from phantom.state import FlatMap
 # |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
 # absolute length decides under either `stop`: the relative one tends to |mu - 1| / |mu| where f grows by mu a step.
 DIVERGENCE = 1e6
+# |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
+FLOOR = 4
 
 
 @torch.no_grad()
@@ -30,108 +35,219 @@ def solve(
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
-    A problem whose residual falls below `tol`, or diverges, is held at its best iterate while the others go on. The
-    iterate returned is the one with the smallest residual visited; it is finite whenever `z0` is.
+    A problem is held at its best iterate, while the others go on, once its residual is `tol` or less, once it diverges,
+    and once it stays within a few roundings of |f(z)|. The iterate returned is the one with the smallest residual among
+    those whose |f(z) - z| does not exceed the first one; it is finite whenever `z0` is.
+
+    Held problems are evaluated with the others. Where the residual of one that had converged rises above `tol` again,
+    the problems depend on each other, and from there on they are one, which moves, and is judged, as a whole.
 
     Args:
         f: closed map of (B, D) tensors.
         z0: (B, D) initial guess.
         fz0: f(z0) where it is known already; saves one evaluation.
-        scale: (B,) the residual is |f(z) - z| / scale instead of what `solver.stop` says.
+        scale: (B,) what |f(z) - z| is measured by, whatever `solver.stop` says: |g| in an adjoint equation.
         in_place: f returns memory of its own at every call, which the loop may write to.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
-    with torch.autocast(z0.device.type, enabled=False):
+    f, z, num_evals = pure(f), z0.detach(), int(fz0 is None)
+    with torch.autocast(z.device.type, enabled=False):
         if not solver.measures_residual:
-            return *solver.roll_out(f, z0.detach()), None
-        return _loop(f, z0.detach(), solver, fz0, scale, in_place)
+            return *solver.roll_out(f, z), None
+        fz = f(z) if fz0 is None else fz0
+        start = _Start(fz, z, solver, scale)
+        if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
+            del fz  # a state is large
+            return _loop(f, z, solver, start, num_evals, in_place)
+        absolute = scale is None and solver.stop == "absolute"
+        if scale is not None or absolute:
+            scale = power[:, 0] if scale is None else scale * power[:, 0]
+        z, fz = z * power, fz * power
+        best, stats, memory = _loop(
+            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, in_place=True
+        )
+        stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
+        return best / power, stats, memory
+
+
+class _Start:
+    """What the first evaluation tells, and the rule by which iterates are judged.
+
+    Args:
+        g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,).
+        scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
+        limit: (B,) a longer g is divergence.
+        active: (B,) who goes on, and `going`, how many; None where the host does not know.
+        near_rounding: whether `tol` is not far above the rounding of f(z).
+    """
+
+    def __init__(self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None) -> None:
+        self.norm, size = solver.norm, vector_norm(fz, solver.norm)
+        self.relative = scale is None and solver.stop == "relative"
+        scale = size if self.relative else scale
+        self.scale = None if scale is None else positive(scale)
+        self.g, self.length, self.residual, _ = residual_of(fz, z, self.scale, norm=self.norm, relative=False)
+        self.limit = _limit(self.length)
+        # a NaN compares false with everything: it is never better, never converged, and always diverged
+        self.active = self.length <= self.limit
+        self.tol, self.rounding = None, FLOOR * torch.finfo(z.dtype).eps
+        self.going, self.near_rounding, self.is_out_of_range = None, False, False
+        if solver.tol is not None:
+            self.tol = self.length.new_full((), solver.tol)
+            self.active = self.active & ~(self.residual <= self.tol)
+        if solver.tol is not None or is_on_host(z):
+            self._look(size, solver.tol)
+
+    def _look(self, size: Tensor, tol: float | None) -> None:
+        dtype = self.length.dtype
+        scale = torch.ones_like(size) if self.scale is None else self.scale
+        columns = torch.stack((self.length, size, self.active.to(dtype), scale))
+        lengths, sizes, active, scales = columns.tolist()  # device-to-host sync
+        self.is_out_of_range = is_out_of_range([*map(max, lengths, sizes)], dtype)
+        if tol is not None:
+            self.going = int(sum(active))
+            near = 16 * self.rounding
+            self.near_rounding = any(tol * a <= near * b for a, b in zip(scales, sizes, strict=True))
+
+    def is_at_floor(self, z: Tensor, residual: Tensor) -> Tensor:
+        """Return where the residual (B,) of `z` (B, D) is not above the rounding of f(z), which is near z."""
+        size = vector_norm(z, self.norm)
+        scale = torch.maximum(size, self.scale) if self.relative else self.scale
+        length = residual if scale is None else residual * scale
+        return length <= self.rounding * size
+
+
+def _limit(length: Tensor) -> Tensor:
+    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
+    largest = torch.finfo(length.dtype).max
+    return torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
+
+
+@dataclass
+class _Rows:
+    """Where the problems of a solve stand, (B,) each.
+
+    Args:
+        residual: of the best iterate.
+        better: whether the newest iterate is the best one.
+        active: who goes on.
+        woken: who had converged, and does not any more; None where nobody was held.
+    """
+
+    residual: Tensor
+    better: Tensor
+    active: Tensor
+    woken: Tensor | None = None
 
 
 def _loop(
-    f: FlatMap, z: Tensor, solver: Solver, fz0: Tensor | None, scale: Tensor | None, in_place: bool
+    f: FlatMap, z: Tensor, solver: Solver, start: _Start, num_evals: int, in_place: bool
 ) -> tuple[Tensor, Stats, Any]:
-    stops_early = solver.tol is not None
-    observe = partial(
-        compiled(_observe) if solver.compile else _observe,
-        norm=solver.norm,
-        stop=solver.stop,
-        scale=scale,
-        tol=solver.tol,
-        in_place=in_place and not solver.compile,  # a fused pass gains nothing by it
-    )
-    fz = f(z) if fz0 is None else fz0
-    num_evals = int(fz0 is None)
-    g, length, residual = residual_of(fz, z, norm=solver.norm, stop=solver.stop, scale=scale)
-    del fz  # a state is large
-    trace = [residual]
-    # a NaN compares false with everything: it is never better, never converged, and always diverged
-    best, best_residual = z.clone(), torch.where(residual.isfinite(), residual, torch.inf)
-    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
-    largest = torch.finfo(length.dtype).max
-    limit = torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
-    active = length <= limit
-    batch, going = len(active), None
-    if solver.tol is not None:
-        active = active & ~(best_residual < solver.tol)
-        going = int(active.sum())  # device-to-host sync
-    moved = [torch.zeros_like(active)]
-    memory = solver.start(z, g)
+    observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
+    in_place = in_place and not solver.compile  # a fused pass gains nothing by it
+    stops_early, batch, together = start.tol is not None, len(z), False
+    best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
+    residual = torch.where(start.residual.isfinite(), start.residual, torch.inf)
+    rows = _Rows(residual, better=torch.ones_like(start.active), active=start.active)
+    stalled = torch.zeros_like(start.active)
+    trace, moved, confirmed, stopped = [start.residual], [stalled], True, False
     for step in range(1, solver.max_steps + 1):
         if going == 0:
             break
-        z = _propose(solver, memory, z, g)
-        moved.append(active)
-        if stops_early and going != batch:
-            z = torch.where(active[:, None], z, best)
-        g, residual, better, best_residual, active = observe(f(z), z, best_residual, active, limit)
-        going = improved = None  # unknown to the host
-        if stops_early and step % solver.sync_every == 0:
-            going, improved = _counts(active, better)  # device-to-host sync
-        # where all problems have improved the best iterate needs no copy, else it keeps its memory: a state is large
-        best = z if improved == batch else replace_rows(best, z, better)
-        num_evals += 1
+        with exact():
+            if together:
+                z = solver.propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g)
+            else:
+                z = solver.propose(memory, z, g)
+        held = stops_early and (stopped or going != batch)
+        if held:
+            z = torch.where(rows.active[:, None], z, best)
+        moved.append(rows.active)
+        before, going, improved, woken, stopped = going, None, None, 0, False  # unknown to the host
+        g, length, residual, rows = observe(f(z), z, rows, start, held=held, together=together, in_place=in_place)
         trace.append(residual)
-    tol = 0.0 if solver.tol is None else solver.tol
-    converged = best_residual < tol
+        if stops_early and step % solver.sync_every == 0:
+            going, improved, woken = _counts(rows)  # device-to-host sync
+        if start.near_rounding and going != 0 and (improved is None or improved != before):
+            stop = rows.active & ~rows.better & start.is_at_floor(best, rows.residual)
+            stop = stop.all().expand(batch) if together else stop
+            stalled, rows.active, stopped = stalled | stop, rows.active & ~stop, True
+        # where all problems have improved the best iterate needs no copy, else it keeps its memory: a state is large
+        best = z if improved == batch else replace_rows(best, z, rows.better)
+        confirmed = improved is not None and improved == (batch if before is None else before)
+        if woken:
+            together, going = True, batch
+            memory = solver.start(z.reshape(1, -1), g.reshape(1, -1))
+            best, rows = _join(z, best, length, residual, rows)
+    converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
+    converged = converged.all().expand(batch) if together else converged
+    if not stops_early and is_on_host(z):
+        confirmed = bool(rows.better.all())
     stats = Stats(
         num_steps=torch.stack(moved).sum(dim=0),
-        num_evals=num_evals,
-        residual=best_residual,
+        num_evals=num_evals + len(trace) - 1,
+        residual=rows.residual,
         converged=converged,
-        diverged=~(active | converged),
+        diverged=~(rows.active | converged | stalled),
+        stalled=stalled,
+        dependent=converged.new_full((), together),
         trace=torch.stack(trace),
+        scale=start.scale,
+        confirmed=confirmed or together,
+        tol=solver.tol,
     )
-    return best, stats, memory
+    return best, stats, None if together else memory
 
 
 def _observe(
-    fz: Tensor,
-    z: Tensor,
-    best_residual: Tensor,
-    active: Tensor,
-    limit: Tensor,
-    *,
-    norm: Norm,
-    stop: Stop,
-    scale: Tensor | None,
-    tol: float | None,
-    in_place: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return g = f(z) - z and, as (B,): the residual, whether it is the best yet, the best one, and who goes on."""
-    g, length, residual = residual_of(fz, z, norm=norm, stop=stop, scale=scale, in_place=in_place)
-    better = residual < best_residual if tol is None else (residual < best_residual) & active
-    best_residual = torch.where(better, residual, best_residual)
-    active = active & (length <= limit)
-    if tol is not None:
-        active = active & (best_residual >= tol)
-    return g, residual, better, best_residual, active
+    fz: Tensor, z: Tensor, rows: _Rows, start: _Start, *, held: bool, together: bool, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, _Rows]:
+    """Return g = f(z) - z, its norm, the residual of z, and where the problems stand now."""
+    g, length, residual, scale = residual_of(
+        fz, z, start.scale, norm=start.norm, relative=start.relative, in_place=in_place
+    )
+    if together:
+        return g, length, residual, _observe_together(length, residual, rows, start)
+    # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
+    shorter = length if not start.relative else torch.add(length, scale, alpha=start.rounding)
+    better = (residual < rows.residual) & (shorter < start.length)
+    if start.tol is None:
+        best, active, woken = torch.where(better, residual, rows.residual), rows.active & (length <= start.limit), None
+    elif not held:
+        best, woken = torch.where(better, residual, rows.residual), None
+        active = (length <= start.limit) & (best > start.tol)  # all were active
+    else:
+        better = better & rows.active
+        # a held problem was evaluated at its best iterate again: it has the same residual, if it is independent
+        again = torch.where(residual.isfinite(), residual, torch.inf)
+        best = torch.where(better | ~rows.active, again, rows.residual)
+        woken = ~rows.active & (rows.residual <= start.tol) & (best > start.tol)
+        active = (rows.active | woken) & (length <= start.limit) & (best > start.tol)
+    return g, length, residual, _Rows(best, better, active, woken)
 
 
-def _counts(active: Tensor, better: Tensor) -> tuple[int, int]:
-    """Return how many problems go on, and how many have improved; the host waits once."""
-    going, improved = torch.stack((active, better)).tolist()
-    return sum(going), sum(improved)
+def _observe_together(length: Tensor, residual: Tensor, rows: _Rows, start: _Start) -> _Rows:
+    """Return where the problems stand if the whole state is one: it is better, and goes on, or is not."""
+    whole, first = vector_norm(torch.stack((length, start.length)), start.norm)
+    better = ((residual.amax() < rows.residual.amax()) & (whole < first)).expand_as(length)
+    best = torch.where(better, residual, rows.residual)
+    going = (whole <= _limit(first)) & (best > start.tol).any()
+    return _Rows(best, better, going.expand_as(length))
+
+
+def _join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: _Rows) -> tuple[Tensor, _Rows]:
+    """Return the state that was evaluated last as the best one of all problems, and all of them as active."""
+    finite = length.isfinite()
+    best = torch.where(finite[:, None], z, best)
+    return best, _Rows(torch.where(finite, residual, torch.inf), rows.better, torch.ones_like(rows.active))
+
+
+def _counts(rows: _Rows) -> tuple[int, int, int]:
+    """Return how many problems go on, have improved, and have begun to move again; the host waits once."""
+    known = (rows.active, rows.better) if rows.woken is None else (rows.active, rows.better, rows.woken)
+    counts = [sum(flags) for flags in torch.stack(known).tolist()]
+    return counts[0], counts[1], counts[2] if len(counts) == 3 else 0
 
 
 def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
@@ -143,15 +259,3 @@ def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
         wide = [t.view(torch.complex128) for t in wide]
     torch.where(rows[:, None], wide[1], wide[0], out=wide[0])
     return kept
-
-
-def _propose(solver: Solver, memory: Any, z: Tensor, g: Tensor) -> Tensor:
-    """Keep TF32 and bfloat16 shortcuts out of a solver's own matrix products; f keeps what the user has set."""
-    cpu: Any = torch.backends.mkldnn  # torch declares no `matmul` there
-    backend = torch.backends.cuda.matmul if z.device.type == "cuda" else cpu.matmul
-    kept = backend.fp32_precision
-    backend.fp32_precision = "ieee"
-    try:
-        return solver.propose(memory, z, g)
-    finally:
-        backend.fp32_precision = kept

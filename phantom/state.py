@@ -1,13 +1,16 @@
-"""The two forms of a state: what f sees (a tensor, or one tensor per resolution) and what solvers see (B, D)."""
+"""The two forms of a state: what f sees (a tensor, or a collection of them) and what solvers see (B, D)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-State = Tensor | tuple[Tensor, ...]
+# a tensor, or tuples, lists, dicts and namedtuples of tensors, nested as they may be
+State = Any
 Map = Callable[[State], State]
 FlatMap = Callable[[Tensor], Tensor]
 
@@ -16,16 +19,16 @@ class Packing:
     """Translate between the user's state and one (B, D) tensor in at least float32.
 
     Raises:
-        TypeError: `z0` is neither a floating-point tensor nor a tuple of them.
+        TypeError: `z0` is neither a floating-point tensor nor a collection of them.
         ValueError: the parts disagree on B, dtype or device.
     """
 
     def __init__(self, z0: State) -> None:
-        parts = z0 if isinstance(z0, tuple) else (z0,)
+        parts, self._spec = _flatten(z0)
         if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
             raise TypeError(
-                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {_form(z0)}: "
-                "pass z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...)"
+                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {_form(z0)}: pass "
+                "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
             )
         if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
             raise ValueError(
@@ -33,9 +36,9 @@ class Packing:
             )
         if any(part.dtype != parts[0].dtype or part.device != parts[0].device for part in parts):
             raise ValueError(
-                f"the parts of z0 must share dtype and device, got {[(str(p.dtype), str(p.device)) for p in parts]}"
+                f"the parts of z0 must share dtype and device, got {[(str(p.dtype), str(p.device)) for p in parts]}: "
+                "convert them with .to(dtype), and those that f wants in another one inside f"
             )
-        self.is_tuple = isinstance(z0, tuple)
         self.joins = len(parts) > 1  # packing is a concatenation, into new memory
         self.dtype = parts[0].dtype
         self.device = parts[0].device
@@ -45,22 +48,26 @@ class Packing:
         self._channels_last = [_is_channels_last(part) for part in parts]
         self._shapes = [p.shape for p in parts]
         self._sizes = [p.shape[1:].numel() for p in parts]
+        # a (B, D) tensor in solver precision is its own packing
+        self._is_flat = self._spec is None and z0.dim() == 2 and self.dtype == self.flat_dtype
 
     def pack(self, z: State) -> Tensor:
         """Return `z` as one (B, D) tensor in solver precision."""
-        parts = z if isinstance(z, tuple) else (z,)
-        if isinstance(z, tuple) != self.is_tuple or [getattr(part, "shape", None) for part in parts] != self._shapes:
-            shapes = [str(tuple(shape)) for shape in self._shapes]
-            wanted = f"a tuple of tensors {', '.join(shapes)}" if self.is_tuple else f"a tensor {shapes[0]}"
-            raise ValueError(f"f must return the form of z0, {wanted}, got {_form(z)}")
+        if self._is_flat and isinstance(z, Tensor) and z.shape == self._shapes[0] and z.dtype == self.dtype:
+            return z
+        parts, spec = _flatten(z)
+        if spec != self._spec or [getattr(part, "shape", None) for part in parts] != self._shapes:
+            raise ValueError(f"f must return the form of z0, {self._wanted()}, got {_form(z)}")
         flat = [
             (p.permute(0, 2, 3, 1) if last else p).reshape(self.batch, size)
             for p, last, size in zip(parts, self._channels_last, self._sizes, strict=True)
         ]
         return (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).to(self.flat_dtype)
 
-    def unpack(self, flat: Tensor) -> State:
-        """Return the (B, D) tensor in the form and dtype of `z0` (views where the dtype is the same)."""
+    def unpack(self, flat: Tensor, *, copy: bool = False) -> State:
+        """Return the (B, D) tensor in the form and dtype of `z0`, as views where the dtype is the same or as copies."""
+        if self._is_flat and not copy:
+            return flat
         parts = []
         # the backward of a split copies, even of one into one
         pieces = (flat,) if len(self._sizes) == 1 else flat.split(self._sizes, dim=1)
@@ -69,8 +76,12 @@ class Packing:
                 piece = piece.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
             else:
                 piece = piece.reshape(shape)
-            parts.append(piece.to(self.dtype))
-        return tuple(parts) if self.is_tuple else parts[0]
+            if copy:
+                kind = torch.channels_last if last else torch.contiguous_format
+                parts.append(piece.to(self.dtype, copy=True, memory_format=kind))
+            else:
+                parts.append(piece.to(self.dtype))
+        return self._join(parts)
 
     def wrap(self, f: Map) -> FlatMap:
         """Return f as a map of (B, D) tensors, run under the autocast that is active now.
@@ -84,7 +95,9 @@ class Packing:
             with torch.autocast(device, dtype=dtype, enabled=enabled):
                 return self.pack(f(self._arguments(z)))
 
-        return flat_f if enabled else lambda z: self.pack(f(self._arguments(z)))
+        if enabled:
+            return flat_f
+        return (lambda z: self.pack(f(z))) if self._is_flat else lambda z: self.pack(f(self._arguments(z)))
 
     def _arguments(self, z: Tensor) -> State:
         """Return `z` as f shall see it: with a graph, each part in memory of its own, where there are several.
@@ -96,7 +109,31 @@ class Packing:
         if not self.joins or not torch.is_grad_enabled():
             return parts
         formats = (torch.channels_last if last else torch.contiguous_format for last in self._channels_last)
-        return tuple(part.contiguous(memory_format=kind) for part, kind in zip(parts, formats, strict=True))
+        leaves = zip(_flatten(parts)[0], formats, strict=True)
+        return self._join([part.contiguous(memory_format=kind) for part, kind in leaves])
+
+    def _join(self, parts: list[Tensor]) -> State:
+        """Return these parts in the form of `z0`."""
+        if self._spec is None:
+            return parts[0]
+        return tuple(parts) if self._spec is tuple else pytree.tree_unflatten(parts, self._spec)
+
+    def _wanted(self) -> str:
+        shapes = ", ".join(str(tuple(shape)) for shape in self._shapes)
+        if self._spec is None:
+            return f"a tensor {shapes}"
+        kind = "tuple" if self._spec is tuple else self._spec.type.__name__
+        return f"a {kind} of tensors {shapes}"
+
+
+def _flatten(z: State) -> tuple[list[Any], Any]:
+    """Return the parts of a state, and its form: None of a tensor, `tuple` of a plain tuple, else what pytree says."""
+    if isinstance(z, Tensor):
+        return [z], None
+    if type(z) is tuple and all(isinstance(part, Tensor) for part in z):
+        return list(z), tuple
+    parts, spec = pytree.tree_flatten(z)
+    return parts, None if spec.is_leaf() else spec
 
 
 def _is_channels_last(part: Tensor) -> bool:
@@ -110,6 +147,8 @@ def _form(z: object) -> str:
     """Return what `z` is, for a message."""
     if isinstance(z, Tensor):
         return f"a tensor {tuple(z.shape)} of {z.dtype}"
+    if isinstance(z, dict):
+        return f"a {type(z).__name__} of ({', '.join(f'{name}: {_form(part)}' for name, part in z.items())})"
     if isinstance(z, (tuple, list)):
         return f"a {type(z).__name__} of ({', '.join(_form(part) for part in z)})"
     return type(z).__name__

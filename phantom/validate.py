@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is an int or a float; a bool, or a number in quotes, is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return whether `value` is a real number, numpy's included; a bool, or a number in quotes, is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_count(name: str, value: int, *, least: int, also: str = "") -> None:
     """Raise ValueError unless `value` is an integer >= `least`; `also` ends the message with what else is allowed."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer >= {least}{also}")
 
 
@@ -61,3 +62,13 @@ def check_flag(name: str, value: bool) -> None:
     """Raise ValueError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be true or false")
+
+
+def check_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raise unless `value` is an object of `kind`; `example` makes one."""
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got the class {value.__name__}: call it, {value.__name__}()"
+        )
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")

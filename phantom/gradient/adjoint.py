@@ -10,7 +10,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
+from phantom.report import act
 from phantom.residual import vector_norm
+from phantom.scaling import is_on_host
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
+from phantom.solver.broyden import Broyden
 from phantom.state import FlatMap
 from phantom.validate import check_count, check_lam
 
@@ -217,8 +220,8 @@ class NPG(AdjointEstimator):
         lam: damping, in (0, 1].
     """
 
-    k: int
-    lam: float
+    k: int = 5
+    lam: float = 0.5
 
     def __post_init__(self) -> None:
         check_count("k", self.k, least=1)
@@ -249,7 +252,7 @@ class Implicit(AdjointEstimator):
         solver: solves the adjoint equation, from u = 0.
     """
 
-    solver: Solver
+    solver: Solver = field(default_factory=lambda: Broyden(tol=1e-6))
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
@@ -273,4 +276,6 @@ class Implicit(AdjointEstimator):
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint
+        if stats.on_failure != "ignore" and (self.solver.tol is not None or is_on_host(g)):
+            act(adjoint, stats.on_failure, of="the adjoint solve of u = J^T u + g")
         return replace_rows(u, g, adjoint.fallback)

@@ -29,8 +29,8 @@ class UPG(GradientEstimator):
         lam: weight of the new iterate, in (0, 1].
     """
 
-    k: int
-    lam: float
+    k: int = 5
+    lam: float = 0.5
     checkpoint: bool = False
 
     def __post_init__(self) -> None:

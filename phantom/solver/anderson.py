@@ -60,7 +60,8 @@ class Anderson(Solver):
     def propose(self, memory: Window, z: Tensor, g: Tensor) -> Tensor:
         size = memory.z.shape[0]
         position = memory.count % size
-        memory.z[position], memory.g[position] = z, g
+        memory.z[position].copy_(z)
+        memory.g[position].copy_(g)
         memory.count += 1
         n = min(memory.count, size)
         products = torch.bmm(g[:, None, :], memory.g[:n].permute(1, 2, 0))[:, 0, :]
@@ -72,14 +73,15 @@ class Anderson(Solver):
         alpha = self._weights(memory.gram[:, :n, :n])
         mixed = torch.bmm(alpha[:, None, :], memory.z[:n].transpose(0, 1))
         mixed = torch.baddbmm(mixed, alpha[:, None, :], memory.g[:n].transpose(0, 1), alpha=self.lam)[:, 0, :]
-        sound = alpha.isfinite().all(dim=1)
-        return torch.where(sound[:, None], mixed, damped)
+        # zero times a number that is not finite is not zero
+        sound = (alpha * 0).sum(dim=1, keepdim=True) == 0
+        return torch.where(sound, mixed, damped)
 
     def _weights(self, gram: Tensor) -> Tensor:
         """Return alpha (B, n), the minimiser of alpha^T gram alpha (ridged) with sum alpha = 1."""
         scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
         scaled = gram * scale[:, :, None] * scale[:, None, :]
-        scaled = scaled + self.ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        scaled.diagonal(dim1=1, dim2=2).add_(self.ridge)
         # solve_ex reports failure by a flag on the device instead of synchronising; the caller tests finiteness
         solution, info = torch.linalg.solve_ex(scaled, scale[:, :, None])
         alpha = solution[:, :, 0] * scale

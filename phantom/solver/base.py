@@ -22,9 +22,10 @@ class Solver(ABC):
 
     Args:
         max_steps: largest number of steps; a solve costs `max_steps + 1` evaluations of f at most.
-        tol: a problem stops changing once its residual is below this; None runs the fixed budget, without any
+        tol: a problem stops changing once its residual is this or less; None runs the fixed budget, without any
             device-to-host synchronisation inside the loop.
-        stop: measure the residual relative to |f(z)|, or absolutely.
+        stop: measure |f(z) - z| relative to the larger of |f(z)| and |f(z0)|, or absolutely. Only an iterate where
+            |f(z) - z| is below its first value can be a solution, or a start that meets `tol` itself.
         norm: per problem, `l2`, `rms` (l2 / sqrt(D)) or `max`.
         sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped.
         compile: fuse the solver's own arithmetic; a minute at the first solve, and worth it on a GPU.
@@ -32,8 +33,8 @@ class Solver(ABC):
 
     measures_residual: ClassVar[bool] = True  # False: `solve` calls `roll_out`, and returns the last iterate
 
-    max_steps: int
-    tol: float | None
+    max_steps: int = 50
+    tol: float | None = 1e-4
     stop: Stop = "relative"
     norm: Norm = "l2"
     sync_every: int = 1
@@ -43,11 +44,11 @@ class Solver(ABC):
         check_count("max_steps", self.max_steps, least=0)
         check_count("sync_every", self.sync_every, least=1)
         if self.tol is not None and not (is_number(self.tol) and math.isfinite(self.tol) and self.tol >= 0):
-            raise ValueError(f"tol={self.tol!r} must be a number >= 0, or null for a fixed budget of steps")
+            raise ValueError(f"tol={self.tol!r} must be a number >= 0, or None (null in YAML) for a fixed budget")
         check_choice("stop", self.stop, get_args(Stop))
         check_choice("norm", self.norm, get_args(Norm))
         if not isinstance(self.compile, bool):
-            raise ValueError(f"compile={self.compile!r} must be true or false")
+            raise ValueError(f"compile={self.compile!r} must be True or False")
 
     @abstractmethod
     def start(self, z: Tensor, g: Tensor) -> Any:

@@ -15,48 +15,75 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from phantom.solver.base import Solver, compiled
 from phantom.validate import check_count
 
+ROOM = 32  # steps for which a solve makes room at its start
+LANES = 8  # float32 numbers in a vector register
 # Outside these bounds of |1 - c| the secant factor carries rounding noise rather than curvature.
 MOST, LEAST = 1e3, 1e-3
 
 
 @dataclass
 class Steps:
-    """The last `memory` steps of a solve in a ring, and the small matrices that make the next one.
+    """The last `limit` steps of a solve in a ring, and the small matrices that make the next one.
 
-    Everything is in ring order: position i mod memory holds step i. Positions not used yet hold zeros.
+    Everything is in ring order: position i mod `limit` holds step i. Room is made as steps are taken, so that a solve
+    costs what its steps cost, whatever its budget; positions not used yet hold zeros.
 
     Args:
-        steps: (memory, B, D), step axis first, so that appending is one contiguous write.
-        gram: (B, memory, memory) inner products of the stored steps.
-        coefficients: (B, memory, memory) the matrix C of `Broyden`.
-        products: (B, memory) a, the inner products of the stored steps with g.
-        positions: (memory, memory) row i is True at i alone.
+        steps: (room, B, D), step axis first, so that appending is one contiguous write.
+        gram: (B, room, room) inner products of the stored steps.
+        coefficients: (B, room, room) the matrix C of `Broyden`.
+        limit: most steps to keep.
+        masks: (room, room) row i is True at i alone; for compiled arithmetic, where one kernel serves every position.
         count: steps taken so far, those no longer stored included.
     """
 
     steps: Tensor
     gram: Tensor
     coefficients: Tensor
-    products: Tensor
-    positions: Tensor
+    limit: int
+    masks: Tensor | None = None
     count: int = 0
+
+    def make_room(self) -> None:
+        """Double the room where the next step finds none."""
+        room, batch, width = self.steps.shape
+        if self.count < room or room == self.limit:
+            return
+        more = min(2 * room, self.limit)
+        steps, small = self.steps.new_empty((more, batch, width)), self.gram.new_zeros((2, batch, more, more))
+        steps[:room], small[0, :, :room, :room], small[1, :, :room, :room] = self.steps, self.gram, self.coefficients
+        self.steps, self.gram, self.coefficients = steps, small[0], small[1]
+        self.masks = None if self.masks is None else torch.eye(more, dtype=torch.bool, device=steps.device)
+
+    def width(self, n: int) -> int:
+        """Return how much of the small matrices to use for `n` steps: whole vector registers, so that sums over it
+
+        have the order, and the rounding, of sums over all of `limit`.
+        """
+        if self.masks is not None:
+            return len(self.masks)
+        width = -(-n // LANES) * LANES
+        return width if width <= self.limit // LANES * LANES else self.limit
+
+    def place(self, position: int) -> int | Tensor:
+        """Return the position as the arithmetic takes it."""
+        return position if self.masks is None else self.masks[position]
 
     def apply_inverse_transposed(self, v: Tensor) -> Tensor:
         """Return H^T v (B, D) for `v` (B, D), H the estimate of (I - J)^{-1} that the stored steps make.
 
         H v = v + sum_l (C S v)_l s_{l+1}, so H^T v = v + sum_j (C^T b)_j s_j with b_l = <s_{l+1}, v>.
         """
-        size = self.steps.shape[0]
-        n, newest = min(self.count, size), self.positions[(self.count - 1) % size]
+        n = min(self.count, self.limit)
         stored = self.steps[:n]
-        products = torch.zeros_like(self.products)
-        products[:, :n] = _project(stored, v)
-        weights = _times(self.coefficients.mT, products.roll(-1, 1).masked_fill(newest, 0))
-        return torch.baddbmm(v[:, None, :], weights[:, None, :n], stored.transpose(0, 1))[:, 0]
+        products = _put(_project(stored, v).roll(-1, 1), (self.count - 1) % n, 0.0)
+        weights = _times(self.coefficients[:, :n, :n].mT, products)
+        return torch.baddbmm(v[:, None, :], weights[:, None, :], stored.transpose(0, 1))[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,58 +113,62 @@ class Broyden(Solver):
 
     def start(self, z: Tensor, g: Tensor) -> Steps:
         batch, width = z.shape
-        size = min(self.memory or self.max_steps, self.max_steps)
-        return Steps(
-            steps=g.new_empty((size, batch, width)),
-            gram=g.new_zeros((batch, size, size)),
-            coefficients=g.new_zeros((batch, size, size)),
-            products=g.new_zeros((batch, size)),
-            positions=torch.eye(size, dtype=torch.bool, device=g.device),
-        )
+        limit = min(self.memory or self.max_steps, self.max_steps)
+        room = min(limit, ROOM)
+        small = g.new_zeros((2, batch, room, room))
+        masks = torch.eye(room, dtype=torch.bool, device=g.device) if self.compile else None
+        return Steps(g.new_empty((room, batch, width)), small[0], small[1], limit, masks)
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
         secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
-        size = memory.steps.shape[0]
-        n, position = min(memory.count, size), memory.count % size
-        here, products = memory.positions[position], memory.products
+        memory.make_room()
+        n, position = min(memory.count, memory.limit), memory.count % memory.limit
+        full = n == memory.limit
         # once the ring is full, the place of the new step holds the oldest one, which is still needed
-        step = memory.steps[position] if n < size else torch.empty_like(g)
+        step = torch.empty_like(g) if full else memory.steps[position]
+        width, wider = memory.width(n), memory.width(n if full else n + 1)
         if n == 0:
             step.copy_(g)
+            products = g.new_zeros((len(g), wider))
         else:
-            stored, newest = memory.steps[:n], memory.positions[position - 1]
-            memory.products[:, :n] = _project(stored, g)
-            weights, scale, products, memory.coefficients = secant(
-                memory.gram, memory.coefficients, memory.products, newest, here
+            stored = memory.steps[:n]
+            weights, scale, products = secant(
+                memory.gram[:, :width, :width],
+                memory.coefficients[:, :width, :width],
+                pad(_project(stored, g), (0, width - n)),
+                memory.place((memory.count - 1) % memory.limit),
+                memory.place(position % width),
             )
             torch.div(g, scale[:, None], out=step)
             step[:, None, :].baddbmm_(weights[:, None, :n], stored.transpose(0, 1))
-        if n == size:
+            products = products if wider == width else pad(products, (0, wider - width))
+        if full:
             memory.steps[position] = step
         z, square = move(z, step)
-        memory.gram, memory.coefficients = append(memory.gram, memory.coefficients, products, square, here)
+        gram, coefficients = memory.gram[:, :wider, :wider], memory.coefficients[:, :wider, :wider]
+        append(gram, coefficients, products, square, memory.place(position), full)
         memory.count += 1
         return z
 
 
 def _secant(
-    gram: Tensor, coefficients: Tensor, a: Tensor, newest: Tensor, here: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weights (B, memory) of the stored steps in s, 1 - c (B,), <s_j, s> (B, memory), and C.
+    gram: Tensor, coefficients: Tensor, a: Tensor, newest: int | Tensor, here: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights (B, n) of the stored steps in s, 1 - c (B,), and <s_j, s> (B, n); drop a noisy row of C.
 
     Args:
-        newest, here: (memory,) True at the position of the newest step, and of the one to come.
+        newest, here: the position of the newest step, and of the one to come.
     """
     # a problem without a finite answer takes the plain step
     c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
-    scale = 1 - (c * newest).sum(1)
+    scale = 1 - _pick(c, newest)
     size = scale.abs()
-    sound = (size < MOST) & (size > LEAST)
-    coefficients = coefficients.masked_fill(newest[:, None] & ~sound[:, None, None], 0)
-    scale = torch.where(sound, scale, 1.0)
+    noise = (size >= MOST) | (size <= LEAST)
+    _drop(coefficients, newest, noise)
+    scale = scale.masked_fill(noise, 1.0)
     # c_l weighs the step after l; the one after the newest is not there yet
-    weights = c.roll(1, 1).masked_fill(here, 0) / scale[:, None]
-    return weights, scale, a / scale[:, None] + _times(gram, weights), coefficients
+    weights = _put(c.roll(1, 1), here, 0.0) / scale[:, None]
+    return weights, scale, a / scale[:, None] + _times(gram, weights)
 
 
 def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,18 +177,20 @@ def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _append(
-    gram: Tensor, coefficients: Tensor, products: Tensor, square: Tensor, here: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the small matrices extended by a step with these inner products (B, memory) and squared length (B,)."""
-    row, column = here[:, None], here[None, :]
-    products = torch.where(here, square[:, None], products)
-    gram = torch.where(column, products[:, :, None], torch.where(row, products[:, None, :], gram))
+    gram: Tensor, coefficients: Tensor, products: Tensor, square: Tensor, here: int | Tensor, full: bool
+) -> None:
+    """Extend the small matrices by a step with these inner products (B, n) and squared length (B,)."""
+    products = _put(products, here, square)
+    _fill_row(gram, here, products)
+    _fill_row(gram.mT, here, products)
+    if full:  # the oldest step leaves
+        zero = torch.zeros_like(products)
+        _fill_row(coefficients, here, zero)
+        _fill_row(coefficients.mT, here, zero)
     # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
     inverse = torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
-    coefficients = coefficients.masked_fill(row | column, 0)
-    new = _times(coefficients.mT, products.roll(-1, 1).masked_fill(here, 0))
-    new = torch.where(here, 1.0, new) * inverse[:, None]
-    return gram, torch.where(row, new[:, None, :], coefficients)
+    new = _times(coefficients.mT, _put(products.roll(-1, 1), here, 0.0))
+    _fill_row(coefficients, here, _put(new, here, 1.0) * inverse[:, None])
 
 
 def _project(stored: Tensor, v: Tensor) -> Tensor:
@@ -167,6 +200,39 @@ def _project(stored: Tensor, v: Tensor) -> Tensor:
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix * vector[:, None, :]).sum(2)
+
+
+# A position is a number, or in compiled code a mask (n,) that is True there alone.
+
+
+def _pick(rows: Tensor, at: int | Tensor) -> Tensor:
+    """Return the entries (B,) of `rows` (B, n) at a position."""
+    return rows.select(1, at) if isinstance(at, int) else (rows * at).sum(1)
+
+
+def _put(rows: Tensor, at: int | Tensor, value: Tensor | float) -> Tensor:
+    """Return `rows` (B, n), which may be written to, with `value` () or (B,) at a position."""
+    if isinstance(at, int):
+        column = rows.select(1, at)
+        column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
+        return rows
+    return torch.where(at, value[:, None] if isinstance(value, Tensor) else value, rows)
+
+
+def _fill_row(matrix: Tensor, at: int | Tensor, row: Tensor) -> None:
+    """Write `row` (B, n) into the row of `matrix` (B, n, n) at a position."""
+    if isinstance(at, int):
+        matrix.select(1, at).copy_(row)
+    else:
+        matrix.copy_(torch.where(at[:, None], row[:, None, :], matrix))
+
+
+def _drop(matrix: Tensor, at: int | Tensor, problems: Tensor) -> None:
+    """Write zeros into the row of `matrix` (B, n, n) at a position, for the `problems` (B,) that say so."""
+    if isinstance(at, int):
+        matrix.select(1, at).masked_fill_(problems[:, None], 0.0)
+    else:
+        matrix.masked_fill_(at[:, None] & problems[:, None, None], 0.0)
 
 
 PLAIN = (_secant, _append, _move)

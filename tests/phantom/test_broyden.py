@@ -132,3 +132,31 @@ def test_broyden_ring_is_the_product_of_its_last_factors():
             w = w + new * old.dot(w) / old.dot(old)
         last = stored[-1]
         torch.testing.assert_close(steps[n], w / (1 - last.dot(w) / last.dot(last)), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_steps", [20, 200, 5000])
+def test_memory_and_small_matrices_follow_the_steps_taken(max_steps):
+    """A solve that stops after a few steps is the same at any budget, and holds no room for others."""
+    problem = tanh_contraction()
+    z, stats, history = solve(problem.f, problem.z0, Broyden(max_steps=max_steps, tol=1e-6))
+    assert stats.converged.all() and history.count < 16
+    assert len(history.steps) <= 32 and history.gram.shape[1] <= 32
+    expected, own, _ = solve(problem.f, problem.z0, Broyden(max_steps=16, tol=1e-6))
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(own.num_steps, stats.num_steps)
+
+
+def test_room_grows_without_changing_the_steps():
+    """Beyond the first room, and beyond a ring that is larger than it: still the textbook's products."""
+    problem = tanh_contraction()
+    for memory in (None, 40):
+        f = Recorded(lambda z: problem.f(z) + 1e-3 * torch.sin(50 * z))  # never at rest
+        _, _, history = solve(f, problem.z0, Broyden(max_steps=75, tol=None, memory=memory))
+        kept = memory or 75
+        assert history.steps.shape[0] == kept
+        steps = torch.stack(f.calls).diff(dim=0)
+        gram = torch.einsum("nbd,mbd->bnm", history.steps, history.steps)
+        torch.testing.assert_close(history.gram, gram, rtol=1e-6, atol=1e-10)
+        for age in range(kept):
+            index = 74 - age
+            torch.testing.assert_close(history.steps[index % kept], steps[index], rtol=0, atol=1e-9)

@@ -1,5 +1,7 @@
 """Number formats: float32 solver arithmetic under autocast, TF32 and bfloat16, and gradients that survive it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,3 +117,23 @@ def test_a_bf16_model_without_autocast(grad):
     high = torch.autograd.grad(full.square().sum(), exact_leaves)
     for a, b in zip(low, high, strict=True):
         assert torch.cosine_similarity(a.double().flatten(), b.flatten(), dim=0) > 0.99
+
+
+def test_threads_leave_the_switch_as_the_user_set_it():
+    backend, before = torch.backends.mkldnn.matmul, torch.get_float32_matmul_precision()
+    x = randn(4, 8, seed=9).float()
+    try:
+        for precision in ("medium", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            allowed = backend.fp32_precision
+            for _ in range(5):
+                with ThreadPoolExecutor(8) as pool:
+                    done = [
+                        pool.submit(solve, lambda z: 0.5 * z + x, torch.zeros_like(x), FEW_STEPS["broyden"])
+                        for _ in range(16)
+                    ]
+                values = [future.result()[0] for future in done]
+                assert backend.fp32_precision == allowed
+                assert all(torch.equal(value, values[0]) for value in values)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -168,8 +168,6 @@ def test_settings_are_keyword_only_known_and_frozen():
         FixedPoint(5, None)
     with pytest.raises(TypeError):
         FixedPoint(max_steps=5, tol=None, stop_mode="rel")
-    with pytest.raises(TypeError):
-        Broyden(max_steps=5)
     with pytest.raises(AttributeError):
         FixedPoint(max_steps=5, tol=None).tol = 1.0
 

@@ -93,7 +93,12 @@ def test_an_empty_batch_is_solved():
 @pytest.mark.parametrize(
     ("z0", "error", "message"),
     [
-        ([torch.zeros(2, 3)], TypeError, "got a list of (a tensor (2, 3) of torch.float32)"),
+        ([torch.zeros(2, 3), 1.0], TypeError, "got a list of (a tensor (2, 3) of torch.float32, float)"),
+        (
+            {"h": torch.zeros(2, 3), "c": None},
+            TypeError,
+            "got a dict of (h: a tensor (2, 3) of torch.float32, c: NoneType)",
+        ),
         (torch.zeros(2, 3, dtype=torch.long), TypeError, "got a tensor (2, 3) of torch.int64"),
         (None, TypeError, "got NoneType"),
         ((), TypeError, "non-empty tuple"),

@@ -1,0 +1,50 @@
+"""Full float32 products for the arithmetic of a solver, whatever the user allows f."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+REDUCED = ("tf32", "bf16")
+
+
+class _Switch:
+    """A process-wide switch of torch that several threads turn at once: the last one to leave restores it."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend, self._lock, self._inside, self._kept = backend, threading.Lock(), 0, ""
+
+    def is_reduced(self) -> bool:
+        return self._inside > 0 or self._backend.fp32_precision in REDUCED
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._kept = self._backend.fp32_precision
+                self._backend.fp32_precision = "ieee"
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._backend.fp32_precision = self._kept
+
+
+_CUDA, _CPU = _Switch(torch.backends.cuda.matmul), _Switch(torch.backends.mkldnn.matmul)
+
+
+def exact_products(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return a maker of contexts in which float32 matrix products on `device` use neither TF32 nor bfloat16.
+
+    Where the user allows neither, nothing is written. Otherwise the switch is the process's: while one thread is
+    inside, an f in another thread has exact products, too.
+    """
+    switch = _CUDA if device == "cuda" else _CPU
+    return switch.exact if switch.is_reduced() else nullcontext

@@ -1,0 +1,107 @@
+"""What a solve did, in a sentence, and the one policy for solves that fail, forward and backward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from phantom.solution import Stats
+
+# what to do about a failed solve; a function is called with the statistics
+OnFailure = Literal["useless", "ignore", "warn", "raise"] | Callable[[Stats], None]
+CHOICES = ("useless", "ignore", "warn", "raise")
+
+
+class SolveWarning(UserWarning):
+    """A solve failed; the message says how, and what to try."""
+
+
+class SolveError(RuntimeError):
+    """A solve failed, and `on_failure="raise"`."""
+
+
+_said: set[tuple[str, bool]] = set()
+
+
+def check_on_failure(value: object) -> None:
+    """Raise unless `value` is a policy."""
+    if not callable(value) and value not in CHOICES:
+        raise ValueError(
+            f"on_failure={value!r} is not known; choose one of {', '.join(CHOICES)}, or a function of Stats"
+        )
+
+
+def describe(stats: Stats, *, of: str = "solve") -> str:
+    """Return in words what happened: how many problems converged, what the others did, and what to try.
+
+    Waits for the device.
+    """
+    batch, steps = len(stats.residual), int(stats.num_steps.max()) if len(stats.residual) else 0
+    if len(stats.trace) == 0:
+        return f"{of}: {steps} steps, no residual was measured"
+    converged, diverged, stalled = (int(flags.sum()) for flags in (stats.converged, stats.diverged, stats.stalled))
+    budget = stats.tol is None
+    aim = "a fixed budget" if budget else f"tol={stats.tol:g}"
+    worst = f"largest residual {float(stats.residual.max()):.2g} after {steps} steps ({aim})" if batch else aim
+    parts = [f"{of}: {worst}"] if budget else [f"{of}: {converged} of {batch} problems converged, {worst}"]
+    if bool(stats.dependent):
+        parts.append(
+            "the residual of some problems changed with the state of others: they are one problem, as the nodes of one "
+            "graph are; pass z0[None], one leading axis"
+        )
+    if diverged:
+        parts.append(
+            f"{diverged} diverged, and are returned at their best iterate: f expands, or its numbers overflow; "
+            "try Broyden, a smaller lam, or a contractive f (WeightNorm, JacobianRegularizer)"
+        )
+    if stalled:
+        parts.append(
+            f"{stalled} stopped at the rounding of {str(stats.residual.dtype).removeprefix('torch.')}, which cannot "
+            "meet tol: raise it, or solve in float64"
+        )
+    if not budget and batch - converged - diverged - stalled:
+        parts.append(
+            f"{batch - converged - diverged - stalled} ran out of steps: raise max_steps or tol, or try another solver"
+        )
+    return "; ".join(parts)
+
+
+def is_useless(stats: Stats) -> bool:
+    """Return whether no problem came closer than its start, or problems depend on each other without converging.
+
+    Waits for the device.
+    """
+    if len(stats.trace) < 2 or len(stats.residual) == 0:
+        return False
+    stuck = (stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & ~stats.converged
+    return bool(stuck.all() | (stats.dependent & ~stats.converged.all()))
+
+
+def has_failed(stats: Stats) -> bool:
+    """Return whether some problem did not meet `tol`, or diverged. Waits for the device."""
+    missed = stats.diverged if stats.tol is None else ~stats.converged
+    return len(stats.trace) > 0 and bool(missed.any())
+
+
+def act(stats: Stats, on_failure: OnFailure, *, of: str = "solve") -> None:
+    """Warn, raise or call back where a solve has failed, as `on_failure` says. Waits for the device.
+
+    "useless", the default, warns once in a process of solves whose outcome is not an answer at all; a residual that is
+    merely above `tol` is left to the statistics. "warn" and "raise" speak of every problem that did not meet `tol`.
+
+    Raises:
+        SolveError: the solve has failed, and `on_failure="raise"`.
+    """
+    if on_failure == "ignore" or not (is_useless(stats) if on_failure == "useless" else has_failed(stats)):
+        return
+    if callable(on_failure):
+        on_failure(stats)
+    elif on_failure == "raise":
+        raise SolveError(describe(stats, of=of))
+    elif on_failure == "warn" or (of, bool(stats.dependent)) not in _said:
+        if on_failure != "warn":
+            _said.add((of, bool(stats.dependent)))
+        warnings.warn(describe(stats, of=of), SolveWarning, stacklevel=3)

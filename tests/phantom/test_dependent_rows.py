@@ -1,0 +1,150 @@
+"""Problems that depend on each other: what is returned is what is reported, and convergence means all of them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from phantom import NPG, UPG, Anderson, Broyden, FixedPoint, Solver, fixed_point
+from phantom.solve import solve
+from tests.phantom.problems import DTYPE, linear_nonsymmetric, randn
+from tests.phantom.solvers import FEW_STEPS, SOLVERS, Recorded, each
+
+NODES = 60
+CHAIN = torch.diag(torch.ones(NODES - 1, dtype=DTYPE), -1)
+TO_TOL = {
+    "plain": FixedPoint(max_steps=300, tol=1e-4),
+    "plain_absolute": FixedPoint(max_steps=300, tol=1e-4, stop="absolute", norm="max"),
+    "plain_rarely_asked": FixedPoint(max_steps=300, tol=1e-4, sync_every=7),
+    "anderson": Anderson(max_steps=300, tol=1e-4),
+    "broyden": Broyden(max_steps=300, tol=1e-4, memory=20),
+}
+SHORT = {
+    "plain": FixedPoint(max_steps=20, tol=1e-4),
+    "fixed_budget": FixedPoint(max_steps=20, tol=None),
+    "fixed_budget_broyden": Broyden(max_steps=20, tol=None),
+    "fixed_budget_anderson": Anderson(max_steps=20, tol=None),
+    "never": Broyden(max_steps=9, tol=1e-13),
+}
+
+
+def measured(f, z: Tensor, z0: Tensor, solver: Solver) -> Tensor:
+    """The residual of `z` in the words of the documentation."""
+    fz = f(z).reshape(len(z), -1)
+    g = fz - z.reshape(len(z), -1)
+    if solver.norm == "max":
+        return g.abs().amax(dim=1)
+    first = f(z0).reshape(len(z), -1).norm(dim=1)
+    return g.norm(dim=1) / torch.maximum(fz.norm(dim=1), first).clamp_min(1e-300)
+
+
+def chain(width: int) -> tuple[Tensor, Tensor]:
+    b = torch.zeros(NODES, width, dtype=DTYPE)
+    b[0] = 1.0
+    return b, torch.linalg.solve(torch.eye(NODES, dtype=DTYPE) - 0.99 * CHAIN, b)
+
+
+@each(TO_TOL)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_chain_of_nodes_as_a_batch(solver, mode):
+    b, truth = chain(3)
+    with mode():
+        solution = fixed_point(
+            lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b), solver=solver, grad=UPG(k=1, lam=1)
+        )
+    assert solution.stats.converged.all() and solution.stats.dependent
+    torch.testing.assert_close(solution.z_star, truth, rtol=0, atol=1e-2)
+    residual = measured(lambda z: 0.99 * (CHAIN @ z) + b, solution.z_star, torch.zeros_like(b), solver)
+    torch.testing.assert_close(solution.stats.residual, residual, rtol=1e-9, atol=1e-14)
+
+
+@each(SHORT)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("grad", [UPG(k=2, lam=0.5), UPG(k=2, lam=0.5, checkpoint=True), NPG(k=2, lam=0.5)], ids=str)
+def test_too_few_steps_are_not_called_convergence(solver, mode, grad):
+    b, truth = chain(3)
+
+    def f(z: Tensor) -> Tensor:
+        return 0.99 * (CHAIN @ z) + b
+
+    calls = Recorded(f)
+    with mode():
+        solution = fixed_point(calls, torch.zeros_like(b), solver=solver, grad=grad)
+    assert not solution.stats.converged.any() and (solution.z_star - truth).abs().max() > 0.5
+    assert solution.stats.dependent and solution.stats.num_evals == len(calls.calls)
+    residual = measured(f, solution.z_star, torch.zeros_like(b), solver)
+    torch.testing.assert_close(solution.stats.residual, residual, rtol=1e-9, atol=1e-14)
+
+
+def test_the_way_out():
+    b, truth = chain(3)
+    solver = FixedPoint(max_steps=300, tol=1e-4)
+    solution = fixed_point(
+        lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b)[None], solver=solver, grad=NPG(k=1, lam=1.0)
+    )
+    assert solution.stats.converged.all() and not solution.stats.dependent
+    torch.testing.assert_close(solution.z_star[0], truth, rtol=0, atol=1e-2)
+
+
+@each(TO_TOL)
+def test_a_state_without_a_batch_axis(solver):
+    """(D,) is read as D problems of one unknown."""
+    b = randn(NODES, seed=1)
+    truth = torch.linalg.solve(torch.eye(NODES, dtype=DTYPE) - 0.99 * CHAIN, b)
+    solution = fixed_point(lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b), solver=solver, grad=NPG(k=1, lam=1.0))
+    assert solution.stats.converged.all()
+    torch.testing.assert_close(solution.z_star, truth, rtol=0, atol=3e-2)
+
+
+@each(TO_TOL)
+def test_a_mean_over_the_batch_couples_rows(solver):
+    """Batch statistics: f(z) = 0.5 z + 0.4 mean(z) + x, solved densely."""
+    x = randn(6, 3, seed=2)
+    x[2:] *= 1e-3
+    mix = 0.5 * torch.eye(6, dtype=DTYPE) + 0.4 / 6
+    truth = torch.linalg.solve(torch.eye(6, dtype=DTYPE) - mix, x)
+    solution = fixed_point(lambda z: mix @ z + x, torch.zeros_like(x), solver=solver, grad=NPG(k=1, lam=1.0))
+    stats = solution.stats
+    torch.testing.assert_close(
+        stats.residual, measured(lambda z: mix @ z + x, solution.z_star, 0 * x, solver), rtol=1e-9, atol=1e-14
+    )
+    if isinstance(solver, Broyden):  # secants of one row that are due to others: it diverges before a row converges
+        assert stats.dependent and not stats.converged.any()
+        return
+    assert stats.converged.all()
+    torch.testing.assert_close(solution.z_star, truth, rtol=0, atol=3e-3)
+
+
+def test_one_node_alone_at_rest():
+    """A row that begins at its own fixed point, and is moved by another one later."""
+    x = torch.tensor([[1.0], [0.0]], dtype=DTYPE)
+    couple = torch.tensor([[0.5, 0.0], [0.9, 0.0]], dtype=DTYPE)
+    z, stats, _ = solve(lambda z: couple @ z + x, torch.zeros_like(x), FixedPoint(max_steps=99, tol=1e-8))
+    torch.testing.assert_close(z, torch.tensor([[2.0], [1.8]], dtype=DTYPE), rtol=0, atol=1e-6)
+    assert stats.converged.all() and stats.dependent
+
+
+@each(SOLVERS | FEW_STEPS)
+def test_independent_problems_are_not_called_dependent(solver):
+    problem = linear_nonsymmetric()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            stats = fixed_point(problem.f, problem.z0, solver=solver, grad=UPG(k=1, lam=1.0)).stats
+        assert not stats.dependent
+
+
+def test_a_problem_that_diverges_does_not_wake_the_others():
+    z, stats, _ = solve(
+        lambda z: torch.stack((3 * z[0] + 1, 0.5 * z[1] + 1)), torch.zeros(2, 3), FixedPoint(max_steps=60, tol=1e-5)
+    )
+    assert stats.diverged.tolist() == [True, False] and stats.converged.tolist() == [False, True]
+    assert not stats.dependent and torch.equal(z[0], torch.zeros(3))
+
+
+def test_confirmation_can_be_left_out():
+    b, _ = chain(3)
+    with torch.no_grad():
+        calls = Recorded(lambda z: 0.99 * (CHAIN @ z) + b)
+        stats = fixed_point(
+            calls, torch.zeros_like(b), solver=FixedPoint(max_steps=9, tol=None), grad=NPG(k=1, lam=1), confirm=False
+        ).stats
+    assert stats.num_evals == len(calls.calls) == 10 and not stats.confirmed
