@@ -70,13 +70,14 @@ def describe(stats: Stats, *, of: str = "solve") -> str:
 
 
 def is_useless(stats: Stats) -> bool:
-    """Return whether no problem came closer than its start, or problems depend on each other without converging.
+    """Return whether no problem came closer than its start, or problems that depend on each other did not converge.
 
     Waits for the device.
     """
     if len(stats.trace) < 2 or len(stats.residual) == 0:
         return False
     stuck = (stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & ~stats.converged
+    stuck = stuck & stats.diverged if stats.tol is None else stuck  # a fixed budget promises nothing
     return bool(stuck.all() | (stats.dependent & ~stats.converged.all()))
 
 
