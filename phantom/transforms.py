@@ -4,6 +4,9 @@ torch.func wraps a tensor once per transform. A solve needs the numbers alone, s
 value; the problems of a vmap become rows, (N, B, D) as (N B, D), and stop one by one like all others.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+# torch has no types for the functions of torch.func below
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

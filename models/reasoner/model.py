@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class Reasoner(nn.Module):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("puzzle_solving",)
+    cell: Any
 
     def __init__(
         self,

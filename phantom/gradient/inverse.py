@@ -132,8 +132,8 @@ class Inverse(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], v: Tensor, index: Tensor, *settings: Any
     ) -> tuple[Tensor, int]:
-        *settings, lead = settings
+        *kept, lead = settings
         dim, index_dim = in_dims[:2]
         v = v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0)
         index = index if index_dim is None else index.movedim(index_dim, 0)
-        return Inverse.apply(v, index, *settings, (index_dim is None, *lead)), 0
+        return Inverse.apply(v, index, *kept, (index_dim is None, *lead)), 0

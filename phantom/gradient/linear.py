@@ -56,7 +56,7 @@ def vjp(fz: Tensor, z: Tensor, u: Tensor, *, create_graph: bool = False) -> Tens
 
 def partial_vjps(fz: Tensor, inputs: Sequence[Tensor], u: Tensor, *, fixed: Tensor) -> Sequence[Tensor | None]:
     """Return (dfz/dx)^T u with a graph for every x of `inputs`, the others and `fixed` held, though x may make them."""
-    nodes = {tensor.grad_fn for tensor in (*inputs, fixed)} - {None}
+    nodes = {node for tensor in (*inputs, fixed) if (node := tensor.grad_fn) is not None}
     stops = [node.register_prehook(lambda gradients: (None,) * len(gradients)) for node in nodes]
     try:
         return torch.autograd.grad(fz, inputs, u, create_graph=True, allow_unused=True)
@@ -83,7 +83,8 @@ class Readings(TorchFunctionMode):
         self.tensors: list[Tensor] = []
         self._own = [z]  # leaves that the map makes itself, as a solve inside of it does
         self._known = {id(z)}
-        self._first = z.view_as(z).grad_fn._sequence_nr()
+        node: Any = z.view_as(z).grad_fn
+        self._first = node._sequence_nr()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +118,8 @@ class Readings(TorchFunctionMode):
     def missed(self, fz: Tensor) -> bool:
         """Return whether the graph of the map's value `fz` leads to a tensor that was not seen."""
         known = {edge_of(tensor) for tensor in (*self._own, *self.tensors)}
-        pending, seen = [edge_of(fz)], set()
+        pending: list[Any] = [edge_of(fz)]
+        seen = set()
         while pending:
             edge = pending.pop()
             if edge[0] is None or edge in seen or edge in known:

@@ -6,6 +6,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 from phantom import BPTT, UPG, GradientEstimator, Solver
 from phantom.engine.training.schedule import share_of_run
@@ -108,10 +109,12 @@ class Course:
         self, solver: Solver, grad: GradientEstimator, *, step: int, total: int, seed: int
     ) -> tuple[Solver, GradientEstimator]:
         """Return the solver and the estimator of `step`."""
+        changed: Any = grad  # a dataclass with these fields, as was checked
         if self.k is not None:
-            grad = replace(grad, k=int(self.k.at(step, total, seed)))
+            changed = replace(changed, k=int(self.k.at(step, total, seed)))
         if self.lam is not None:
-            grad = replace(grad, lam=float(self.lam.at(step, total, seed)))
+            changed = replace(changed, lam=float(self.lam.at(step, total, seed)))
+        grad = changed
         if self.depth is None:
             return solver, grad
         depth = max(1, int(self.depth.at(step, total, seed)))
