@@ -7,18 +7,20 @@
     python scripts/reproduce.py table4 rows=cox2_implicit data.folds=stratified data.eval_adjacency=same \\
         data.validation=0.1 eval_splits=[valid,test]              # an honest protocol
     python scripts/reproduce.py chains panels="length 10"         # the lines of one panel of a figure
+    python scripts/reproduce.py fig1                              # measured, nothing is trained; also theorems, table2
+    python scripts/reproduce.py theorems rows=theorem1 dim=10     # one of its measures, with a setting changed
 
-    rows=<name,...>    these rows or lines alone
+    rows=<name,...>    these rows, lines or measures alone
     panels=<name,...>  these panels of a figure alone
     folds=<n,...>      these folds alone; their record is written only once all ten are run together
     jobs=<n>           runs at a time; several have one thread each
     again              run what has a record, too
     list               print the commands and run nothing
 
-Everything else goes to train.py. What has a record in results/ is not run; finished runs of runs/ are not trained
-again, interrupted ones resume. A run that was typed as model=, data= and grad= counts as the row whose resolved config
-it has. Overrides that make it another experiment are in the name of the record, which no page shows.
-`python scripts/report.py` renders the pages.
+Everything else goes to train.py, or is a setting of a measure (those are in study.yaml). What has a record in results/
+is not run; finished runs of runs/ are not trained again, interrupted ones resume. A run that was typed as model=, data=
+and grad= counts as the row whose resolved config it has. Overrides that make it another experiment are in the name of
+the record, which no page shows. `python scripts/report.py` renders the pages.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def main(items: Sequence[str]) -> None:
         if "list" in words:
             print(*(run.line() for run in work.runs), sep="\n")
             continue
+        print(f"to run: {len(work.runs)}. {work.cost or 'No record says what they cost'}.", file=sys.stderr)
         try:
             process.execute(work, jobs)
         except RuntimeError as error:

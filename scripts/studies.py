@@ -4,6 +4,8 @@ results/<study>/study.yaml has a `title`, and what the study shows:
 
     tables     by the name of its page: `rows` of experiments, whose seeds are averaged, or with `protocols` their folds
     figure     `lines` of experiments, each in every one of the `panels`: curves of a metric over the epochs
+    measures   by the name of its record and page: a `function` of scripts/running/measures/ with its `settings`, what
+               `smoke` changes of them, and its `cost` in seconds of one core; scripts/reporting/measures/ draws it
     benchmark  `rows` of timed training steps
     quality    names of comparisons of gradient estimators on a trained model
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ def of(study: dict[str, Any]) -> dict[Path, str]:
         if shown:
             parts = [(row["title"], row.get("paper", ""), result) for row, result in shown]
             found[folder / "summary.md"] = suites.render(study["title"], parts)
+    for name, drawing, record in _measured(study):
+        found[folder / f"{name}.md"] = drawing.page(record)
     for name in study.get("quality", []):
         found[folder / f"{name}.md"] = quality.render(_read(folder / f"{name}.json"))
     return found
 
 
 def write(study: dict[str, Any]) -> dict[Path, str]:
-    """Write the pages of a study, and its figure once there is something to draw; return the pages."""
+    """Write the pages of a study, and its figures once there is something to draw; return the pages."""
     found = of(study)
     for path, text in found.items():
         path.write_text(text)
@@ -40,6 +43,8 @@ def write(study: dict[str, Any]) -> dict[Path, str]:
         entries = studies.curves(study["folder"] / "curves.json")
         if entries:
             figures.draw(study["figure"], entries, study["folder"] / "curves.png")
+    for name, drawing, record in _measured(study):
+        drawing.draw(record, study["folder"] / f"{name}.png")
     return found
 
 
@@ -85,6 +90,19 @@ def _command(study: dict[str, Any]) -> str:
     if "quality" in study:
         return f"python scripts/quality.py run=<folder> out={study['folder'].relative_to(studies.ROOT)}/<name>.json"
     return f"python scripts/reproduce.py {study['name']}"
+
+
+def _measured(study: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Return (name, module that draws it, record) of every measure of a study that has a record at the paper's scale."""
+    found = [
+        (name, part["function"], _read(study["folder"] / f"{name}.json"))
+        for name, part in study.get("measures", {}).items()
+    ]
+    return [
+        (name, import_module(f"scripts.reporting.measures.{function}"), record)
+        for name, function, record in found
+        if record is not None
+    ]
 
 
 def _beside(path: Path, text: str) -> str:

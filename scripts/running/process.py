@@ -25,7 +25,7 @@ SAME_ROW = ("experiment", "scale", "precision", "gradient_precision", "determini
 
 
 class Run(NamedTuple):
-    """One run of train.py.
+    """One run of train.py, or one measure.
 
     Args:
         name: what is printed of it.
@@ -38,10 +38,15 @@ class Run(NamedTuple):
     overrides: list[str]
     folder: Path
     kept: Path
+    program: str = "train.py"
 
     def line(self) -> str:
         """Return the command that a person would type."""
-        return shlex.join(["python", "train.py", *self.overrides])
+        return shlex.join(["python", self.program, *self.overrides])
+
+
+def _train(run: Run, alone: bool) -> dict[str, Any]:
+    return train(run.overrides, run.folder, alone=alone)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Work:
         begin: is called before the first one starts.
         find: returns a finished run of the same config that another command line left, with its record, or None.
         small: one thread a run is best, and as many run at a time as there are cores; otherwise one, with all threads.
+        take: runs one and returns its record; takes the run, and whether it is to show what it prints.
+        cost: what the runs will cost, where that is known.
     """
 
     runs: Sequence[Run]
@@ -60,6 +67,8 @@ class Work:
     small: bool = False
     begin: Callable[[], None] = lambda: None
     find: Callable[[Run], tuple[Run, dict[str, Any]] | None] = lambda run: None
+    take: Callable[[Run, bool], dict[str, Any]] = _train
+    cost: str = ""
 
 
 def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -103,6 +112,11 @@ def execute(work: Work, jobs: int | None) -> None:
     runs = [run for run in work.runs if run.name not in {run.name for run, _ in found}]
     jobs = min(jobs or (cores() if work.small else 1), max(1, len(runs)))
     alone = jobs == 1 and not work.small
+    if jobs == 1:  # in this thread, which hears Ctrl-C
+        for run in runs:
+            print(run.line(), flush=True)
+            work.keep(run, work.take(run, alone))
+        return
 
     failed = threading.Event()  # the pool itself would begin the next run before it hears of a failure
 
@@ -111,7 +125,7 @@ def execute(work: Work, jobs: int | None) -> None:
             return None
         print(run.line(), flush=True)
         try:
-            return train(run.overrides, run.folder, alone=alone)
+            return work.take(run, alone)
         except BaseException:
             failed.set()
             raise

@@ -1,0 +1,27 @@
+"""A statement of the paper beside the number that was measured for it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+RELATIONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def claim(text: str, measured: float, relation: str, bound: float) -> dict[str, Any]:
+    """Return a claim: `claim`, `measured`, `needed`, and whether it `holds`; a measured NaN never does.
+
+    Args:
+        relation: `<`, `<=`, `>` or `>=`.
+    """
+    return {
+        "claim": text,
+        "measured": significant(measured),
+        "needed": f"{relation} {bound:g}",
+        "holds": bool(RELATIONS[relation](measured, bound)),
+    }
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """Return the value with so many significant digits: a record is read by people, too."""
+    return float(f"{float(value):.{digits}g}")
