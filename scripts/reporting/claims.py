@@ -25,9 +25,10 @@ def source(record: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {_value(value)}" for key, value in record["settings"].items())
     changed = " with changes" if record["dirty"] else ""
     commit = f"{(record['commit'] or 'none')[:8]}{changed}"
+    where = f"one thread ({record['device'].split(',')[0]})"
     return (
-        f"Settings: {settings}. {record['cpu_seconds']:.0f} CPU seconds on one thread, {record['finished'][:10]}, commit "
-        f"{commit}, torch {record['versions']['torch']}."
+        f"Settings: {settings}. {record['cpu_seconds']:.0f} CPU seconds on {where}, {record['finished'][:10]}, "
+        f"commit {commit}, torch {record['versions']['torch']}."
     )
 
 

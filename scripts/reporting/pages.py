@@ -93,7 +93,7 @@ def _command(study: dict[str, Any]) -> str:
 
 
 def _measured(study: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Return (name, module that draws it, record) of every measure of a study that has a record at the paper's scale."""
+    """Return (name, module that draws it, record) of the measures that have a record at the paper's scale."""
     found = [
         (name, part["function"], _read(study["folder"] / f"{name}.json"))
         for name, part in study.get("measures", {}).items()

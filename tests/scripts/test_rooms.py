@@ -98,10 +98,14 @@ def test_nothing_bends_the_import_path():
 @pytest.mark.parametrize("name", studies.names())
 def test_a_study_is_one_of_the_known_kinds(name):
     study = studies.load(name)
-    assert {"title"} < set(study) - {"name", "folder"} <= {"title", "tables", "figure", "benchmark", "quality"}
+    assert (
+        {"title"}
+        < set(study) - {"name", "folder"}
+        <= {*("title", "tables", "figure", "measures", "benchmark", "quality")}
+    )
     parts = [*study.get("tables", {}).values(), *([study["figure"]] if "figure" in study else [])]
     rows = [row for part in parts for row in part.get("rows", part.get("lines"))]
-    assert len(rows_of(study)) == len(rows), "two rows have one name"
+    assert len(rows_of(study)) == len(rows) + len(study.get("measures", ())), "two rows have one name"
 
 
 def test_every_folder_of_configs_is_a_group():

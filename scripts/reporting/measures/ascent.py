@@ -26,9 +26,9 @@ def page(record: dict[str, Any]) -> str:
             cells = [f"{sum(r < 1 for r in found[k]) / len(found[k]):.0%}" if k in found else "" for k in ks]
             rows.append([f"{name}, lam={lam:g}", *cells])
     about = (
-        "If |A (I - dF/dh) - dF/dtheta| < sigma_min^2 / sigma_max (6), the phantom gradient ascends, whatever the loss. "
-        f"Dense Jacobians of {record['settings']['dim']} unknowns; the smallest <phantom, exact> / |exact|^2 over all "
-        "losses is an eigenvalue. Every case is a point of `theorem1.png`."
+        "Where |A (I - dF/dh) - dF/dtheta| < sigma_min^2 / sigma_max (6), the phantom gradient ascends, whatever the "
+        f"loss. Dense Jacobians of {record['settings']['dim']} unknowns; the smallest <phantom, exact> / |exact|^2 "
+        "over all losses is an eigenvalue. Every case is a point of `theorem1.png`."
     )
     kinds = "; ".join(f"{name}: {count}" for name, count in counts.items())
     remark = f"The condition is sufficient, and far from necessary. {kinds}."
@@ -50,7 +50,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         rows = [row for row in record["rows"] if row["family"] == family]
         x = [min(max(ratio, LOW), HIGH) for row in rows for ratio in row["ratio"]]
         y = [least for row in rows for least in row["least"]]
-        axis.scatter(x, y, s=6, alpha=0.5, color=f"C{i}", linewidths=0, label=name)
+        axis.scatter(x, y, s=14, alpha=0.6, color=f"C{i}", marker="o+x"[i], linewidths=0.8, label=name)
     axis.axvline(1, color="black", linewidth=1)
     axis.axhline(0, color="black", linewidth=1)
     axis.axvspan(LOW, 1, color="black", alpha=0.06)

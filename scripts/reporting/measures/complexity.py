@@ -32,11 +32,11 @@ def page(record: dict[str, Any]) -> str:
         rows.append([method, paper[0], time, paper[1], memory, paper[2], peak])
     heads = ["method", "time, paper", "measured", "memory, paper", "measured", "whole protocol, paper", "measured peak"]
     about = (
-        f"The trainer's steps with `{' '.join(settings['model'])}`. Time is that of attach and backward, in CPU time of "
-        "the process on one thread, as the machine is shared: waiting is not counted, a slower memory is. Memory is the "
-        "peak of the live tensors that a step makes, without parameters, counted operator by operator. n is the number of "
-        "solver steps K, of unrolled steps, or of phantom steps k; straight lines by least squares through medians of "
-        f"{settings['repeats']} interleaved rounds, drawn in `table.png`."
+        f"The trainer's steps with `{' '.join(settings['model'])}`. Time is that of attach and backward, in CPU time "
+        "of the process on one thread, as the machine is shared: waiting is not counted, a slower memory is. Memory is "
+        "the peak of the live tensors that a step makes, without parameters, counted operator by operator. n is the "
+        "number of solver steps K, of unrolled steps, or of phantom steps k; straight lines by least squares through "
+        f"medians of {settings['repeats']} interleaved rounds, drawn in `table.png`."
     )
     points = [
         [

@@ -27,8 +27,8 @@ def page(record: dict[str, Any]) -> str:
     about = (
         f"One tanh layer of {settings['dim']} units, the spectral norm of W {settings['spectral_norm']:g}, "
         f"{len(settings['seeds'])} seeds. Relative error, in the spectral norm, of the phantom Jacobian of the "
-        f"equilibrium to the input; an inexact start is {settings['start_steps']} plain iterations from zero. The errors "
-        "are in `theorem2.json`, drawn in `theorem2.png`."
+        f"equilibrium to the input; an inexact start is {settings['start_steps']} plain iterations from zero. The "
+        "errors are in `theorem2.json`, drawn in `theorem2.png`."
     )
     return claims.page(
         record,
@@ -38,9 +38,9 @@ def page(record: dict[str, Any]) -> str:
         markdown.table(["lam", "measured rate", "radius of B", "norm of B"], rates, "rrrr"),
         "## Condition number of lam (I + B + ... + B^(k-1)), mean over seeds",
         markdown.table(["lam", *(f"k={ks[i]}" for i in places)], conditions, "r" * (1 + len(places))),
-        f"That of the inverse of I - J, the limit for every lam, is {record['conditioning_limit']:.2f} on average: what "
-        "grows with k is bounded by it here, and a small lam delays it. Section 2.4 of the paper says that a large k "
-        "impairs the conditioning and a small lam helps; nothing is asserted about it.",
+        f"That of the inverse of I - J, the limit for every lam, is {record['conditioning_limit']:.2f} on average. The "
+        "paper says (Section 2.4) that a large k impairs the conditioning and that a small lam helps. That is no law, "
+        "and is only shown here.",
     )
 
 
@@ -52,8 +52,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     exact, inexact, conditions = axes[0]
     for lam, color in zip(lams, plots.shades(len(lams)), strict=True):
         exact.plot(ks, _mean(record, "NPG", "exact", lam), color=color, label=f"lam = {lam:g}")
-        radius = fmean(one["radius"] for one in record["damped"] if one["lam"] == lam)
-        exact.plot(ks, [radius**k for k in ks], color=color, linestyle=":")
+        radii = [one["radius"] for one in record["damped"] if one["lam"] == lam]
+        exact.plot(ks, [fmean(radius**k for radius in radii) for k in ks], color=color, linestyle=":")
         inexact.plot(ks, _mean(record, "UPG", "inexact", lam), color=color)
         inexact.plot(ks, _mean(record, "NPG", "inexact", lam), color=color, linestyle="--")
         (values,) = [one["mean"] for one in record["conditioning"] if one["lam"] == lam]

@@ -20,8 +20,8 @@ def page(record: dict[str, Any]) -> str:
         values.append(fmean(row["mean"][-1] for row in found))
         rows.append([_name(k, settings["lam"]), *(f"{value:.3g}" for value in values)])
     about = (
-        "SGD on a risk whose gradient is known exactly, with steps eta / sqrt(n) and a phantom gradient that is off by at "
-        f"most eps: mean over {len(settings['seeds'])} seeds, N = {settings['steps']} steps. The weighted mean is "
+        "SGD on a risk whose gradient is known exactly, with steps eta / sqrt(n) and a phantom gradient that is off by "
+        f"at most eps: mean over {len(settings['seeds'])} seeds, N = {settings['steps']} steps. The weighted mean is "
         "sum eta_n |grad R|^2 / sum eta_n over all steps; the radius is the root mean square of |grad R| over the last "
         "tenth of them. The curves are in `theorem3.json`, drawn in `theorem3.png`."
     )

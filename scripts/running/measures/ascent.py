@@ -84,14 +84,14 @@ def measure(
 
 
 def random_problem(seed: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return J (D, D) with |J|_2 in (0.1, 0.9), and dF/dtheta (D, P), P >= D, of condition 1 to 4."""
+    """Return J (D, D) with |J|_2 in (0.1, 0.9), and dF/dtheta (D, P), P >= D, of condition 1 to 10."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dim + seed % 3
     jacobian = torch.randn(dim, dim, generator=generator, dtype=DTYPE)
     jacobian *= (0.1 + 0.8 * torch.rand((), generator=generator, dtype=DTYPE)) / torch.linalg.matrix_norm(jacobian, 2)
     u, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=DTYPE))
     v, _ = torch.linalg.qr(torch.randn(parameters, parameters, generator=generator, dtype=DTYPE))
-    return jacobian, u @ torch.diag(torch.linspace(1, 1 + seed % 4, dim, dtype=DTYPE)) @ v[:dim]
+    return jacobian, u @ torch.diag(torch.linspace(1, 1 + 3 * (seed % 4), dim, dtype=DTYPE)) @ v[:dim]
 
 
 class Layer:

@@ -164,7 +164,7 @@ def claims(rows: Sequence[dict[str, Any]], kept: Sequence[int], ks: Sequence[int
     def final(k: int | None, n: int = -1) -> float:
         return _mean(row["mean"][n] for row in rows if row["k"] == k)
 
-    early = min(range(len(kept)), key=lambda i: abs(kept[i] - kept[-1] / 10))
+    early = min((i for i, n in enumerate(kept) if n > 1), key=lambda i: abs(kept[i] - kept[-1] / 10))
     scaled = [final(None, i) * math.sqrt(kept[i]) / math.log(kept[i]) for i in (early, -1)]
     excess = [(final(k) - final(None)) / (mean(k, "eps") * mean(k, "largest_gradient")) for k in ks]
     pairs = list(zip((*ks,), (*ks[1:], None), strict=True))
