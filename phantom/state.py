@@ -110,7 +110,7 @@ class Packing:
             return parts
         formats = (torch.channels_last if last else torch.contiguous_format for last in self._channels_last)
         leaves = zip(_flatten(parts)[0], formats, strict=True)
-        return self._join([part.contiguous(memory_format=kind) for part, kind in leaves])
+        return self._join([part.clone(memory_format=kind) for part, kind in leaves])
 
     def _join(self, parts: list[Tensor]) -> State:
         """Return these parts in the form of `z0`."""

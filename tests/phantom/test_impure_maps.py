@@ -141,10 +141,10 @@ def test_the_value_may_be_written_to(grad, parts, mode, steps):
             stars = [part.clone() for part in (solution.z_star if parts == 2 else (solution.z_star,))]
             if write:
                 for state in states:
-                    state.relu_()
                     state += 1.0
+                    state.relu_()
             else:
-                states = [torch.relu(state) + 1.0 for state in states]
+                states = [torch.relu(state + 1.0) for state in states]
             after = solution.z_star if parts == 2 else (solution.z_star,)
             close(after, stars, 0.0)
             close(z0 if parts == 2 else (z0,), kept, 0.0)
