@@ -23,8 +23,7 @@ def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> str:
 def source(record: dict[str, Any]) -> str:
     """Return the line that says where the numbers come from."""
     settings = ", ".join(f"{key} {_value(value)}" for key, value in record["settings"].items())
-    changed = " with changes" if record["dirty"] else ""
-    commit = f"{(record['commit'] or 'none')[:8]}{changed}"
+    commit = (record["commit"] or "none")[:8] + "*" * bool(record["dirty"])  # * stands for changed files
     where = f"one thread ({record['device'].split(',')[0]})"
     return (
         f"Settings: {settings}. {record['cpu_seconds']:.0f} CPU seconds on {where}, {record['finished'][:10]}, "
@@ -41,6 +40,7 @@ def _row(one: dict[str, Any]) -> list[str]:
 def _value(value: Any) -> str:
     if not isinstance(value, list):
         return str(value)
-    if len(value) > 4 and value == list(range(value[0], value[0] + len(value))):
+    counting = all(isinstance(one, int) for one in value) and value == list(range(value[0], value[0] + len(value)))
+    if len(value) > 4 and counting:
         return f"{value[0]} ... {value[-1]}"
     return f"({', '.join(map(str, value))})"

@@ -112,9 +112,9 @@ def test_a_page_shows_the_numbers_and_verdicts_of_its_record(drawing, record, li
 
 
 def test_a_record_of_changed_code_says_so():
-    assert "commit 01234567 with changes, " in claims.source(copy.deepcopy(ASCENT) | {"dirty": True})
-    long = claims.source(ASCENT | {"settings": {"seeds": list(range(9)), "ks": [1, 2, 4], "dim": 3}})
-    assert long.startswith("Settings: seeds 0 ... 8, ks (1, 2, 4), dim 3.")
+    assert "commit 01234567*, " in claims.source(copy.deepcopy(ASCENT) | {"dirty": True})
+    long = claims.source(ASCENT | {"settings": {"seeds": list(range(9)), "lams": [0.5, 1.5, 2.5, 3.5, 4.5], "dim": 3}})
+    assert long.startswith("Settings: seeds 0 ... 8, lams (0.5, 1.5, 2.5, 3.5, 4.5), dim 3.")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.reporting import claims, markdown, plots
 
-SHOWN = (1, 2, 3, 5, 9, 15, 20)
+SHOWN = (1, 2, 3, 5, 9, 12)
 NAMES = {"NPG": "(a) Neumann series, NPG", "UPG": "(b) unrolling, UPG"}
 
 

@@ -8,7 +8,7 @@ that of W, U and b, summed over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,13 +88,11 @@ class Problem:
     """A layer, its inputs (B, D) and the cotangent of its equilibrium (B, D)."""
 
     def __init__(self, layer: SyntheticMap, x: Tensor, g: Tensor) -> None:
-        self.f: Callable[[Tensor], Tensor] = layer.bind(x)
         self.layer, self.x, self.g = layer, x, g
 
     def gradient(self, z0: Tensor, solver: Solver, grad: GradientEstimator) -> tuple[Solution, Sequence[Tensor]]:
         """Return the solution from `z0`, and the estimate of the gradient to the layer's parameters."""
-        self.f = self.layer.bind(self.x)  # the graph of the injection ends with a backward
-        solution = fixed_point(self.f, z0, solver=solver, grad=grad)
+        solution = fixed_point(self.layer.bind(self.x), z0, solver=solver, grad=grad)
         return solution, torch.autograd.grad(solution.value, list(self.layer.parameters()), self.g)
 
 
