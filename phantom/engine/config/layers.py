@@ -59,7 +59,7 @@ def _rebuilt(group: str, name: str, layers: Sequence[Layer], typed: dict[str, An
     target = leaf.get("_target_")
     parts = [leaf]
     for numbers, leaves in layers:
-        written, of = numbers.get(group, {}), leaves[group]
+        written, of = numbers.get(group) or {}, leaves[group]
         other = target if of is None else _leaf(group, of, configs).get("_target_")
         parts.append(written if other == target else {key: written[key] for key in _shared(other, target, written)})
     tree = OmegaConf.merge(*parts)
