@@ -19,7 +19,7 @@ BEFORE_DATA = [
     ("optimizer.foo=1", r"unknown key optimizer\.foo\. Valid keys of optimizer: lr, momentum"),
     ("+optimizer.foo=1", r"optimizer: torch\.optim\.SGD has no key foo; valid keys: .*lr, momentum"),
     ("clipping.max_norm=1", r"clipping is null: choose one first, clipping=each\|total"),
-    ("eval_solver.max_steps=3", r"eval_solver=anderson\|broyden\|fixed_point"),
+    ("eval_solver.max_steps=3", r"eval_solver=anderson\|broyden\|fixed_point\|rollout"),
     # form
     ("k", "write overrides as key=value"),
     ("k=[1", "write overrides as key=value"),
@@ -29,10 +29,10 @@ BEFORE_DATA = [
     # leaves of groups
     ("model=mdeq_tny", r"model=mdeq_tny is not known; did you mean mdeq_tiny\? Choose one of .*ignn.*mdeq_small"),
     ("grad=ugp", r"grad=ugp is not known; did you mean upg\? Choose one of bptt, implicit, npg"),
-    ("solver=null", r"solver=null is not known\. Choose one of anderson, broyden, fixed_point$"),
+    ("solver=null", r"solver=null is not known\. Choose one of anderson, broyden, fixed_point, rollout$"),
     ("clipping=none", r"clipping=none is not known\. Choose one of each, total, null$"),
     ("experiment=table1/upg_k5", r"did you mean table1/upg_k5_lam0\.5\? Choose one of table1/implicit, "),
-    ("experiment=table9/upg", r"Choose one of chains, language, ppi_synthetic, table1, table3, table4, null$"),
+    ("experiment=table9/upg", r"Choose one of chains, language, ppi_synthetic, reasoners, table1, table3, table4, null$"),
     ("scale=papr", r"did you mean paper\? Choose one of gpu, paper, smoke$"),
     ("solver._target_=phantom.engine.Nothing", r"solver: .*phantom\.engine\.Nothing"),
     ("model._target_=torch.nn.Linear", "declares no `kinds`"),
