@@ -24,6 +24,7 @@ FIELDS = {
     *(
         "baseline",
         "data_digests",
+        "data_notes",
         "num_parameters",
         "parameter_groups",
         "official_parameter_count",
