@@ -30,7 +30,7 @@ def page(record: dict[str, Any]) -> str:
         time = f"{fit['ms']:.0f} + {fit['ms_per_step']:.1f} n ms"
         memory = f"{_mb(fit['bytes'])} + {fit['bytes_per_step'] / 1e6:.2f} n MB"
         rows.append([method, paper[0], time, paper[1], memory, paper[2], peak])
-    heads = ["method", "time, paper", "measured", "memory, paper", "measured", "whole protocol, paper", "measured peak"]
+    heads = ["method", "time, paper", "time", "memory, paper", "memory", "whole protocol, paper", "its peak"]
     about = (
         f"The trainer's steps with `{' '.join(settings['model'])}`. Time is that of attach and backward, in CPU time "
         "of the process on one thread, as the machine is shared: waiting is not counted, a slower memory is. Memory is "
