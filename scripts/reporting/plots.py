@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 
-def canvas(rows: int, columns: int, *, width: float = 4.2, height: float = 3.4, **shared: bool) -> tuple[Any, Any]:
+def canvas(rows: int, columns: int, *, width: float = 4.2, height: float = 3.4, **shared: Any) -> tuple[Any, Any]:
     """Return (figure, axes[rows][columns]), drawn without a screen."""
     import matplotlib
 

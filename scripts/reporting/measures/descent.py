@@ -32,6 +32,8 @@ def page(record: dict[str, Any]) -> str:
         about,
         "## By gradient",
         markdown.table(heads, rows, "lrrr"),
+        "The radius of implicit differentiation is that of SGD itself after so many steps; what a phantom gradient adds to "
+        "it falls with eps. In the right panel of the figure every seed is a grey line, and the mean a point.",
     )
 
 
@@ -46,12 +48,15 @@ def draw(record: dict[str, Any], path: Path) -> None:
         mean = [fmean(column) for column in zip(*(row["mean"] for row in found), strict=True)]
         style = {"linestyle": "--"} if k is None else {}
         left.plot(n, mean, color=color, label=_name(k, settings["lam"]), **style)
-        if k is not None:
-            right.scatter(
-                [row["eps"] for row in found], [row["radius"] for row in found], color=color, label=f"k = {k}", s=18
-            )
+        radius = fmean(row["radius"] for row in found)
+        if k is None:
+            right.axhline(radius, color=color, linestyle="--", label="implicit differentiation")
         else:
-            right.axhline(fmean(row["radius"] for row in found), color=color, linestyle="--", label="exact gradient")
+            eps = fmean(row["eps"] for row in found)
+            right.scatter([eps], [radius], color=color, label=_name(k, settings["lam"]), s=36, zorder=3)
+    for seed in settings["seeds"]:
+        one = [row for row in record["rows"] if row["seed"] == seed and row["k"] is not None]
+        right.plot([row["eps"] for row in one], [row["radius"] for row in one], color="grey", linewidth=0.8, alpha=0.6)
     late = [i for i in n if i >= 10]
     scale = mean[-1] * math.sqrt(n[-1]) / math.log(n[-1])
     left.plot(

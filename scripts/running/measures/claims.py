@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, SupportsFloat
 
 RELATIONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
-def claim(text: str, measured: float, relation: str, bound: float) -> dict[str, Any]:
+def claim(text: str, measured: SupportsFloat, relation: str, bound: float) -> dict[str, Any]:
     """Return a claim: `claim`, `measured`, `needed`, and whether it `holds`; a measured NaN never does.
 
     Args:
@@ -18,10 +18,10 @@ def claim(text: str, measured: float, relation: str, bound: float) -> dict[str, 
         "claim": text,
         "measured": significant(measured),
         "needed": f"{relation} {bound:g}",
-        "holds": bool(RELATIONS[relation](measured, bound)),
+        "holds": RELATIONS[relation](float(measured), bound),
     }
 
 
-def significant(value: float, digits: int = 6) -> float:
+def significant(value: SupportsFloat, digits: int = 6) -> float:
     """Return the value with so many significant digits: a record is read by people, too."""
     return float(f"{float(value):.{digits}g}")

@@ -105,7 +105,8 @@ class Descent:
         z = torch.zeros_like(self.x)
         for n in range(1, steps + 1):
             rows = torch.randint(self.x.shape[1], (batch,), generator=self.order)
-            z = self.equilibrium(*(parameter.detach() for parameter in self.trained), z)
+            u, b = (parameter.detach() for parameter in self.trained)
+            z = self.equilibrium(u, b, z)
             pullback = self.pullback(z)
             squares[:, n - 1] = _square(self.exact(pullback, slice(None)))
             estimate = self.estimate(grad, z, rows)
@@ -152,7 +153,7 @@ class Descent:
 
 
 def _square(parts: Sequence[Tensor]) -> Tensor:
-    return sum(part.square().sum(dim=(1, 2)) for part in parts)
+    return torch.stack([part.square().sum(dim=(1, 2)) for part in parts]).sum(dim=0)
 
 
 def claims(rows: Sequence[dict[str, Any]], kept: Sequence[int], ks: Sequence[int]) -> list[dict[str, Any]]:
