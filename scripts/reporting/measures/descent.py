@@ -32,8 +32,8 @@ def page(record: dict[str, Any]) -> str:
         about,
         "## By gradient",
         markdown.table(heads, rows, "lrrr"),
-        "The radius of implicit differentiation is that of SGD itself after so many steps; what a phantom gradient adds to "
-        "it falls with eps. In the right panel of the figure every seed is a grey line, and the mean a point.",
+        "The radius of implicit differentiation is that of SGD itself after so many steps. What a phantom gradient "
+        "adds to it falls with eps. In the right panel of the figure every seed is a grey line, and the mean a point.",
     )
 
 
@@ -50,10 +50,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         left.plot(n, mean, color=color, label=_name(k, settings["lam"]), **style)
         radius = fmean(row["radius"] for row in found)
         if k is None:
-            right.axhline(radius, color=color, linestyle="--", label="implicit differentiation")
+            right.axhline(radius, color=color, linestyle="--")
         else:
             eps = fmean(row["eps"] for row in found)
-            right.scatter([eps], [radius], color=color, label=_name(k, settings["lam"]), s=36, zorder=3)
+            right.scatter([eps], [radius], color=color, s=36, zorder=3)
     for seed in settings["seeds"]:
         one = [row for row in record["rows"] if row["seed"] == seed and row["k"] is not None]
         right.plot([row["eps"] for row in one], [row["radius"] for row in one], color="grey", linewidth=0.8, alpha=0.6)
@@ -63,14 +63,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         late, [scale * math.log(i) / math.sqrt(i) for i in late], color="grey", linestyle=":", label="log N / sqrt(N)"
     )
     left.set(xscale="log", yscale="log", xlabel="N", ylabel="weighted mean of |grad R|$^2$")
-    right.set(
-        xscale="log",
-        yscale="log",
-        xlabel="eps, the largest error of the gradient",
-        ylabel="radius: |grad R| at the end",
-    )
-    for axis in (left, right):
-        axis.legend(fontsize=7)
+    right.set(xscale="log", ylim=(0, 1.1 * max(row["radius"] for row in record["rows"])))
+    right.set(xlabel="eps, the largest error of the gradient", ylabel="radius: |grad R| at the end")
+    left.legend(fontsize=7)
     plots.save(figure, path)
 
 
