@@ -191,7 +191,7 @@ class DEQ(nn.Module):
         self.regularizer = regularizer
         self.graph_dtype = graph_dtype
         self.confirm = confirm
-        self.on_failure = on_failure
+        self.on_failure: OnFailure = on_failure
         self.clock: Clock = nullcontext
 
     def forward(self, f: Map, z0: State, *, solver: Solver | None = None, in_place: bool = False) -> Solution:

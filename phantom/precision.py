@@ -37,7 +37,8 @@ class _Switch:
                     self._backend.fp32_precision = self._kept
 
 
-_CUDA, _CPU = _Switch(torch.backends.cuda.matmul), _Switch(torch.backends.mkldnn.matmul)
+_CUDA = _Switch(torch.backends.cuda.matmul)
+_CPU = _Switch(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def exact_products(device: str) -> Callable[[], AbstractContextManager[None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,8 @@ def pure(f: FlatMap) -> Pure:
 
 def _is_traced(z: Tensor) -> bool:
     """Return whether versions say nothing: under torch.compile and inside the transforms of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z)
+    functorch: Any = torch._C  # torch declares nothing of it
+    return torch.compiler.is_compiling() or functorch._functorch.is_functorch_wrapped_tensor(z)
 
 
 def _counted_copy(z: Tensor) -> Tensor:

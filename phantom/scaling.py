@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from phantom.state import FlatMap
 
 def is_on_host(z: Tensor) -> bool:
     """Return whether reading a number waits for nothing, and is possible at all."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z)
+    functorch: Any = torch._C  # torch declares nothing of it
+    traced = torch.compiler.is_compiling() or functorch._functorch.is_functorch_wrapped_tensor(z)
     return z.device.type == "cpu" and type(z) is Tensor and not traced
 
 

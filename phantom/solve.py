@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phantom.precision import exact_products
 from phantom.purity import pure
-from phantom.residual import positive, residual_of, vector_norm
+from phantom.residual import Norm, positive, residual_of, vector_norm
 from phantom.scaling import is_on_host, is_out_of_range, powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
@@ -83,15 +83,17 @@ class _Start:
     """
 
     def __init__(self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None) -> None:
-        self.norm, size = solver.norm, vector_norm(fz, solver.norm)
+        self.norm: Norm = solver.norm
+        size = vector_norm(fz, solver.norm)
         self.relative = scale is None and solver.stop == "relative"
         scale = size if self.relative else scale
-        self.scale = None if scale is None else positive(scale)
+        self.scale: Any = None if scale is None else positive(scale)
         self.g, self.length, self.residual, _ = residual_of(fz, z, self.scale, norm=self.norm, relative=False)
         self.limit = _limit(self.length)
         # a NaN compares false with everything: it is never better, never converged, and always diverged
         self.active = self.length <= self.limit
-        self.tol, self.rounding = None, FLOOR * torch.finfo(z.dtype).eps
+        self.tol: Any = None
+        self.rounding = FLOOR * torch.finfo(z.dtype).eps
         self.going, self.near_rounding, self.is_out_of_range = None, False, False
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
@@ -210,7 +212,7 @@ def _observe(
     if together:
         return g, length, residual, _observe_together(length, residual, rows, start)
     # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
-    shorter = length if not start.relative else torch.add(length, scale, alpha=start.rounding)
+    shorter = length if scale is None or not start.relative else torch.add(length, scale, alpha=start.rounding)
     better = (residual < rows.residual) & (shorter < start.length)
     if start.tol is None:
         best, active, woken = torch.where(better, residual, rows.residual), rows.active & (length <= start.limit), None
