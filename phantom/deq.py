@@ -37,7 +37,7 @@ def fixed_point(
     solver: Solver | None = None,
     grad: GradientEstimator | None = None,
     regularizer: Regularizer | None = None,
-    graph_dtype: torch.dtype | None = None,
+    gradient_precision: torch.dtype | None = None,
     in_place: bool = False,
     confirm: bool = True,
     on_failure: OnFailure = "useless",
@@ -54,8 +54,9 @@ def fixed_point(
         grad: gives the value its backward; not used under `torch.no_grad()`, where the value is z_star. `UPG()` by
             default.
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
-        graph_dtype: autocast of the evaluations of f with a graph, and so of their backward; None keeps the caller's.
-            bfloat16 there costs the gradient little, and in the solve, which keeps the caller's, much.
+        gradient_precision: dtype of autocast in the evaluations of f with a graph, and so in their backward; None keeps
+            the caller's. bfloat16 here barely changes the gradient. In the solve it would hurt a lot, so the solve keeps
+            the caller's dtype.
         in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
             Of a tuple state that is so in any case.
         confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
@@ -87,7 +88,7 @@ def fixed_point(
             solver=solver,
             grad=grad,
             regularizer=regularizer,
-            graph_dtype=graph_dtype,
+            gradient_precision=gradient_precision,
             in_place=in_place,
             confirm=confirm,
             on_failure=on_failure,
@@ -114,10 +115,10 @@ def fixed_point(
     unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
         with clock("attach"):
-            if graph_dtype is not None:
-                with torch.autocast(flat_z0.device.type, dtype=graph_dtype):
+            if gradient_precision is not None:
+                with torch.autocast(flat_z0.device.type, dtype=gradient_precision):
                     flat_f = Pure(packing.wrap(f), flat_f.writes)  # f keeps the autocast it is wrapped under
-            confirming = Confirming(flat_f, stats, solver) if unsure and graph_dtype is None else flat_f
+            confirming = Confirming(flat_f, stats, solver) if unsure and gradient_precision is None else flat_f
             flat.value = grad.attach(confirming, flat)
             if not grad.needs_equilibrium:
                 flat.z_star = flat.value.detach()
@@ -160,7 +161,7 @@ class DEQ(nn.Module):
         grad: the gradient estimator; it looks at whether grad is enabled, never at `.training`.
         eval_solver: used in evaluation mode.
         regularizer: its value leaves as `Solution.penalty`.
-        graph_dtype: autocast of the evaluations of f with a graph; see `fixed_point`.
+        gradient_precision: dtype of autocast where f has a graph; see `fixed_point`.
         confirm: measure the residual of the returned state where its problems stopped apart; see `fixed_point`.
         on_failure: what to do about a solve that failed; see `fixed_point`.
     """
@@ -172,7 +173,7 @@ class DEQ(nn.Module):
         grad: GradientEstimator | None = None,
         eval_solver: Solver | None = None,
         regularizer: Regularizer | None = None,
-        graph_dtype: torch.dtype | None = None,
+        gradient_precision: torch.dtype | None = None,
         confirm: bool = True,
         on_failure: OnFailure = "useless",
     ) -> None:
@@ -189,7 +190,7 @@ class DEQ(nn.Module):
         self.grad = grad
         self.eval_solver = eval_solver
         self.regularizer = regularizer
-        self.graph_dtype = graph_dtype
+        self.gradient_precision = gradient_precision
         self.confirm = confirm
         self.on_failure: OnFailure = on_failure
         self.clock: Clock = nullcontext
@@ -204,7 +205,7 @@ class DEQ(nn.Module):
             solver=solver,
             grad=self.grad,
             regularizer=self.regularizer,
-            graph_dtype=self.graph_dtype,
+            gradient_precision=self.gradient_precision,
             in_place=in_place,
             confirm=self.confirm,
             on_failure=self.on_failure,

@@ -197,7 +197,7 @@ class Reasoner(nn.Module):
             solver=STAY,
             grad=self.deq.grad,
             regularizer=self.deq.regularizer,
-            graph_dtype=self.deq.graph_dtype,
+            gradient_precision=self.deq.gradient_precision,
             clock=self.deq.clock,
         )
         stats = replace(before.stats, num_evals=before.stats.num_evals + solution.stats.num_evals)

@@ -59,7 +59,7 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, timer: StepT
         row.facts |= {"compile_seconds": first} if setting.plan.config["compile"] else trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = timer.phase
-        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, timer.phase, deq.graph_dtype))
+        model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, timer.phase, deq.gradient_precision))
         floor = replace(row.variant, label=f"floor of {setting.label}", model=model, take=None)
         if setting.plan.config["cuda_graph"]:
             row.variant.replay(timer)

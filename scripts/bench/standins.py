@@ -42,16 +42,16 @@ class Floor(nn.Module):
 
     Args:
         work: per solve of one forward pass, in order.
-        graph_dtype: autocast of the evaluations with a graph, as in `phantom.fixed_point`.
+        gradient_precision: autocast of the evaluations with a graph, as in `phantom.fixed_point`.
     """
 
     regularizer = None
 
-    def __init__(self, work: Iterable[Work], clock: Clock, graph_dtype: torch.dtype | None) -> None:
+    def __init__(self, work: Iterable[Work], clock: Clock, gradient_precision: torch.dtype | None) -> None:
         super().__init__()
         self.work = tuple(work)
         self.clock = clock
-        self.graph_dtype = graph_dtype
+        self.gradient_precision = gradient_precision
         self._call = 0
 
     def forward(self, f: Map, z0: State, *, in_place: bool = False) -> Solution:
@@ -63,8 +63,8 @@ class Floor(nn.Module):
                 z = f(z)
             torch.clear_autocast_cache()  # casts made under no_grad have no graph
         cast = nullcontext()
-        if self.graph_dtype is not None:
-            cast = torch.autocast((z0[0] if isinstance(z0, tuple) else z0).device.type, dtype=self.graph_dtype)
+        if self.gradient_precision is not None:
+            cast = torch.autocast((z0[0] if isinstance(z0, tuple) else z0).device.type, dtype=self.gradient_precision)
         # as in the adjoint estimators: a compiled backward computes the gradients of all parameters with every vjp
         stance = torch.compiler.set_stance("force_eager") if work.vjps else nullcontext()
         with self.clock("attach"), cast, stance:

@@ -140,7 +140,7 @@ def test_table4(data, row):
         assert deq.grad == Implicit(solver=FixedPoint(max_steps=300, tol=1e-6, stop="relative", norm="l2"))
     else:  # the official 3e-6, of the gradient of the sum over 128 graphs instead of their mean
         assert deq.grad == Implicit(solver=FixedPoint(max_steps=300, tol=128 * 3e-6, stop="absolute", norm="max"))
-    assert deq.eval_solver is None and deq.graph_dtype is None
+    assert deq.eval_solver is None and deq.gradient_precision is None
     built = made.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert (type(built), built.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
     assert (built.defaults["betas"], built.defaults["eps"]) == ((0.9, 0.999), 1e-8)

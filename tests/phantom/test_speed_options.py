@@ -134,7 +134,7 @@ def test_a_compiled_cell_has_the_same_gradients(grad):
 def test_bfloat16_in_the_gradient_part_leaves_the_solve_alone(grad):
     images = randn(3, 3, 8, 8, seed=2).float()
     exact, mixed = tiny(grad), tiny(grad)
-    mixed.deq.graph_dtype = torch.bfloat16
+    mixed.deq.gradient_precision = torch.bfloat16
     expected, found = gradients(exact, images), gradients(mixed, images)
     for a, b in zip(found[:2], expected[:2], strict=True):
         assert torch.equal(a, b)
@@ -150,7 +150,7 @@ def test_bfloat16_in_the_gradient_part_costs_little_where_f_contracts(grad):
     solver, cotangent = FixedPoint(max_steps=50, tol=None), randn(8, 32, seed=7).float()
     results = []
     for dtype in (None, torch.bfloat16):
-        solution = fixed_point(cell.bind(x), torch.zeros(8, 32), solver=solver, grad=grad, graph_dtype=dtype)
+        solution = fixed_point(cell.bind(x), torch.zeros(8, 32), solver=solver, grad=grad, gradient_precision=dtype)
         results.append(torch.autograd.grad(solution.value, list(cell.parameters()), cotangent))
     assert cosine(results[1], results[0]) > 0.9999
     assert norm_ratio(results[1], results[0]).item() == pytest.approx(1, abs=0.01)
@@ -166,7 +166,9 @@ def test_bfloat16_in_the_gradient_part_acts_on_f_alone():
         return torch.tanh(z @ weight.T + x)
 
     solver = FixedPoint(max_steps=2, tol=None)
-    solution = fixed_point(f, torch.zeros(4, 6), solver=solver, grad=UPG(k=2, lam=0.5), graph_dtype=torch.bfloat16)
+    solution = fixed_point(
+        f, torch.zeros(4, 6), solver=solver, grad=UPG(k=2, lam=0.5), gradient_precision=torch.bfloat16
+    )
     assert seen == [(torch.float32, torch.float32)] * 3 + [(torch.float32, torch.bfloat16)] * 2
     assert solution.value.dtype == torch.float32
 
