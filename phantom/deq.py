@@ -55,8 +55,8 @@ def fixed_point(
             default.
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
         gradient_precision: dtype of autocast in the evaluations of f with a graph, and so in their backward; None keeps
-            the caller's. bfloat16 here barely changes the gradient. In the solve it would hurt a lot, so the solve keeps
-            the caller's dtype.
+            the caller's. bfloat16 here barely changes the gradient. In the solve it would hurt a lot, so the solve
+            keeps the dtype of its caller.
         in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
             Of a tuple state that is so in any case.
         confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
