@@ -4,9 +4,10 @@ import zipfile
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from phantom.engine.artifacts import checkpoint
+from phantom.engine.artifacts import checkpoint, records
 from phantom.engine.errors import CheckpointError
 from tests.engine import tiny
 
@@ -145,7 +146,11 @@ def test_a_long_list_of_differences_is_cut(path):
 
 def resumed_under(folder, config: str):
     tiny.trainer(folder, config="seed: 0\nk: 5\nwandb: auto\ndata: {root: a, size: 3}\n").fit(resume=False)
-    tiny.trainer(folder, config=config).fit(resume=True)
+
+    def differences(text: str) -> list[str]:
+        return records.differences(yaml.safe_load(config), yaml.safe_load(text))
+
+    tiny.trainer(folder, config=config, differences=differences).fit(resume=True)
 
 
 def test_resuming_under_another_config_names_the_keys(tmp_path):

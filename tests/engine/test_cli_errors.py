@@ -56,7 +56,7 @@ BEFORE_DATA = [
     ("solver.max_steps=0", r"solver\.max_steps=0 must be an integer >= 1"),
     ("eval_solver=broyden eval_solver.max_steps=0", r"eval_solver\.max_steps=0 must be an integer >= 1"),
     ("solver.max_steps=-1", "max_steps=-1 must be an integer"),
-    ("solver.tol=-1", "tol=-1 must be a number >= 0, or null"),
+    ("solver.tol=-1", r"tol=-1 must be a number >= 0, or None \(null in YAML\)"),
     ("solver.stop=abs", "stop='abs' is not known; choose one of relative, absolute"),
     ("optimizer.lr=-1", r"optimizer\.lr=-1 must be a number >= 0"),
     ("optimizer.lr=fast", r"optimizer\.lr='fast' must be a number >= 0"),
