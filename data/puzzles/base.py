@@ -1,0 +1,206 @@
+"""Puzzles on a grid held in memory: splits by orbit, batches of tokens, a new symmetry of every puzzle in every pass.
+
+N puzzles of S cells. Token 0 is padding, which these sets do not need; every set says what the others mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import DataError
+from data.seeding import seed_of
+from data.spec import Shard, Source, Spec
+
+PATIENCE = 20
+Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each
+
+
+class PuzzleSet(NamedTuple):
+    """Puzzles and their solutions as tokens, (N, S) uint8 each."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> PuzzleSet:
+        """Return the puzzles at `index`."""
+        return PuzzleSet(self.inputs[index], self.labels[index])
+
+    def digest(self) -> str:
+        """Return a short hash of the tokens that does not depend on the order of the puzzles."""
+        rows = np.concatenate([self.inputs, self.labels], axis=1)
+        return hashlib.sha256(rows[np.lexsort(rows.T)].tobytes()).hexdigest()[:16]
+
+
+class Puzzles(Source):
+    """A set of puzzles to fill in.
+
+    The order of the puzzles and the symmetry applied to each are drawn from (seed, epoch, pass) alone. An epoch is one
+    stream of `passes` passes cut into batches of exactly `batch_size` puzzles: a model that carries a state from batch
+    to batch keeps it for a whole epoch.
+
+    Args:
+        height, width: of the grid; S = height * width.
+        vocab_size: number of tokens.
+        batch_size: puzzles per optimiser step, over all processes.
+        eval_batch_size: puzzles per evaluation batch.
+        passes: times that an epoch walks through the training puzzles.
+        augment: apply a random symmetry to every training puzzle, another one in every pass.
+        subset: use at most so many training puzzles.
+        test_subset: use at most so many test puzzles.
+        seed: of order and augmentation; the puzzles themselves do not depend on it.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: a split has no puzzle, or an epoch is shorter than a batch.
+    """
+
+    kind: ClassVar[str] = "puzzle_solving"
+
+    def __init__(
+        self,
+        *,
+        height: int,
+        width: int,
+        vocab_size: int,
+        batch_size: int,
+        eval_batch_size: int,
+        passes: int,
+        augment: bool,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "passes": passes}
+        for name, value in counts.items():
+            check_count(name, value)
+        if not isinstance(augment, bool):
+            raise ValueError(f"augment={augment!r} must be true or false")
+        self.batch_size, self.eval_batch_size, self.passes = batch_size, eval_batch_size, passes
+        self.augment, self.seed = augment, seed
+        loaded = self.load()
+        limits = {"train": subset, "test": test_subset}
+        self._sets = {name: puzzles.take(slice(limits.get(name))) for name, puzzles in loaded.items()}
+        self.splits = tuple(self._sets)
+        sizes = {name: len(puzzles.inputs) for name, puzzles in self._sets.items()}
+        for name, size in sizes.items():
+            if size == 0:
+                raise DataError(f"the split {name!r} has no puzzle")
+        if sizes["train"] * passes < batch_size:
+            raise DataError(
+                f"an epoch has {sizes['train']} puzzles in {passes} passes, fewer than batch_size={batch_size}: use a "
+                "smaller batch_size or more data.passes"
+            )
+        self.spec = Spec(
+            kind=self.kind,
+            inputs={"vocab_size": vocab_size, "height": height, "width": width},
+            sizes=sizes,
+            digests={name: puzzles.digest() for name, puzzles in loaded.items()},
+        )
+
+    @abstractmethod
+    def load(self) -> Mapping[str, PuzzleSet]:
+        """Return the puzzles of every split, `train` among them."""
+
+    @abstractmethod
+    def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
+        """Return every puzzle under a symmetry of its own, drawn from `random`."""
+
+    def steps(self, epoch: int) -> int:
+        return self.spec.sizes["train"] * self.passes // self.batch_size
+
+    def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
+        parts = shard.parts(self.batch_size)
+        if not parts:
+            raise DataError(
+                f"{shard.world} processes cannot share batch_size={self.batch_size}: use fewer processes or a greater "
+                "data.batch_size"
+            )
+        stream = self._stream(epoch, start * self.batch_size)
+        for _ in range(start, self.steps(epoch)):
+            batch = next(stream)
+            yield [_tensors(batch.take(slice(part.start, part.stop))) for part in parts]
+
+    def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
+        self.check_split(split)
+        puzzles = self._sets[split]
+        count = len(puzzles.inputs)
+        for start in range(0, count, self.eval_batch_size):
+            stop = min(start + self.eval_batch_size, count)
+            first = start + (stop - start) * shard.rank // shard.world
+            last = start + (stop - start) * (shard.rank + 1) // shard.world
+            if first < last:
+                yield _tensors(puzzles.take(slice(first, last)))
+
+    def _stream(self, epoch: int, begin: int) -> Iterator[PuzzleSet]:
+        """Yield batches of the endless stream of passes, from its example `begin` on."""
+        count = self.spec.sizes["train"]
+        number, skip = divmod(begin, count)
+        held = self._pass(epoch, number).take(slice(skip, None))
+        while True:
+            while len(held.inputs) < self.batch_size:
+                number += 1
+                held = PuzzleSet(*map(np.concatenate, zip(held, self._pass(epoch, number), strict=True)))
+            yield held.take(slice(self.batch_size))
+            held = held.take(slice(self.batch_size, None))
+
+    def _pass(self, epoch: int, number: int) -> PuzzleSet:
+        random = np.random.default_rng(seed_of(f"puzzles/{self.seed}/{epoch}/{number}"))
+        puzzles = self._sets["train"].take(random.permutation(self.spec.sizes["train"]))
+        return self.transformed(puzzles, random) if self.augment else puzzles
+
+
+def split_of(keys: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+    """Return, per orbit key (N,) uint64, the index of the split that its orbit belongs to, in the order of `sizes`.
+
+    The key alone decides, so that puzzles of one orbit never meet in two splits; a split gets orbits in proportion to
+    its size.
+    """
+    shares = np.cumsum(list(sizes.values())) / sum(sizes.values())
+    return np.searchsorted(shares, keys.astype(np.float64) / 2.0**64, side="right").clip(max=len(sizes) - 1)
+
+
+def collect(
+    make: Callable[[np.random.Generator], tuple[PuzzleSet, np.ndarray]], sizes: Mapping[str, int], *, seed: int
+) -> dict[str, PuzzleSet]:
+    """Make puzzles until every split has its number of distinct ones.
+
+    Args:
+        make: returns new puzzles with their orbit keys.
+        sizes: puzzles per split.
+        seed: of the generator that `make` draws from.
+
+    Raises:
+        DataError: `PATIENCE` calls of `make` in a row gave no new puzzle for a split that is not full.
+    """
+    random = np.random.default_rng(seed_of(f"make puzzles/{seed}"))
+    found: dict[str, dict[bytes, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in sizes}
+    idle = 0
+    while any(len(found[name]) < size for name, size in sizes.items()):
+        before = sum(map(len, found.values()))
+        puzzles, keys = make(random)
+        for split, inputs, labels in zip(split_of(keys, sizes), *puzzles, strict=True):
+            name = list(sizes)[split]
+            if len(found[name]) < sizes[name]:
+                found[name][inputs.tobytes()] = (inputs, labels)
+        idle = idle + 1 if sum(map(len, found.values())) == before else 0
+        if idle == PATIENCE:
+            counts = ", ".join(f"{name} {len(found[name])} of {size}" for name, size in sizes.items())
+            raise DataError(f"there seem to be no more puzzles of this kind: {counts}; ask for fewer or easier ones")
+    return {name: PuzzleSet(*map(np.stack, zip(*rows.values(), strict=True))) for name, rows in found.items()}
+
+
+def check_count(name: str, value: int, *, minimum: int = 1) -> None:
+    """Raise unless `value` is an integer >= `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
+
+
+def _tensors(puzzles: PuzzleSet) -> Batch:
+    return tuple(torch.from_numpy(part.astype(np.int64)) for part in puzzles)

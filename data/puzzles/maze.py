@@ -1,0 +1,189 @@
+"""Mazes with one path between any two open cells, generated; the solution marks the path from start to goal.
+
+Tokens: 1 wall, 2 open, 3 start, 4 goal, 5 path. The solution repeats the maze with the inside of the path marked.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data.puzzles.base import Puzzles, PuzzleSet, check_count, collect
+from data.puzzles.grid import mix
+
+WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
+VOCABULARY = 6
+SIZES = range(8, 31)
+MADE_AT_ONCE = 64
+
+
+class Mazes(Puzzles):
+    """Perfect mazes: passages form a tree, so that the shortest path is the only one.
+
+    A depth-first walk carves passages between the odd cells of the greatest odd square that fits; with an even `size`
+    the last row and column are wall. Start and goal are open cells at a distance drawn uniformly from `path`, as in the
+    Maze-Unique set of EqR (arXiv 2605.21488, 30 x 30 with 100 to 140 moves). The eight symmetries of the square are the
+    augmentation, and decide, as for `Sudoku`, which split a maze belongs to.
+
+    Args:
+        size: side of the square grid, 8 to 30.
+        path: least and greatest number of moves from start to goal.
+        num_train, num_valid, num_test, generation_seed: see `Sudoku`.
+        batch_size, eval_batch_size, passes, augment, subset, test_subset, seed: see `Puzzles`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: there are not so many mazes with so long a path.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        path: Sequence[int],
+        num_train: int,
+        num_valid: int,
+        num_test: int,
+        generation_seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        passes: int,
+        augment: bool,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size not in SIZES:
+            raise ValueError(f"size={size!r} must be an integer from {SIZES[0]} to {SIZES[-1]}")
+        check_count("num_train", num_train)
+        check_count("num_valid", num_valid, minimum=0)
+        check_count("num_test", num_test)
+        self.size, self.path, self.generation_seed = size, check_path(path, size), generation_seed
+        self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
+        super().__init__(
+            height=size,
+            width=size,
+            vocab_size=VOCABULARY,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            passes=passes,
+            augment=augment,
+            subset=subset,
+            test_subset=test_subset,
+            seed=seed,
+        )
+
+    def load(self) -> Mapping[str, PuzzleSet]:
+        return collect(self._make, self._sizes, seed=self.generation_seed)
+
+    def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
+        which = random.integers(8, size=len(puzzles.inputs))
+        return PuzzleSet(*(turned(part, self.size)[which, np.arange(len(part))] for part in puzzles))
+
+    def _make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
+        pairs = [pair for _ in range(MADE_AT_ONCE) if (pair := make_maze(self.size, self.path, random)) is not None]
+        if not pairs:
+            return PuzzleSet(*np.empty((2, 0, self.size**2), dtype=np.uint8)), np.empty(0, dtype=np.uint64)
+        puzzles = PuzzleSet(*np.array(pairs, dtype=np.uint8).swapaxes(0, 1))
+        return puzzles, orbit_keys(puzzles.inputs, self.size)
+
+
+def make_maze(size: int, path: tuple[int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a maze and its solution, (size * size,) tokens each; None where the goal drawn is too near or too far."""
+    grid = np.full((size, size), WALL, dtype=np.uint8)
+    rooms = (inner_size(size) - 1) // 2
+    carve(grid, rooms, random)
+    free = np.argwhere(grid == OPEN)
+    start = tuple(free[random.integers(len(free))].tolist())
+    before = _walk(grid, start)
+    lengths = {start: 0}
+    for cell in before:  # in the order of the walk: a cell's predecessor has its length already
+        lengths[cell] = lengths[before[cell]] + 1
+    wanted = random.integers(path[0], path[1] + 1)
+    goals = [cell for cell, length in lengths.items() if length == wanted]
+    if not goals:
+        return None
+    goal = goals[random.integers(len(goals))]
+    grid[start], grid[goal] = START, GOAL
+    solution, cell = grid.copy(), before[goal]
+    while cell != start:
+        solution[cell] = PATH
+        cell = before[cell]
+    return grid.reshape(-1), solution.reshape(-1)
+
+
+def carve(grid: np.ndarray, rooms: int, random: np.random.Generator) -> None:
+    """Open a random spanning tree of rooms x rooms cells, which lie at the odd positions of `grid`, depth first."""
+    room = (int(random.integers(rooms)), int(random.integers(rooms)))
+    grid[2 * room[0] + 1, 2 * room[1] + 1] = OPEN
+    trail = [room]
+    while trail:
+        i, j = trail[-1]
+        near = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        closed = [(a, b) for a, b in near if 0 <= a < rooms and 0 <= b < rooms and grid[2 * a + 1, 2 * b + 1] == WALL]
+        if not closed:
+            trail.pop()
+            continue
+        a, b = closed[random.integers(len(closed))]
+        grid[2 * a + 1, 2 * b + 1] = grid[i + a + 1, j + b + 1] = OPEN
+        trail.append((a, b))
+
+
+def inner_size(size: int) -> int:
+    """Return the side of the odd square in the corner that holds the maze."""
+    return size - 1 + size % 2
+
+
+def turned(mazes: np.ndarray, size: int) -> np.ndarray:
+    """Return the eight symmetric versions of `mazes` (N, size * size), as (8, N, size * size).
+
+    The symmetries are those of the odd square that holds the maze; the last row and column of an even grid stay wall.
+    """
+    grids = mazes.reshape(-1, size, size)
+    inner = inner_size(size)
+    versions = np.repeat(grids[None], 8, axis=0)
+    square = grids[:, :inner, :inner]
+    for i, start in enumerate((square, square.swapaxes(1, 2))):
+        for j, flipped in enumerate((start, start[:, ::-1], start[:, :, ::-1], start[:, ::-1, ::-1])):
+            versions[4 * i + j, :, :inner, :inner] = flipped
+    return versions.reshape(8, len(mazes), -1)
+
+
+def orbit_keys(mazes: np.ndarray, size: int) -> np.ndarray:
+    """Return a 64-bit key per maze (N, size * size), equal for the symmetric versions of one maze."""
+    weights = np.random.default_rng(0).integers(2**63, size=mazes.shape[1], dtype=np.uint64)
+    # mixed again, for the least of eight numbers is no uniform one
+    return mix(mix((turned(mazes, size).astype(np.uint64) * weights).sum(axis=2)).min(axis=0))
+
+
+def check_path(path: Sequence[int], size: int) -> tuple[int, int]:
+    """Return the least and the greatest path length.
+
+    Raises:
+        ValueError: they are not two integers in order, or longer than any path of such a maze.
+    """
+    longest = 2 * ((inner_size(size) - 1) // 2) ** 2 - 2
+    pair = tuple(path) if isinstance(path, Sequence) and not isinstance(path, str) else ()
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in pair)
+    if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1] <= longest:
+        raise ValueError(
+            f"path={path!r} must be the least and the greatest number of moves from start to goal, in order and "
+            f"between 1 and {longest}, the most that fit a maze of size={size}"
+        )
+    return pair
+
+
+def _walk(grid: np.ndarray, start: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return, for every other open cell, its predecessor on the way from `start`, in breadth-first order."""
+    before: dict[tuple[int, int], tuple[int, int]] = {start: start}
+    queue = deque([start])
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if grid[cell] == OPEN and cell not in before:
+                before[cell] = (i, j)
+                queue.append(cell)
+    del before[start]
+    return before

@@ -1,0 +1,112 @@
+"""Sudoku of 4 x 4, 6 x 6 and 9 x 9 cells, generated.
+
+Token 1 is a blank cell, token d + 1 the digit d. A solution fills in all cells, the given ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data.puzzles.base import Puzzles, PuzzleSet, check_count, collect
+from data.puzzles.grid import check_size, orbit_keys, random_symmetries, transform
+from data.puzzles.solver import random_grids, remove_clues
+
+MADE_AT_ONCE = 256
+
+
+class SudokuTokens(Puzzles):
+    """Sudoku as tokens, under the symmetries of the grid; `size` digits."""
+
+    size: int
+
+    def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
+        cells, digits = random_symmetries(len(puzzles.inputs), self.size, random)
+        return PuzzleSet(*(transform(part - 1, cells, digits) + 1 for part in puzzles))
+
+
+class Sudoku(SudokuTokens):
+    """Generated puzzles with one solution each.
+
+    Clues are removed from a random full grid in a random order as long as the solution stays unique. Whether a puzzle
+    belongs to training or to a held-out split is decided by its orbit, puzzle and solution together, under all
+    symmetries of the grid (`data.puzzles.grid.orbit_keys`): no test puzzle is a disguised training puzzle. There are
+    288 full grids of 4 x 4 in two orbits only, so that a split by solution does not exist there.
+
+    Args:
+        size: digits, 4, 6 or 9.
+        clues: least and greatest number of given cells, drawn uniformly; fewer are harder.
+        num_train, num_valid, num_test: puzzles per split; without valid ones there is no split `valid`.
+        generation_seed: of the puzzles.
+        batch_size, eval_batch_size, passes, augment, subset, test_subset, seed: see `Puzzles`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: there are not so many puzzles with so few clues.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        clues: Sequence[int],
+        num_train: int,
+        num_valid: int,
+        num_test: int,
+        generation_seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        passes: int,
+        augment: bool,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        check_size(size)
+        check_count("num_train", num_train)
+        check_count("num_valid", num_valid, minimum=0)
+        check_count("num_test", num_test)
+        least, greatest = check_clues(clues, size)
+        self.size, self.clues, self.generation_seed = size, (least, greatest), generation_seed
+        self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
+        super().__init__(
+            height=size,
+            width=size,
+            vocab_size=size + 2,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            passes=passes,
+            augment=augment,
+            subset=subset,
+            test_subset=test_subset,
+            seed=seed,
+        )
+
+    def load(self) -> Mapping[str, PuzzleSet]:
+        return collect(self._make, self._sizes, seed=self.generation_seed)
+
+    def _make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
+        grids = random_grids(MADE_AT_ONCE, self.size, random)
+        wanted = random.integers(self.clues[0], self.clues[1] + 1, size=MADE_AT_ONCE)
+        puzzles = remove_clues(grids, wanted, self.size, random)
+        reached = (puzzles > 0).sum(axis=1) == wanted
+        puzzles, grids = puzzles[reached], grids[reached]
+        return PuzzleSet(puzzles + 1, grids + 1), orbit_keys(puzzles, grids, self.size)
+
+
+def check_clues(clues: Sequence[int], size: int) -> tuple[int, int]:
+    """Return the least and the greatest number of clues.
+
+    Raises:
+        ValueError: they are not two integers in order, or not fewer than the cells.
+    """
+    cells = size * size
+    pair = tuple(clues) if isinstance(clues, Sequence) and not isinstance(clues, str) else ()
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in pair)
+    if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1] < cells:
+        raise ValueError(
+            f"clues={clues!r} must be the least and the greatest number of given cells, such as [{size}, {2 * size}], "
+            f"in order and between 1 and {cells - 1}"
+        )
+    return pair

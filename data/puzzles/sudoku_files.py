@@ -1,0 +1,165 @@
+"""Sudoku from CSV files of puzzle and solution, the form of the public 9 x 9 sets."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.puzzles.base import PuzzleSet, check_count, split_of
+from data.puzzles.grid import check_size, is_solution, mix, orbit_keys
+from data.puzzles.solver import candidates_of, count_solutions
+from data.puzzles.sudoku import SudokuTokens
+from data.root import data_root, root_hint
+
+COLUMNS = (("puzzle", "solution"), ("quizzes", "solutions"), ("question", "answer"))
+
+
+class SudokuFiles(SudokuTokens):
+    """Puzzles and solutions from CSV files.
+
+    A file has a header with the columns puzzle and solution, quizzes and solutions, or question and answer; a grid is
+    one word of n * n characters in reading order, with `.` or `0` for a blank cell. Of every puzzle that is used, the
+    solution is checked: a full grid that keeps the clues, and the only one.
+
+    Args:
+        size: digits, 4, 6 or 9.
+        root: folder of the files; None takes $PHANTOM_DATA/sudoku or the cache folder.
+        train_file, test_file: names in it. Without a `test_file` a fifth of the training puzzles is held out, by orbit
+            (see `Sudoku`). Two files are taken as they are, even where puzzles of one orbit lie in both.
+        num_train, num_test: puzzles drawn from each file; None takes all.
+        draw_seed: of that draw.
+        batch_size, eval_batch_size, passes, augment, subset, test_subset, seed: see `Puzzles`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: a file is missing or malformed, or a solution is wrong or not the only one; names file and line.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        root: str | None,
+        train_file: str,
+        test_file: str | None,
+        num_train: int | None,
+        num_test: int | None,
+        draw_seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        passes: int,
+        augment: bool,
+        subset: int | None,
+        test_subset: int | None,
+        seed: int,
+    ) -> None:
+        check_size(size)
+        for name, value in (("num_train", num_train), ("num_test", num_test)):
+            if value is not None:
+                check_count(name, value)
+        if test_file is None and num_test is not None:
+            raise ValueError(f"num_test={num_test!r} needs a test_file: without one a fifth of the puzzles is held out")
+        self.size, self.root, self.draw_seed = size, data_root(root, "sudoku"), draw_seed
+        self._files = {"train": (train_file, num_train), "test": (test_file, num_test)}
+        super().__init__(
+            height=size,
+            width=size,
+            vocab_size=size + 2,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            passes=passes,
+            augment=augment,
+            subset=subset,
+            test_subset=test_subset,
+            seed=seed,
+        )
+
+    def load(self) -> Mapping[str, PuzzleSet]:
+        sets = {split: self._draw(file, count) for split, (file, count) in self._files.items() if file is not None}
+        if "test" in sets:
+            return sets
+        both = sets["train"]
+        # mixed once more, so that a file which is one split of `Sudoku` still falls into two parts
+        keys = mix(orbit_keys(both.inputs - 1, both.labels - 1, self.size))
+        test = split_of(keys, {"test": 1, "train": 4}) == 0
+        return {"train": both.take(~test), "test": both.take(test)}
+
+    def _draw(self, name: str, count: int | None) -> PuzzleSet:
+        path = self.root / name
+        if not path.is_file():
+            raise DataError(f"there is no file {path}. {root_hint('sudoku')}")
+        lines, puzzles, solutions = read_pairs(path, self.size)
+        if count is not None and count > len(lines):
+            raise DataError(f"{path} has {len(lines)} puzzles, fewer than the {count} asked for")
+        drawn = np.sort(np.random.default_rng(self.draw_seed).permutation(len(lines))[:count])
+        puzzles, solutions = puzzles[drawn], solutions[drawn]
+        check_pairs(puzzles, solutions, self.size, path=path, lines=lines[drawn])
+        return PuzzleSet(puzzles + 1, solutions + 1)
+
+
+def read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return line numbers (N,), puzzles and solutions (N, n * n) with 0 for a blank.
+
+    Raises:
+        DataError: no known columns, or a grid that is not n * n characters `.`, 0 to n.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = [name.strip().lower() for name in next(reader, [])]
+        pair = next((names for names in COLUMNS if set(names) <= set(header)), None)
+        if pair is None:
+            known = ", ".join(" and ".join(names) for names in COLUMNS)
+            raise DataError(
+                f"{path} has the columns {', '.join(header) or 'of an empty file'}; known pairs are {known}"
+            )
+        at = [header.index(name) for name in pair]
+        lines, words = [], ([], [])
+        for row in reader:
+            if not row:
+                continue
+            grids = [row[i].strip() if i < len(row) else "" for i in at]
+            for name, grid in zip(pair, grids, strict=True):
+                if len(grid) != size * size:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: {name} has {len(grid)} characters, a {size} x {size} grid "
+                        f"has {size * size}: choose data.size to fit the file"
+                    )
+            lines.append(reader.line_num)
+            for kept, grid in zip(words, grids, strict=True):
+                kept.append(grid)
+    if not lines:
+        raise DataError(f"{path} has a header and no puzzle")
+    return np.array(lines), *(_digits(kept, size, path, lines) for kept in words)
+
+
+def check_pairs(puzzles: np.ndarray, solutions: np.ndarray, size: int, *, path: Path, lines: np.ndarray) -> None:
+    """Check that every solution (N, n * n) is a full grid, keeps the clues of its puzzle and is the only one.
+
+    Raises:
+        DataError: names the first line that is wrong.
+    """
+    counts, _ = count_solutions(candidates_of(puzzles, size), size)
+    problems = (
+        (counts == 0, "the puzzle has no solution"),
+        (counts > 1, "the puzzle has more than one solution"),
+        (~is_solution(solutions, size), "the solution breaks the rules: a row, column or box repeats a digit"),
+        (((puzzles > 0) & (puzzles != solutions)).any(axis=1), "the solution changes a given digit"),
+    )
+    for wrong, text in problems:
+        if wrong.any():
+            first = lines[wrong.argmax()]
+            raise DataError(f"{path}, line {first}: {text} ({int(wrong.sum())} such line(s)); remove or correct them")
+
+
+def _digits(words: list[str], size: int, path: Path, lines: list[int]) -> np.ndarray:
+    codes = np.array(words).view(np.uint32).reshape(len(words), size * size)
+    digits = np.where(codes == ord("."), 0, codes - ord("0"))  # unsigned: what lies below "0" becomes large
+    wrong = (digits > size).any(axis=1)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise DataError(f"{path}, line {lines[i]}: {words[i]!r} is not a grid: use 1 to {size}, and . or 0 for a blank")
+    return digits.astype(np.uint8)
