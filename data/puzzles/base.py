@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import DataError
+from phantom.engine.errors import DataError
 from data.seeding import seed_of
-from data.spec import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec
 
 PATIENCE = 20
 Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
+from phantom.engine.errors import DataError
 from data.puzzles.base import PuzzleSet, check_count, split_of
 from data.puzzles.grid import check_size, is_solution, mix, orbit_keys
 from data.puzzles.solver import candidates_of, count_solutions
 from data.puzzles.sudoku import SudokuTokens
-from data.root import data_root, root_hint
+from data.paths import data_root, root_hint
 
 COLUMNS = (("puzzle", "solution"), ("quizzes", "solutions"), ("question", "answer"))
 

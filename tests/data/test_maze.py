@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DataError
+from phantom.engine.errors import DataError
 from data.puzzles.maze import GOAL, OPEN, PATH, START, WALL, Mazes, orbit_keys
-from data.spec import Shard
+from phantom.engine.source import Shard
 
 LENGTHS = {8: [4, 12], 13: [12, 40], 30: [100, 140]}
 

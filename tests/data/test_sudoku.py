@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import DataError
+from phantom.engine.errors import DataError
 from data.puzzles.grid import BOXES, orbit_keys, random_symmetries, transform
 from data.puzzles.solver import candidates_of, count_solutions, random_grids
 from data.puzzles.sudoku import Sudoku
-from data.spec import Shard
+from phantom.engine.source import Shard
 
 CLUES = {4: [5, 7], 6: [9, 13], 9: [26, 32]}
 

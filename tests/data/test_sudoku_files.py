@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import DataError
+from phantom.engine.errors import DataError
 from data.puzzles.sudoku_files import SudokuFiles
-from data.spec import Shard
+from phantom.engine.source import Shard
 from tests.data.test_sudoku import canonical, grids, make
 
 SOLUTION = "1234341221434321"
