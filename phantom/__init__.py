@@ -17,6 +17,7 @@ from phantom.solver.anderson import Anderson
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
 from phantom.solver.fixed_point import FixedPoint
+from phantom.solver.rollout import Rollout
 from phantom.state import State
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Implicit",
     "JacobianRegularizer",
     "OneStep",
+    "Rollout",
     "Solution",
     "Solver",
     "State",

@@ -139,6 +139,10 @@ class Implicit(AdjointEstimator):
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a Solver such as Broyden(max_steps=30, tol=1e-6), got {self.solver!r}")
         check_count("solver.max_steps", self.solver.max_steps, least=1)
+        if not self.solver.measures_residual:
+            raise ValueError(
+                f"solver={self.solver!r} measures no residual, which the adjoint solve needs: use FixedPoint"
+            )
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         # at u = 0 the map is g itself: no vjp needed to know that

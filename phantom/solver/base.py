@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Solver(ABC):
         sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped.
         compile: fuse the solver's own arithmetic; a minute at the first solve, and worth it on a GPU.
     """
+
+    measures_residual: ClassVar[bool] = True  # False: `solve` calls `roll_out`, and returns the last iterate
 
     max_steps: int
     tol: float | None

@@ -1,0 +1,51 @@
+"""The rollout: a fixed number of steps, and the last iterate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from phantom.solution import Stats
+from phantom.solver.base import Solver
+from phantom.state import FlatMap
+from phantom.validate import check_lam
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Solver):
+    """Apply z <- lam f(z) + (1 - lam) z exactly `max_steps` times and return the last iterate.
+
+    For models whose recursion is the computation, converged or not (HRM, TRM, looped transformers): every other solver
+    returns the iterate with the smallest residual. Cost: `max_steps` evaluations of f. The residual stays unknown
+    (NaN), for it would cost one more; measure it with `FixedPoint`.
+    """
+
+    measures_residual: ClassVar[bool] = False
+
+    tol: None = None
+    lam: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lam(self.lam)
+        if self.tol is not None:
+            raise ValueError(f"tol={self.tol!r} must be null: a rollout measures no residual; FixedPoint stops early")
+
+    def roll_out(self, f: FlatMap, z: Tensor) -> tuple[Tensor, Stats]:
+        """Return the last iterate (B, D) from `z` (B, D), and what it cost."""
+        stats = Stats.of_no_solve(z)
+        for _ in range(self.max_steps):
+            fz = f(z)
+            z = fz if self.lam == 1 else torch.lerp(z, fz, self.lam)
+        stats.num_steps += self.max_steps
+        stats.num_evals += self.max_steps
+        return z, stats
+
+    def start(self, z: Tensor, g: Tensor) -> None:
+        return None
+
+    def propose(self, memory: None, z: Tensor, g: Tensor) -> Tensor:
+        return torch.add(z, g, alpha=self.lam)
