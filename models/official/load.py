@@ -15,12 +15,14 @@ from models.official.deq_transformer import DEQ_TRANSFORMER_SOURCES
 from models.official.ignn import IGNN_SOURCES
 from models.official.mdeq import MDEQ_SOURCES
 from models.official.piece import Convert
+from models.official.reasoner import REASONER_SOURCES
 
 # model class -> code base -> how its state dict becomes ours
 REFERENCES: dict[str, dict[str, Convert]] = {
     "MDEQ": MDEQ_SOURCES,
     "DEQTransformer": DEQ_TRANSFORMER_SOURCES,
     **IGNN_SOURCES,
+    "Reasoner": REASONER_SOURCES,
 }
 
 
