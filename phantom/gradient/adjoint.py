@@ -141,7 +141,7 @@ class Implicit(AdjointEstimator):
         check_count("solver.max_steps", self.solver.max_steps, least=1)
         if not self.solver.measures_residual:
             raise ValueError(
-                f"solver={self.solver!r} measures no residual, which the adjoint solve needs: use FixedPoint"
+                f"solver={self.solver!r} measures no residual: the adjoint solve needs one, as FixedPoint has"
             )
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:

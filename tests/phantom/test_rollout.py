@@ -41,7 +41,7 @@ def test_other_solvers_return_the_best_iterate_instead():
     f, _ = counted()
     z0 = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     with torch.no_grad():
-        best = fixed_point(f, z0, solver=FixedPoint(max_steps=4, tol=None), grad=UPG(k=1, lam=1.0))
+        best = fixed_point(f, z0, solver=FixedPoint(max_steps=4, tol=None, stop="absolute"), grad=UPG(k=1, lam=1.0))
         last = fixed_point(f, z0, solver=Rollout(max_steps=4), grad=UPG(k=1, lam=1.0))
     assert torch.equal(best.value, z0) and not torch.equal(last.value, z0)
 
@@ -56,9 +56,9 @@ def test_a_rollout_and_one_step_have_the_value_of_the_whole_iteration(grad):
 
 
 def test_where_a_rollout_does_not_belong():
-    with pytest.raises(ValueError, match="tol=0.1 must be null: a rollout measures no residual"):
+    with pytest.raises(ValueError, match=r"tol=0\.1 must be null: a rollout measures no residual"):
         Rollout(max_steps=3, tol=0.1)
     with pytest.raises(ValueError, match="lam=2 must be in"):
         Rollout(max_steps=3, lam=2)
-    with pytest.raises(ValueError, match="measures no residual: the adjoint solve needs FixedPoint or better"):
+    with pytest.raises(ValueError, match="measures no residual: the adjoint solve needs one"):
         Implicit(solver=Rollout(max_steps=3))
