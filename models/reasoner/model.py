@@ -270,7 +270,9 @@ class Reasoner(nn.Module):
     def _value_of_going_on(self, inputs: Tensor, state: State, steps: Tensor) -> Tensor | None:
         if self.supervision.halting != "halt_or_continue":
             return None
+        self.deq.eval()  # a whole step: the evaluation solver includes the cycles that the estimator adds in training
         next_ = self.step(inputs, state, noise=self.draw_noise(state)).halting
+        self.deq.train()
         last = steps >= self.supervision.steps
         return torch.where(last, next_[:, 0], next_.amax(dim=1)).sigmoid()
 
