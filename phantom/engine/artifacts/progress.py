@@ -55,7 +55,10 @@ class Progress:
             self._bar.stop()
 
 
-SHOWN = ("loss", "accuracy", "perplexity", "micro_f1", "items_per_second", "num_evals", "num_steps", "residual")
+SHOWN = (
+    *("loss", "accuracy", "perplexity", "micro_f1", "exact_match"),
+    *("items_per_second", "num_evals", "num_steps", "residual"),
+)
 
 
 def _line(row: Mapping[str, Any]) -> str:
