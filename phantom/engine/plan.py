@@ -147,14 +147,12 @@ def _deq(config: dict[str, Any]) -> DEQ:
 
 
 def _rules(config: dict[str, Any], deq: DEQ) -> Rules:
-    return Rules(
-        solver=deq.solver,
-        grad=deq.grad,
-        seed=config["seed"],
-        pretraining=instantiate(config["pretraining"], "pretraining"),
-        penalty=instantiate(config["penalty"], "penalty"),
-        jitter=instantiate(config["jitter"], "jitter"),
-    )
+    names = ("pretraining", "penalty", "jitter", "course")
+    rules = {name: instantiate(config[name], name) for name in names}
+    try:
+        return Rules(solver=deq.solver, grad=deq.grad, seed=config["seed"], **rules)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _budget(config: dict[str, Any]) -> Budget:

@@ -16,7 +16,7 @@ from phantom.engine.config.overrides import check_overrides, given_keys, to_hydr
 from phantom.engine.errors import ConfigError
 
 # groups without a default leaf: absent from the config unless chosen
-OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "monitor")
+OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "course", "monitor")
 # root keys that only some estimators use, and the constructor argument that each of them fills
 FILLS = {**{key: key for key in ESTIMATOR_KEYS}, "adjoint_solver": "solver"}
 

@@ -70,7 +70,7 @@ def check_cuda_graph(config: dict[str, Any], task: Task) -> None:
     solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
     unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
     problems = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
-    problems += [f"{name}=null" for name in ("penalty", "jitter") if config[name] is not None]
+    problems += [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
     problems += ["accumulate=1"] if config["accumulate"] != 1 else []
     if problems:
         raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(problems)}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from phantom import BPTT, DEQ, GradientEstimator, Solver
 from phantom.deq import Regularizer
+from phantom.engine.training.course import Course
 from phantom.engine.training.schedule import share_of_run
 from phantom.validate import check_count, check_number
 
@@ -99,6 +100,11 @@ class Rules:
     pretraining: Pretraining | None = None
     penalty: Penalty | None = None
     jitter: Jitter | None = None
+    course: Course | None = None
+
+    def __post_init__(self) -> None:
+        if self.course is not None:
+            self.course.check(self.grad)
 
     def apply(self, deqs: list[DEQ], step: int, total: int) -> float:
         """Set every DEQ of the model for `step` and return the weight of the penalty."""
@@ -106,6 +112,8 @@ class Rules:
         if self.pretraining is not None and self.pretraining.active(step, total):
             grad = BPTT(num_steps=self.pretraining.layers)
         else:
+            if self.course is not None:
+                solver, grad = self.course.at(solver, grad, step=step, total=total, seed=self.seed)
             if self.jitter is not None:
                 solver = replace(solver, max_steps=max(1, solver.max_steps + self.jitter.at(step, self.seed)))
             if self.penalty is not None:
