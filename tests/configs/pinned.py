@@ -8,6 +8,8 @@ a thing runs are left out, and so is what follows the run, such as `${seed}`.
 
 from typing import Any
 
+from tests.configs.pinned_reasoners import COURSES, DATA, MODELS, ROLLOUT
+
 MDEQ = {"class": "MDEQ", "expansion": 5, "num_groups": 8, "num_blocks": 1, "dropout": 0.0}
 TRANSFORMER = {
     "class": "DEQTransformer",
@@ -167,7 +169,14 @@ PINNED["solver"] = {
     # the official vision code: the root mean square of the residual, below 1e-5
     "broyden": BROYDEN | {"tol": 1e-5, "stop": "absolute", "norm": "rms", "sync_every": 1},
     "fixed_point": FIXED_POINT | RELATIVE,
+    "rollout": ROLLOUT,
 }
 PINNED["eval_solver"] = PINNED["solver"]
 # the official vision code runs its backward solve for as many steps as the forward one
-PINNED["adjoint_solver"] = PINNED["solver"] | {"broyden": BROYDEN | RELATIVE | {"tol": None}}
+PINNED["adjoint_solver"] = {
+    **{"anderson": ANDERSON | RELATIVE, "fixed_point": FIXED_POINT | RELATIVE},
+    "broyden": BROYDEN | RELATIVE | {"tol": None},
+}
+PINNED["model"] |= MODELS
+PINNED["data"] |= DATA
+PINNED["course"] = COURSES
