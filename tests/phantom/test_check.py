@@ -65,7 +65,9 @@ SOUND = {
 
 
 @pytest.mark.parametrize(
-    ("f", "sentence"), [(f, sentence) for maps, sentence in FAULTS.values() for f in maps], ids=lambda v: str(v)[:30]
+    ("f", "sentence"),
+    [(f, sentence) for maps, sentence in FAULTS.values() for f in maps],
+    ids=lambda value: value[:30] if isinstance(value, str) else "f",
 )
 def test_a_fault_is_told(f, sentence):
     findings = phantom.check(f, Z)
