@@ -119,7 +119,9 @@ def test_a_graph_of_nodes_is_one_problem():
 
 
 @pytest.mark.parametrize("make", [lambda c: UPG(k=3, lam=0.5, checkpoint=c), lambda c: BPTT(num_steps=3, checkpoint=c)])
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.AlphaDropout(0.3), lambda z: z * torch.rand_like(z)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.AlphaDropout(0.3), lambda z: z * torch.rand_like(z)], ids=["dropout", "alpha", "rand"]
+)
 def test_checkpointing_draws_the_same_numbers(make, layer):
     """The gradient of the masks that forward has used: checkpointed and not, from the same seed."""
     weight = (0.3 * randn(4, 4, seed=6)).requires_grad_()
