@@ -12,9 +12,10 @@ from phantom.state import FlatMap
 
 
 def is_on_host(z: Tensor) -> bool:
-    """Return whether reading a number waits for nothing, and is possible at all."""
+    """Return whether reading a number waits for nothing, and is possible at all: nobody traces operators."""
     functorch: Any = torch._C  # torch declares nothing of it
     traced = torch.compiler.is_compiling() or functorch._functorch.is_functorch_wrapped_tensor(z)
+    traced = traced or functorch._len_torch_dispatch_stack() > 0
     return z.device.type == "cpu" and type(z) is Tensor and not traced
 
 

@@ -1,6 +1,7 @@
 """CIFAR-10 from both layouts, and one clear error for each way it can be wrong."""
 
 import hashlib
+import logging
 import pickle
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_pixels_coded_anew_are_told_from_the_release(tree, caplog, monkeypatch):
     monkeypatch.setattr(cifar10, "DIGESTS", released)
     caplog.clear()
     make(tree)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for path in (tree / "test").rglob("*.png"):
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()

@@ -101,7 +101,7 @@ def test_a_wrong_pair_is_named_by_its_line(tmp_path, row, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match=r"there is no file .*train.csv. Name the folder with data.root"):
+    with pytest.raises(DataError, match=r"there is no file .*train.csv. Set the folder with data.root"):
         read(tmp_path)
     write(tmp_path, [], header="a,b")
     with pytest.raises(DataError, match="has the columns a, b; known pairs are puzzle and solution"):

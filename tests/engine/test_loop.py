@@ -207,7 +207,7 @@ def test_when_a_run_evaluates_and_saves(tmp_path, monkeypatch, changes, evaluati
 def test_the_first_split_selects_the_best_checkpoint(tmp_path, task, best):
     """`best` is what the chosen checkpoint gives on every split, not the best of every split."""
     model = tiny.Classifier()
-    restless = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    restless = torch.optim.SGD(model.parameters(), lr=1.7, momentum=0.9)
     run = tiny.trainer(
         tmp_path,
         unwrapped=model,

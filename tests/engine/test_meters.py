@@ -28,6 +28,8 @@ def solution(
             residual=residual,
             converged=residual < 1,
             diverged=residual > 100,
+            stalled=residual > 1000,
+            dependent=torch.tensor(False),
             trace=residual[None],
             num_vjps=vjps,
             adjoint=below,

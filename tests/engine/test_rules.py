@@ -20,7 +20,7 @@ def rules(**changes) -> Rules:
 def budgets(folder, rules: Rules, **changes) -> dict[str, list[float]]:
     """Return the evaluations of f that training steps and evaluations took, with the equilibrium's own budget fixed."""
     model = tiny.Classifier()
-    model.deq = DEQ(solver=SOLVER, grad=GRAD, **changes)
+    model.deq = DEQ(solver=SOLVER, grad=GRAD, confirm=False, **changes)
     run = tiny.trainer(folder, unwrapped=model, rules=rules, budget=tiny.budget(epochs=6, eval_every=1))
     run.fit(resume=False)
     rows = tiny.rows(folder)

@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         self.norm = nn.BatchNorm1d(dim, dtype=DTYPE) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.cell = TanhMap(dim, radius=0.5, seed=3)
-        self.deq = DEQ(solver=SOLVER, grad=GRAD)
+        self.deq = DEQ(solver=SOLVER, grad=GRAD, confirm=False)  # as the engine's own
         self.head = nn.Linear(dim, CLASSES, dtype=DTYPE)
         with torch.no_grad():
             for i, layer in enumerate((self.encoder, self.head)):

@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_gradient_but_the_dead(kind, grad):
     dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     unused = ("omega_2", "bias") if kind is ImplicitGraphLayer else ("bias",)
     assert dead == {f"layers.{i}.{name}" for i in range(3) for name in unused}
-    assert len(solutions) == 3 and all(bool(s.stats.converged.all()) for s in solutions)
+    assert len(solutions) == 3 and all(bool((s.stats.converged | s.stats.stalled).all()) for s in solutions)
 
 
 def test_the_jacobian_penalty_differentiates():

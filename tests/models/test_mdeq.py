@@ -58,7 +58,7 @@ def make(**changes) -> MDEQ:
         dropout=0.0,
         init="default",
         channels_last=False,
-        deq=DEQ(solver=Broyden(max_steps=6, tol=None), grad=UPG(k=2, lam=0.5)),
+        deq=DEQ(solver=Broyden(max_steps=6, tol=None), grad=UPG(k=2, lam=0.5), confirm=False),
     )
     torch.manual_seed(0)
     return MDEQ(**(arguments | changes)).double()

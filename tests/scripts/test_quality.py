@@ -39,7 +39,7 @@ def test_quality(result):
     rows = {row["estimator"]: row for row in result["rows"]}
     assert result["reference"]["adjoint_residual"] < 1e-4
     steps = [rows[f"implicit, {steps} Broyden steps"] for steps in (5, 10, 22)]
-    assert steps[0]["cosine"] < steps[1]["cosine"] < steps[2]["cosine"] and steps[2]["cosine"] > 0.9
+    assert steps[0]["cosine"] < steps[1]["cosine"] < steps[2]["cosine"] and steps[2]["cosine"] > 0.8
     assert steps[2]["adjoint_residual"] < steps[0]["adjoint_residual"]
     assert all(-1 <= row["cosine"] <= 1 + 1e-6 for row in rows.values())
     for row in result["rows"]:
