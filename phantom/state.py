@@ -103,7 +103,7 @@ class Packing:
         """Return `z` as f shall see it: with a graph, each part in memory of its own, where there are several.
 
         The parts of a tuple are slices, which a convolution copies; one that is kept for the backward would be copied
-        in every vjp anew.
+        in every vjp again.
         """
         parts = self.unpack(z)
         if not self.joins or not torch.is_grad_enabled():

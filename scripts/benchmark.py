@@ -102,7 +102,7 @@ def run_suite(items: Sequence[str]) -> None:
     own, words, overrides = arguments.split(items, doc=__doc__, own=("rows", "deadline"), words=[*suites, "rehearse"])
     named = [word for word in words if word in suites]
     if overrides:
-        arguments.fail(f"{overrides[0]} is not for a suite, whose rows say what is timed; leave it out")
+        arguments.fail(f"{overrides[0]} is not for a suite: its rows name the variants; leave it out")
     if len(named) != 1:
         arguments.fail(f"name one suite, {' or '.join(suites)}")
     study = studies.load(known[suites.index(named[0])])

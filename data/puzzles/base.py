@@ -53,8 +53,8 @@ class Puzzles(Source):
         eval_batch_size: puzzles per evaluation batch.
         passes: times that an epoch walks through the training puzzles.
         augment: apply a random symmetry to every training puzzle, another one in every pass.
-        subset: use at most so many training puzzles.
-        test_subset: use at most so many test puzzles.
+        subset: greatest number of training puzzles.
+        test_subset: greatest number of test puzzles.
         seed: of order and augmentation; the puzzles themselves do not depend on it.
 
     Raises:

@@ -36,7 +36,7 @@ class Mazes(Puzzles):
 
     Raises:
         ValueError: an argument is out of range.
-        DataError: there are not so many mazes with so long a path.
+        DataError: fewer mazes exist with a path that long.
     """
 
     def __init__(

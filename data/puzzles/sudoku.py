@@ -47,7 +47,7 @@ class Sudoku(SudokuTokens):
 
     Raises:
         ValueError: an argument is out of range.
-        DataError: there are not so many puzzles with so few clues.
+        DataError: fewer puzzles exist with that few clues.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Reasoner(nn.Module):
         prefix_tokens: P positions in front of the cells; the first holds a learned vector, the others zero. 0: none.
         positions: `none`; `learned`, a table added to the embedding; `rope`, or `rope2d` with rows and columns.
         start: of every puzzle: `fixed`, one vector per state, drawn once and never trained; `random`, every number.
-        noise: standard deviation of what is added to every call of the network; drawn once per supervision step, so
+        noise: standard deviation of the noise that every call of the network adds; drawn once per supervision step, so
             that f is one function in it.
         differentiate: what the estimator differentiates: one `cycle` F, or the last `pair` of calls of its two
             networks, from the state before the last fast update (HRM).
@@ -277,7 +277,7 @@ class Reasoner(nn.Module):
         return torch.where(last, next_[:, 0], next_.amax(dim=1)).sigmoid()
 
     def _evaluate(self, inputs: Tensor, labels: Tensor) -> tuple[Outcome, tuple[Solution], None]:
-        """Run all supervision steps from every start; see `models.reasoner.evaluation` for what is counted."""
+        """Run all supervision steps from every start; `models.reasoner.evaluation` says what it counts."""
         runs = []
         for restart in range(self.supervision.restarts):
             # the same draws for every puzzle, so that no answer depends on the batch it is in

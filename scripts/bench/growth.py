@@ -20,7 +20,7 @@ def measure_growth(rows: Sequence[Row], steps: int, device: torch.device) -> Non
     """Take `steps` more steps of every variant of ours; add what is alive after them to its facts.
 
     The facts are `growth`: the steps, and the change in live tensors, in their bytes, and in the memory of the process
-    (on a GPU, what is allocated there). A reference cycle around a graph would show as a tensor a step.
+    (on a GPU, its allocated memory). A reference cycle around a graph would show as a tensor a step.
     """
     for row in rows:
         if row.role != "ours":

@@ -26,7 +26,7 @@ def render(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         about,
         markdown.table(heads, rows, "lrrrrrr"),
-        "Median relative residual of the best iterate after so many evaluations of f:",
+        "Median relative residual of the best iterate after the evaluations of f in the first column:",
         markdown.table(["solver", *evaluations], solvers, "l" + "r" * len(evaluations)),
     )
 

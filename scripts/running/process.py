@@ -28,7 +28,7 @@ class Run(NamedTuple):
     """One run of train.py, or one measure.
 
     Args:
-        name: what is printed of it.
+        name: the name that is printed.
         overrides: its command line.
         folder: the run folder it leaves.
         kept: the file of results/ that its record goes to.

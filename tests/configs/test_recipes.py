@@ -1,4 +1,4 @@
-"""Recipes: a pair of model and data trains as the paper's row does, and what is typed beats it."""
+"""Recipes: a pair of model and data trains as the paper's row does, and the user's overrides beat it."""
 
 import functools
 import logging

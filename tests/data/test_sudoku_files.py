@@ -1,4 +1,4 @@
-"""Pairs of puzzle and solution from CSV files: what is read, and what is refused with file and line."""
+"""Pairs of puzzle and solution from CSV files: good ones are read, others refused with file and line."""
 
 from pathlib import Path
 

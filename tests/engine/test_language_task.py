@@ -147,7 +147,7 @@ def test_shares_of_the_streams_add_up_to_the_whole(world, micro):
 
 
 def train(folder: Path, steps: int, *overrides: str, stop: int | None = None) -> dict:
-    """Train for `steps`; with `stop`, leave after so many, as if the process had ended there."""
+    """Train for `steps`; with `stop`, leave after that many, as if the process had ended there."""
     job = [*TINY, f"steps={steps}", "epochs=2", f"runs={folder}", *overrides]
     trainer = build_trainer(plan(job))
     trainer.folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ RESTLESS = ("model.supervision.exploration=0.5", "model.start=random", "model.no
 
 
 def train(folder: Path, *overrides: str, stop: int | None = None):
-    """Train; with `stop`, leave after so many steps, as if the process had ended there."""
+    """Train; with `stop`, leave after that many steps, as if the process had ended there."""
     trainer = build_trainer(plan([*TINY, f"runs={folder}", *overrides]))
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if any("exploration" in item for item in overrides):

@@ -71,7 +71,7 @@ def test_resuming_alone_says_how_many_processes_are_needed(folder):
 
 @pytest.mark.parametrize("ema", [None, 0.7])
 def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
-    """Each rank gathers its own; what is evaluated, on every rank, is what is saved."""
+    """Each rank gathers its own; every rank evaluates the weights that the checkpoint holds."""
     folder = folder / f"statistics{ema}"
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     assert ranks[0]["buffers"]["norm.running_mean"].abs().max() > 0.01

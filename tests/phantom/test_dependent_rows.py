@@ -1,4 +1,4 @@
-"""Problems that depend on each other: what is returned is what is reported, and convergence means all of them."""
+"""Problems that depend on each other: the statistics describe the state returned, and convergence means all of them."""
 
 import pytest
 import torch

@@ -68,7 +68,7 @@ def test_where_a_run_lies_is_planned():
 
 
 def work(tmp_path, monkeypatch, *, failing: str = "", **options) -> tuple[process.Work, list[str], list[str]]:
-    """Return work of three runs a, b, c that only pretend to train, and what is noted as they start and are kept."""
+    """Return work of three runs a, b, c that only pretend to train, and the lists of starts and records."""
     started, kept = [], []
 
     def train(overrides, folder, *, alone):

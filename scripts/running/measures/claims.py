@@ -23,5 +23,5 @@ def claim(text: str, measured: SupportsFloat, relation: str, bound: float) -> di
 
 
 def significant(value: SupportsFloat, digits: int = 6) -> float:
-    """Return the value with so many significant digits: a record is read by people, too."""
+    """Round the value to significant digits, because people read records, too."""
     return float(f"{float(value):.{digits}g}")

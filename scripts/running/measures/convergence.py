@@ -99,7 +99,7 @@ class Layer:
         return lam * self.jacobian + (1 - lam) * torch.eye(len(self.jacobian), dtype=DTYPE)
 
     def iterate(self, steps: int) -> Tensor:
-        """Return the state after so many plain iterations from zero."""
+        """Return the state after plain iterations from zero, as many as given."""
         with torch.no_grad():
             z = self.zeros
             for _ in range(steps):

@@ -49,7 +49,7 @@ def measure(
 
     Args:
         examples: M, of the finite set that R is a mean over.
-        noise: standard deviation of what is added to the teacher's equilibria.
+        noise: standard deviation of the Gaussian noise on the teacher's equilibria.
         batch: examples of a step.
         eta: eta_n = eta / sqrt(n).
         ks: of NPG, in increasing order; implicit differentiation runs beside them.
@@ -80,7 +80,7 @@ class Descent:
     """The layers and data of all seeds, and SGD on their input weights U and biases b.
 
     Args:
-        noise: standard deviation of what is added to the teacher's equilibria.
+        noise: standard deviation of the Gaussian noise on the teacher's equilibria.
     """
 
     def __init__(self, seeds: Sequence[int], dim: int, spectral_norm: float, examples: int, noise: float) -> None:
