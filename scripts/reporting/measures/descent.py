@@ -33,7 +33,7 @@ def page(record: dict[str, Any]) -> str:
         "## By gradient",
         markdown.table(heads, rows, "lrrr"),
         "The radius of implicit differentiation is that of SGD itself after the same number of steps. What a phantom "
-        "gradient adds to it falls with eps. In the right panel of the figure every seed is a grey line, and the mean a "
+        "gradient adds to it falls with eps. In the right panel of the figure every seed is a grey line, the mean a "
         "point.",
     )
 
