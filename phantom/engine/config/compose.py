@@ -106,6 +106,12 @@ def _explain(error: Exception, overrides: Sequence[str], configs: Configs) -> st
     valid = sorted(_valid_keys(parent, others, configs))
     if not valid and parent in configs.groups:
         return f"{key} is given, but {parent} is null: choose one first, {parent}={'|'.join(configs.leaves(parent))}"
+    inner = re.search(r"Key '([^']+)' is not in struct", text)
+    if name in valid and inner:
+        leaf = f"configs/{parent.split('.')[0]}/<name>.yaml" if parent else "a leaf"
+        return (
+            f"unknown key {key}.{inner.group(1)}: a mapping here changes keys that exist; write {leaf} for other ones"
+        )
     where = f"of {parent}" if parent else "here"
     return f"unknown key {key}{nearest(name, valid, prefix)} Valid keys {where}: {', '.join(valid)}"
 
