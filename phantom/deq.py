@@ -15,6 +15,7 @@ from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
+from phantom.ranks import Group, name_of
 from phantom.report import OnFailure, act, check_on_failure
 from phantom.scaling import is_on_host
 from phantom.solution import Solution, Stats
@@ -41,6 +42,7 @@ def fixed_point(
     in_place: bool = False,
     confirm: bool = True,
     on_failure: OnFailure = "useless",
+    group: Group = None,
     debug: bool = False,
     clock: Clock = nullcontext,
 ) -> Solution:
@@ -65,6 +67,12 @@ def fixed_point(
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
             called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU.
+        group: the process group whose ranks stop together, here and in the backward: a `ProcessGroup`, its name, or
+            "world". Needed where f communicates (`SyncBatchNorm`, `fully_shard`) and a solver has a `tol`: every rank
+            must evaluate f equally often, else they wait for each other for ever. All ranks of it must call this with
+            the same settings; a rank that has stopped evaluates f at what it holds. Costs an all-reduce of one number
+            where a solve asks whether its problems have stopped. The memory of Anderson and Broyden is that of a rank's
+            own problems: where f couples those of several ranks strongly, `FixedPoint` converges better.
         debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
@@ -79,6 +87,7 @@ def fixed_point(
     check_kind("solver", solver, Solver, "Broyden()")
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
+    group = name_of(group)
     if _is_compiled_around(grad):
         from phantom.compiled import outside
 
@@ -92,6 +101,7 @@ def fixed_point(
             in_place=in_place,
             confirm=confirm,
             on_failure=on_failure,
+            group=group,
             debug=debug,
             clock=clock,
         )
@@ -106,9 +116,10 @@ def fixed_point(
             z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
         else:
             run = solve if not transforms.are_active() else transforms.solve
-            z_star, stats, history = run(flat_f, flat_z0, solver, in_place=in_place or packing.joins)
+            z_star, stats, history = run(flat_f, flat_z0, solver, in_place=in_place or packing.joins, group=group)
             # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
             torch.clear_autocast_cache()
+    stats.group = group
     keep = history if grad.needs_history else None
     del history
     flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
@@ -164,6 +175,7 @@ class DEQ(nn.Module):
         gradient_precision: dtype of autocast where f has a graph; see `fixed_point`.
         confirm: measure the residual of the returned state where its problems stopped apart; see `fixed_point`.
         on_failure: what to do about a solve that failed; see `fixed_point`.
+        group: the process group whose ranks stop together, because f communicates; see `fixed_point`.
     """
 
     def __init__(
@@ -176,6 +188,7 @@ class DEQ(nn.Module):
         gradient_precision: torch.dtype | None = None,
         confirm: bool = True,
         on_failure: OnFailure = "useless",
+        group: Group = None,
     ) -> None:
         super().__init__()
         solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
@@ -193,6 +206,7 @@ class DEQ(nn.Module):
         self.gradient_precision = gradient_precision
         self.confirm = confirm
         self.on_failure: OnFailure = on_failure
+        self.group = name_of(group)
         self.clock: Clock = nullcontext
 
     def forward(self, f: Map, z0: State, *, solver: Solver | None = None, in_place: bool = False) -> Solution:
@@ -209,6 +223,7 @@ class DEQ(nn.Module):
             in_place=in_place,
             confirm=self.confirm,
             on_failure=self.on_failure,
+            group=self.group,
             clock=self.clock,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phantom.precision import exact_products
 from phantom.purity import pure
+from phantom.ranks import any_rank
 from phantom.residual import Norm, positive, residual_of, vector_norm
 from phantom.scaling import is_on_host, is_out_of_range, powers_of_two, rescaled
 from phantom.solution import Stats
@@ -32,6 +33,7 @@ def solve(
     fz0: Tensor | None = None,
     scale: Tensor | None = None,
     in_place: bool = False,
+    group: str | None = None,
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
@@ -48,6 +50,7 @@ def solve(
         fz0: f(z0) where it is known already; saves one evaluation.
         scale: (B,) what |f(z) - z| is measured by, whatever `solver.stop` says: |g| in an adjoint equation.
         in_place: f returns memory of its own at every call, which the loop may write to.
+        group: name of the process group whose ranks go on until all have stopped, because f communicates.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
@@ -59,13 +62,13 @@ def solve(
         start = _Start(fz, z, solver, scale)
         if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            return _loop(f, z, solver, start, num_evals, in_place)
+            return _loop(f, z, solver, start, num_evals, in_place, group)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         best, stats, memory = _loop(
-            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, in_place=True
+            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, in_place=True, group=group
         )
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
@@ -144,7 +147,7 @@ class _Rows:
 
 
 def _loop(
-    f: FlatMap, z: Tensor, solver: Solver, start: _Start, num_evals: int, in_place: bool
+    f: FlatMap, z: Tensor, solver: Solver, start: _Start, num_evals: int, in_place: bool, group: str | None
 ) -> tuple[Tensor, Stats, Any]:
     observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
@@ -154,8 +157,9 @@ def _loop(
     rows = _Rows(residual, better=torch.ones_like(start.active), active=start.active)
     stalled = torch.zeros_like(start.active)
     trace, moved, confirmed, stopped = [start.residual], [stalled], True, False
+    done = stops_early and not any_rank(going != 0, group, z.device)
     for step in range(1, solver.max_steps + 1):
-        if going == 0:
+        if done:
             break
         with exact():
             if together:
@@ -182,10 +186,15 @@ def _loop(
             together, going = True, batch
             memory = solver.start(z.reshape(1, -1), g.reshape(1, -1))
             best, rows = _join(z, best, length, residual, rows)
+        if going is not None:
+            done = not any_rank(going != 0, group, z.device)
     converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     converged = converged.all().expand(batch) if together else converged
     if not stops_early and is_on_host(z):
         confirmed = bool(rows.better.all())
+    confirmed = confirmed or together
+    if group is not None and (stops_early or is_on_host(z)):
+        confirmed = not any_rank(not confirmed, group, z.device)
     stats = Stats(
         num_steps=torch.stack(moved).sum(dim=0),
         num_evals=num_evals + len(trace) - 1,
@@ -196,7 +205,7 @@ def _loop(
         dependent=converged.new_full((), together),
         trace=torch.stack(trace),
         scale=start.scale,
-        confirmed=confirmed or together,
+        confirmed=confirmed,
         tol=solver.tol,
     )
     return best, stats, None if together else memory
@@ -232,10 +241,13 @@ def _observe(
 def _observe_together(length: Tensor, residual: Tensor, rows: _Rows, start: _Start) -> _Rows:
     """Return where the problems stand if the whole state is one: it is better, and goes on, or is not."""
     whole, first = vector_norm(torch.stack((length, start.length)), start.norm)
-    better = ((residual.amax() < rows.residual.amax()) & (whole < first)).expand_as(length)
-    best = torch.where(better, residual, rows.residual)
-    going = (whole <= _limit(first)) & (best > start.tol).any()
-    return _Rows(best, better, going.expand_as(length))
+    better = (residual.amax() < rows.residual.amax()) & (whole < first) & rows.active
+    # where other processes go on, a state that is held is evaluated at its best iterate again, as a row is
+    again = torch.where(residual.isfinite(), residual, torch.inf)
+    best = torch.where(better | ~rows.active, again, rows.residual)
+    woken = ~rows.active & (rows.residual <= start.tol).all() & (best > start.tol).any()
+    going = (rows.active | woken) & (whole <= _limit(first)) & (best > start.tol).any()
+    return _Rows(best, better, going, woken)
 
 
 def _join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: _Rows) -> tuple[Tensor, _Rows]:

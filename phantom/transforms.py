@@ -104,7 +104,7 @@ class Levels:
             yield f_rows
 
 
-def solve(f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool) -> tuple[Tensor, Stats, Any]:
+def solve(f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None) -> tuple[Tensor, Stats, Any]:
     """Return what `phantom.solve.solve` returns, the iterate as a constant of the transforms.
 
     The statistics are those of the rows: B for each instance of a vmap.
@@ -112,5 +112,5 @@ def solve(f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool) -> tuple[Te
     levels = Levels()
     start = levels.rows(z0)
     with levels.aside(f) as f_rows:
-        z_star, stats, history = solve_rows(f_rows, start, solver, in_place=in_place)
+        z_star, stats, history = solve_rows(f_rows, start, solver, in_place=in_place, group=group)
     return levels.wrap(z_star), stats, history

@@ -127,7 +127,9 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
 
     linear = Linearisation(adjoint, u)
     linear.inputs = [tensor for tensor in (*inputs, z, g) if tensor.requires_grad]
-    again = _Backward(equilibrium.estimator, adjoint, linear, Stats.of_no_solve(u), None, is_adjoint=True)
+    stats = Stats.of_no_solve(u)
+    stats.group = equilibrium.stats.group
+    again = _Backward(equilibrium.estimator, adjoint, linear, stats, None, is_adjoint=True)
     u = _with_value(_Equilibrium.apply(linear.fz, again, *linear.inputs), u)
     return partial_vjps(fz, inputs, u, fixed=z)
 
@@ -272,6 +274,7 @@ class Implicit(AdjointEstimator):
             fz0=g,
             scale=vector_norm(g, self.solver.norm),
             in_place=True,
+            group=stats.group,
         )
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)

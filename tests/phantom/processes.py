@@ -1,0 +1,36 @@
+"""Start the ranks of a test as processes of their own, and give back what each has saved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 120
+
+
+def run_ranks(module: str, folder: Path, *, world: int = 2) -> list[dict]:
+    """Run `python -m module RANK WORLD FOLDER` for every rank; return the contents of FOLDER/RANK.pt."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
