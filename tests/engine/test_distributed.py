@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from phantom import DEQ
 from phantom.engine.machine import distributed
 from tests.engine import tiny
 
@@ -50,3 +51,20 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 def test_synchronised_batch_norm_needs_gpus():
     with pytest.raises(ValueError, match=r"sync_batchnorm=true needs GPUs"):
         distributed.wrap(nn.BatchNorm1d(2), tiny.CPU, 2, sync_batchnorm=True)
+
+
+class Normed(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.cell, self.deq = nn.SyncBatchNorm(2), cell, DEQ()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_ranks_stop_together_where_the_map_has_a_norm_over_them(inside):
+    model = Normed(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2) if inside else nn.BatchNorm1d(2)))
+    distributed.stop_together(model)
+    assert model.deq.group == ("world" if inside else None)
+    with pytest.raises(KeyError), distributed.stopping_apart(model):
+        assert model.deq.group is None, "in evaluation ranks have unlike numbers of batches"
+        raise KeyError
+    assert model.deq.group == ("world" if inside else None)

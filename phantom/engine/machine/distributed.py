@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from phantom.deq import deqs_of
 from phantom.engine.machine.allocator import keep_freed_memory
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -56,9 +59,31 @@ def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: 
         if device.type != "cuda":
             raise ValueError("sync_batchnorm=true needs GPUs: torch has no synchronised batch norm on the CPU")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        stop_together(model)
     return nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def stop_together(model: nn.Module) -> None:
+    """Let the solves of all ranks stop together where the module `cell`, which computes f, has a norm over ranks."""
+    cell = getattr(model, "cell", None)
+    if isinstance(cell, nn.Module) and any(isinstance(part, nn.SyncBatchNorm) for part in cell.modules()):
+        for deq in deqs_of(model):
+            deq.group = "world"
+
+
+@contextmanager
+def stopping_apart(model: nn.Module) -> Iterator[None]:
+    """Let ranks stop by themselves: in evaluation no norm communicates, and ranks have unlike numbers of batches."""
+    groups = [(deq, deq.group) for deq in deqs_of(model)]
+    try:
+        for deq, _ in groups:
+            deq.group = None
+        yield
+    finally:
+        for deq, group in groups:
+            deq.group = group
 
 
 def gather(value: Any) -> list[Any]:

@@ -41,13 +41,14 @@ def evaluate(
     carry = None
     meter = SolveMeter()
     try:
-        for batch in source.evaluate(split, shard=shard):
-            with autocast(precision, device):
-                score = task.score(model, batch_to(batch, device), carry)
-            carry = score.carry
-            tally = score.tally.detach()
-            total = tally if total is None else total + tally
-            meter.add(score.solutions)
+        with distributed.stopping_apart(model):
+            for batch in source.evaluate(split, shard=shard):
+                with autocast(precision, device):
+                    score = task.score(model, batch_to(batch, device), carry)
+                carry = score.carry
+                tally = score.tally.detach()
+                total = tally if total is None else total + tally
+                meter.add(score.solutions)
     finally:
         model.train(was_training)
     if not all(distributed.gather(total is not None)) or total is None:
