@@ -45,5 +45,5 @@ def test_one_process_needs_no_group():
 
 
 def test_what_is_no_group():
-    with pytest.raises(TypeError, match='group must be a torch.distributed.ProcessGroup, "world" or None, got 3'):
+    with pytest.raises(TypeError, match=r'group must be a torch\.distributed.ProcessGroup, "world" or None, got 3'):
         DEQ(group=3)
