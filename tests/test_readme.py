@@ -23,7 +23,8 @@ from train import CONFIGS
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 # docs/extending.md has a test of its own
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/method.md", "docs/data.md", "docs/results.md")}
+NAMES = ("README.md", *(f"docs/{name}.md" for name in ("start", "choosing", "method", "failures", "data", "results")))
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall(TEXT)
 EXAMPLES = [body for language, body in BLOCKS if language == "python"]
@@ -130,7 +131,7 @@ def test_the_two_commands_are_scripts_that_parse():
         subprocess.run(["bash", "-n", str(ROOT / "scripts" / f"{name}.sh")], check=True)
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/extending.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/index.md", "docs/extending.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_paths_and_links_lead_somewhere(page):
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     named = re.findall(r"`((?:phantom|configs|models|data|scripts|results|tests|docs)/[\w./*]+)`", text)
@@ -185,7 +186,7 @@ def test_every_data_set_and_its_folder_are_on_the_page_of_data():
 
 
 def test_the_estimators_of_the_table_exist_with_those_arguments():
-    text = TEXT + PAGES["docs/method.md"]
+    text = TEXT + PAGES["docs/method.md"] + PAGES["docs/choosing.md"]
     rows = re.findall(r"^\| (?:one step: )?`(\w+)\((.*?)\)`", text, flags=re.MULTILINE)
     assert len(rows) >= 14
     for name, arguments in rows:
