@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from data.digests import digest_of_tensors
 from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
 from phantom.engine.source import Shard, Source, Spec
 from phantom.validate import check_count
@@ -74,6 +75,11 @@ class Chains(Source):
         if self._data is None:
             self._data = self._generate()
         return self._data
+
+    def digests(self) -> dict[str, str]:
+        graph, labels, nodes = self.data
+        whole = (graph.features, *graph.adjacency.rows, labels)
+        return {split: digest_of_tensors((*whole, part)) for split, part in nodes.items()}
 
     def to(self, device: torch.device) -> None:
         """Keep the graph on `device`."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from data.digests import digest_of_files
 from data.graphs.graph import (
     RADIUS_MARGIN,
     Graph,
@@ -74,6 +75,10 @@ class LabelledGraphs(Source):
     def load(self, split: str) -> list[Batch]:
         """Return every graph of `split` with its labels."""
 
+    @abstractmethod
+    def digests(self) -> dict[str, str]:
+        """Return a short hash of what every split is made from."""
+
     def graphs(self, split: str) -> list[Batch]:
         """Return every graph of `split` with its labels, loaded at the first use."""
         if split not in self._loaded:
@@ -121,6 +126,12 @@ class PPI(LabelledGraphs):
     def __init__(self, *, root: str | None, batch_size: int, eval_batch_size: int, seed: int, download: bool) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
         self.root, self.download = data_root(root, "PPI"), download
+
+    def digests(self) -> dict[str, str]:
+        self.graphs("train")  # which refuses files that are missing
+        return {
+            split: digest_of_files(self.root / "raw" / f"{split}_{file}" for file in FILES) for split in self.splits
+        }
 
     def load(self, split: str) -> list[Batch]:
         with without_deprecations():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data.digests import digest_of_tensors
 from data.graphs.ppi import NODES, NUM_FEATURES, NUM_LABELS, Batch, LabelledGraphs, labelled_graph
 from data.seeding import generator
 from phantom.validate import check_number
@@ -40,6 +41,10 @@ class SyntheticPPI(LabelledGraphs):
         self._directions = torch.randn(NUM_FEATURES, NUM_LABELS, generator=common) / NUM_FEATURES**0.5
         shares = 2 * POSITIVES * torch.rand(NUM_LABELS, generator=common)
         self._thresholds = self._thresholds_for(shares)
+
+    def digests(self) -> dict[str, str]:
+        # everything else follows from these and the generator that drew them
+        return dict.fromkeys(self.splits, digest_of_tensors((self._means, self._directions, self._thresholds)))
 
     def load(self, split: str) -> list[Batch]:
         sizes = [max(2, round(self.scale * nodes)) for nodes in NODES[split]]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from data.digests import digest_of_files
 from data.graphs.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
 from data.graphs.graph import Graph, Scaling, check_parts, normalized_adjacency, union, without_deprecations
 from data.graphs.refinement import merge_nodes
@@ -142,6 +143,10 @@ class TUGraphs(Source):
             held_out = set(valid)
             self._ids = {"train": [i for i in train if i not in held_out], "valid": valid, "test": test}
         return self._ids
+
+    def digests(self) -> dict[str, str]:
+        assert self.raw  # which refuses files that are missing
+        return dict.fromkeys(self.splits, digest_of_files((self.root / "raw").glob(f"{self.name}_*.txt")))
 
     def to(self, device: torch.device) -> None:
         """Hold the batches on `device` from now on."""

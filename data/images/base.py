@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.digests import digest
 from data.seeding import generator
 from phantom.engine.source import Shard, Source, Spec
 from phantom.validate import check_choice, check_count
@@ -35,8 +36,7 @@ class ImageSet(NamedTuple):
     def digest(self) -> str:
         """Return a short hash of all pixels and labels; it does not depend on the order of the images."""
         pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
-        each = sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs)
-        return hashlib.sha256(b"".join(each)).hexdigest()[:16]
+        return digest(sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs))
 
 
 class InMemoryImages(Source):

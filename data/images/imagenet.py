@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.digests import fingerprint_of_tree
 from data.paths import data_root, root_hint
 from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
@@ -89,7 +90,15 @@ class ImageNet(Source):
         self.workers, self.seed = workers, seed
         self.splits = ("train", "test")
         sizes = {name: len(indices) for name, indices in self._indices.items()}
-        self.spec = Spec(kind=self.kind, inputs={"in_channels": 3, "num_classes": len(train.classes)}, sizes=sizes)
+        self.spec = Spec(
+            kind=self.kind,
+            inputs={"in_channels": 3, "num_classes": len(train.classes)},
+            sizes=sizes,
+            digests={
+                name: fingerprint_of_tree(folder, (path for path, _ in found.samples))
+                for name, found in (("train", train), ("test", test))
+            },
+        )
         log.info("ImageNet in %s: %s images of %d classes", folder, sizes, len(train.classes))
 
     def steps(self, epoch: int) -> int:

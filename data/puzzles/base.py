@@ -5,7 +5,6 @@ N puzzles of S cells. Token 0 is padding, which these sets do not need; every se
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.digests import digest
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
@@ -36,7 +36,7 @@ class PuzzleSet(NamedTuple):
     def digest(self) -> str:
         """Return a short hash of the tokens that does not depend on the order of the puzzles."""
         rows = np.concatenate([self.inputs, self.labels], axis=1)
-        return hashlib.sha256(rows[np.lexsort(rows.T)].tobytes()).hexdigest()[:16]
+        return digest([rows[np.lexsort(rows.T)].tobytes()])
 
 
 class Puzzles(Source):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data.digests import digest
 from data.seeding import seed_of
 from data.text.streams import Corpus, TokenStreams
 from data.text.vocabulary import Vocabulary
@@ -50,4 +51,5 @@ class PyDocs(TokenStreams):
             )
             for split in names
         }
-        return Corpus(tokens, vocabulary.counts)
+        digests = {split: digest(topics[name].encode() for name in names[split]) for split in names}
+        return Corpus(tokens, vocabulary.counts, digests)

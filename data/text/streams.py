@@ -11,6 +11,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -31,10 +32,12 @@ class Corpus(NamedTuple):
     Args:
         tokens: (N,) int32 per split, including `train`; may be memory-mapped.
         counts: (V,) occurrences of every word of the vocabulary in the training text.
+        digests: a short hash of the text of every split.
     """
 
     tokens: Mapping[str, np.ndarray]
     counts: Sequence[int]
+    digests: Mapping[str, str] = MappingProxyType({})
 
 
 class TokenStreams(Source):
@@ -58,7 +61,7 @@ class TokenStreams(Source):
         for name, value in (("streams", streams), ("eval_streams", eval_streams), ("segment", segment)):
             check_count(name, value, least=1)
         self.streams, self.eval_streams, self.segment = streams, eval_streams, segment
-        self._tokens, counts = self.load()
+        self._tokens, counts, digests = self.load()
         self.splits = tuple(self._tokens)
         self._train = self._cut("train", streams, "streams")
         self._eval = {split: self._cut(split, eval_streams, "eval_streams") for split in self.splits}
@@ -71,6 +74,7 @@ class TokenStreams(Source):
                 for split, tokens in self._eval.items()
                 if split != "train"  # the model is fitted to it
             },
+            digests=dict(digests),
         )
         log.info(
             "%s: %d words; tokens: %s; perplexity of the add-one unigram model: %s",
@@ -82,7 +86,7 @@ class TokenStreams(Source):
 
     @abstractmethod
     def load(self) -> Corpus:
-        """Return the tokens and the word counts."""
+        """Return the tokens, the word counts and the digests."""
 
     def steps(self, epoch: int) -> int:
         return len(self._starts(self._train))

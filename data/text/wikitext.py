@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data.digests import LENGTH
 from data.paths import cache_folder, data_root, root_hint
 from data.text.streams import Corpus, TokenStreams
 from data.text.vocabulary import OOV, Vocabulary, read_words, write_atomically
@@ -90,7 +91,7 @@ class WikiText103(TokenStreams):
         }
         if not self._allow_partial:
             self._check_counts(len(vocabulary), {split: len(array) for split, array in tokens.items()})
-        return Corpus(tokens, vocabulary.counts)
+        return Corpus(tokens, vocabulary.counts, {split: found[:LENGTH] for split, found in fingerprints.items()})
 
     def _vocabulary(self, train: Path, fingerprint: str, path: Path) -> Vocabulary:
         if path.is_file():

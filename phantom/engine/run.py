@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phantom.engine.artifacts import records
+from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
 from phantom.engine.machine import distributed
@@ -23,6 +24,9 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
     """Train, write record.json and print the closing table; return the record.
 
     A run whose folder holds the record of the same config is finished, and not trained again under resume=auto.
+
+    Raises:
+        CheckpointError: the folder holds a run of other data, or a checkpoint that cannot be resumed.
     """
     resume = plan.config["resume"] == "auto"
     main = trainer.shard.rank == 0
@@ -37,6 +41,8 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
     distributed.barrier()
     finished = _finished_record(plan, plan.folder)
     if finished is not None:
+        config = (plan.folder / "config.yaml").read_text()
+        check_same_data(Data(finished["data_digests"], config), trainer.data, plan.folder / "record.json")
         log.info("this run is finished; resume=never trains it again from the start")
         if main:
             print(summary_table(finished), flush=True)
@@ -102,7 +108,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         kind=trainer.task.kind,
         metric=trainer.task.metric,
         baseline=spec.baseline,
-        data_digests=spec.digests,
+        data_digests=dict(trainer.data.digests),
         data_notes=spec.notes,
         num_parameters=sum(p.numel() for p in model.parameters()),
         parameter_groups=parameter_counts(model),

@@ -91,6 +91,13 @@ class Source(ABC):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Any]:
         """Yield the batches of `split`; over all ranks every example appears exactly once."""
 
+    def digests(self) -> dict[str, str]:
+        """Return what is read, per split, as a short hash: a run that is resumed must find the same data.
+
+        By default those of `spec`. A source that reads its files late hashes them here, when the run begins.
+        """
+        return self.spec.digests
+
     def check_split(self, split: str) -> None:
         """Raise ValueError when this source has no such split."""
         if split not in self.splits:

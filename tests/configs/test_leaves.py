@@ -105,12 +105,16 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
 def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
-    source = build_source(plan([f"data={leaf}", *chosen_with("data", leaf), *tiny(leaf, tmp_path / "data")]))
+    made = plan([f"data={leaf}", *chosen_with("data", leaf), *tiny(leaf, tmp_path / "data")])
+    source = build_source(made)
     expected = spec(leaf)
     assert source.spec.kind == expected.kind == source.kind and source.spec.inputs.keys() == expected.inputs.keys()
     if leaf not in ("imagenet", "wikitext103", "pydocs"):  # classes and words are counted in the files
         assert source.spec.inputs == expected.inputs
     assert {"train", "test"} <= set(source.splits)
+    digests = source.digests()
+    assert {"train", "test"} <= digests.keys() and all(len(value) == 16 for value in digests.values())
+    assert build_source(made).digests() == digests
     assert len(next(iter(source.train(epoch=0, start=0, shard=Shard(micro=2))))) in (1, 2)
     assert next(iter(source.evaluate("test", shard=Shard()))) is not None
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
 from phantom.engine.artifacts import checkpoint as checkpoints
+from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import MetricsLog, peak_memory
 from phantom.engine.artifacts.tracking import Tracker
@@ -68,6 +69,7 @@ class Trainer:
         config: the resolved configuration as text, stored in every checkpoint.
         differences: returns the root keys in which a checkpoint's config, as text, is another run's.
 
+    data: which data it trains on.
     step: optimiser steps taken; `total`: those of the whole budget.
     seconds: wall clock of `fit` with its evaluations, summed over restarts; work lost after the last checkpoint is not
         counted.
@@ -103,6 +105,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.device)
+        self.data = Data(self.source.digests(), self.config)
         length = sum(self._lengths())
         self.total = length if self.budget.steps is None else min(length, self.budget.steps)
         self._deqs = deqs_of(self.unwrapped)
@@ -133,7 +136,7 @@ class Trainer:
 
         Raises:
             DivergenceError: the loss or the gradient stopped being finite; the last good checkpoint is kept.
-            CheckpointError: the checkpoint to resume from is damaged or of another model.
+            CheckpointError: the checkpoint to resume from is damaged, or of another model or other data.
         """
         if self._progress is not None and self.step >= self.total:
             return
@@ -301,6 +304,7 @@ class Trainer:
             "final": self.final,
             "train_report": self.train_report,
             "ranks": ranks,
+            "data_digests": dict(self.data.digests),
             "config": self.config,
         }
         checkpoints.save(self.folder / name, state)
@@ -308,6 +312,8 @@ class Trainer:
     def _load(self, path: Path) -> None:
         state = checkpoints.load(path)
         checkpoints.check_config(state, self.differences, path)
+        # early checkpoints do not know their data
+        check_same_data(Data(state.get("data_digests", {}), state["config"]), self.data, path)
         world = len(state["ranks"])
         if world != self.shard.world:
             raise CheckpointError(
