@@ -12,6 +12,7 @@ from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
+from phantom.engine.machine.memory import begin_peak
 from phantom.engine.model import check_model, find_cell
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
@@ -80,6 +81,7 @@ def build_trainer(plan: Plan) -> Trainer:
     """
     config: dict[str, Any] = plan.config
     device, rank, world_size = set_up_machine(plan)
+    begin_peak(device)
     if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
     source = build_source(plan)

@@ -52,7 +52,7 @@ def run(job: Job, configs: Configs) -> None:
             own = [item for item in items if item not in hydras]
             plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
             for plan in plans:
-                _make_folder(Path(plan.config["runs"]))
+                _make_folder(plan.root)
             sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
         except (ConfigError, OSError) as error:
             _refuse(error)

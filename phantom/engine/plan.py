@@ -72,7 +72,7 @@ class Plan:
     @property
     def root(self) -> Path:
         """The folder of all runs."""
-        return Path(self.config["runs"]).absolute()
+        return Path(self.config["runs"]).expanduser().absolute()
 
     @property
     def text(self) -> str:

@@ -13,6 +13,7 @@ from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
 from phantom.engine.machine import distributed
+from phantom.engine.machine.memory import peak_memory
 from phantom.engine.model import official_parameter_count, parameter_counts
 from phantom.engine.plan import Plan
 from phantom.engine.training.loop import Trainer
@@ -130,5 +131,5 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         times=trainer.timer.summary(),
         items_per_second=trainer.timer.throughput(),
         unit=trainer.task.unit,
-        peak_memory=records.peak_memory(trainer.device),
+        peak_memory=peak_memory(trainer.device),
     )

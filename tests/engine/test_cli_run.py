@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import train
 from phantom.engine import command
 from phantom.engine.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from tests.plans import plan
+from tests.tiny_run import TINY, tiny_run
 from train import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -187,3 +191,42 @@ def test_a_picture_damaged_for_one_of_two_processes_ends_both(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count(f"error: the picture {broken} is damaged and cannot be decoded") == 1
     assert not list(tmp_path.rglob("record.json"))
+
+
+NAMES = ["my runs", "l\u00e4ufe (neu)", "\u65e5\u672c", "a=b", "100", "it's", 'so "so"', "c\\", "50%", "[x]"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_taken_as_it_is_typed(name, tmp_path, monkeypatch):
+    seen = []
+    assert run(monkeypatch, seen.append, f"runs={tmp_path / name}", f"data.root={name}", "data=cifar10") == 0
+    (made,) = seen
+    assert made.root == tmp_path / name and made.root.is_dir() and made.config["data"]["root"] == name
+    assert plan([f'runs="{tmp_path}/a,b"']).root == tmp_path / "a,b", "quotes of the user's own"
+    assert plan(["data=cifar10", "data.root=null"]).config["data"]["root"] is None
+
+
+@pytest.mark.parametrize(
+    ("item", "quoted"),
+    [
+        ("runs=a,b", 'runs="a,b"'),
+        ("wandb_project=l\u00e4ufe", 'wandb_project="l\u00e4ufe"'),
+        ("data.name=a(b", 'data.name="a(b"'),
+    ],
+)
+def test_a_value_that_needs_quotes_is_shown_in_them(item, quoted):
+    with pytest.raises(ConfigError) as refused:
+        plan([item])
+    assert quoted in str(refused.value)
+
+
+def test_a_folder_of_any_name_holds_a_whole_run(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "l\u00e4ufe (neu), 2"
+    record = tiny_run(tmp_path / "plain", "steps=1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "steps=1", f'runs="{runs}"'])
+    command.run(train.job, CONFIGS)
+    (found,) = runs.rglob("record.json")
+    assert found.parent.relative_to(runs) == record["path"].relative_to(tmp_path / "plain")
+    capsys.readouterr()
+    evaluate.main([f"run={found.parent}"])
+    assert json.loads(capsys.readouterr().out)["loss"] == record["final"]["test"]["loss"]

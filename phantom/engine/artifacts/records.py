@@ -68,7 +68,7 @@ class Record:
         wall_seconds: of training and evaluations, summed over restarts.
         final, best: metrics per split at the last evaluation, and at the one where the first split was best.
         train: the last training row; `times`: seconds by phase; `items_per_second`: in step time, of `unit`.
-        peak_memory: bytes allocated on a GPU, or resident for the process on a CPU.
+        peak_memory: of this job, in bytes: allocated on a GPU, or resident for the process on a CPU.
     """
 
     label: str
@@ -222,12 +222,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on the GPU, or resident for the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

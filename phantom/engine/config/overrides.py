@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +17,51 @@ from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plai
 from phantom.engine.errors import ConfigError
 
 ANY = "++"  # Hydra's mark of a key that need not be there
+# keys that hold a path, which is taken as it is typed: Hydra's grammar has no umlauts and no brackets in a name
+PATHS = ("runs", "data.root", "data.cache")
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Return the parsed items.
+    """Return the parsed items; a path is taken as it is typed, unless it has a comma, which separates jobs.
 
     Raises:
-        ConfigError: an item is not of the form key=value.
+        ConfigError: an item is not of the form key=value, or its value needs quotes.
     """
+    parser = OverridesParser.create()
+    return [_parse(parser, line) for line in overrides]
+
+
+def _parse(parser: OverridesParser, line: str) -> Override:
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+        item = parser.parse_override(_as_typed(line))
     except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; write overrides as key=value") from error
-    for item in parsed:
-        if not item.key_or_group:
-            raise ConfigError(f"{item.input_line!r} names no key; write overrides as key=value")
-    return parsed
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise ConfigError(f"{line!r} is no override: {_first_line(error)}; write overrides as key=value") from error
+        raise ConfigError(
+            f"{line!r} cannot be read ({_first_line(error)}): write overrides as key=value, and a value of other "
+            f"characters than letters, digits and _-/.:+@%*? in two pairs of quotes, {_quoted(key, value)!r}"
+        ) from error
+    if not item.key_or_group:
+        raise ConfigError(f"{line!r} names no key; write overrides as key=value")
+    return item
+
+
+def _as_typed(line: str) -> str:
+    """Return the item with its path in quotes, unless it is more than a path: null, quoted, or with a reference."""
+    key, _, value = line.partition("=")
+    plain_value = value in ("", "null") or value[0] in "'\"" or "," in value or "${" in value
+    return line if key not in PATHS or plain_value else _quoted(key, value)
+
+
+def _quoted(key: str, value: str) -> str:
+    # in Hydra's quotes a backslash counts only before a quote, or at the end
+    body = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
+    return f'{key}="{body}"'
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def given_keys(overrides: Sequence[str]) -> set[str]:
@@ -62,7 +92,9 @@ def check_overrides(overrides: Sequence[str], configs: Configs) -> None:
     """
     for item in parse(overrides):
         if item.is_sweep_override():
-            raise ConfigError(f"{item.input_line} has several values: add -m to run them all, or keep one")
+            hint = f"; a comma of a name goes in two pairs of quotes, {_quoted(*item.input_line.split('=', 1))!r}"
+            more = hint if item.key_or_group in PATHS else ""
+            raise ConfigError(f"{item.input_line} has several values: add -m to run them all, or keep one{more}")
         if item.is_delete():
             raise ConfigError(f"{item.input_line} deletes a key: write {item.key_or_group}=null to have none of it")
         if item.key_or_group in configs.groups:

@@ -21,3 +21,9 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_MMAP_THRESHOLD, 2**30)
+
+
+def return_freed_memory() -> None:
+    """Return to the system what earlier work of this process has freed; on other systems than glibc do nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -20,10 +20,11 @@ from phantom.deq import deqs_of
 from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import Progress
-from phantom.engine.artifacts.records import MetricsLog, peak_memory
+from phantom.engine.artifacts.records import MetricsLog
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.errors import CheckpointError, DivergenceError
 from phantom.engine.machine import distributed
+from phantom.engine.machine.memory import peak_memory
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.source import Shard, Source
