@@ -24,6 +24,7 @@ from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
+from phantom.engine.machine import distributed
 from phantom.engine.rebuild import evaluate_official, evaluate_run
 from train import CONFIGS
 
@@ -43,8 +44,9 @@ def main(arguments: list[str]) -> None:
     except Exception as error:
         if not command.is_user_error(error):
             raise
-        sys.exit(f"error: {command.message_of(error)}")
-    print(to_json(found if len(jobs) > 1 else found[0], indent=2))
+        command.refuse(error)
+    if distributed.is_first():
+        print(to_json(found if len(jobs) > 1 else found[0], indent=2))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -90,3 +92,4 @@ def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    distributed.stop()

@@ -42,9 +42,10 @@ METADATA = {"COX2": Metadata(35, 2, 467), "PROTEINS": Metadata(3, 2, 1113)}
 class TUGraphs(Source):
     """Classify graphs of one TU data set; one fold of ten is the test split.
 
-    Node features are the one-hot node labels, from the smallest label to the largest, including empty columns; node
-    attributes are not used. The adjacency is A + I, normalised symmetrically. Batches that are the same in every epoch
-    are built once.
+    Node features are the one-hot node labels, from the smallest label to the largest, including empty columns. A set
+    without node labels has its node attributes as features, and one with neither a 1 at every node. Attributes beside
+    labels are not used. The adjacency is A + I, normalised symmetrically. Batches that are the same in every epoch are
+    built once.
 
     The official protocol has no validation split (`validation=0`) and reports the best test epoch, which is optimistic.
     `validation=0.1` holds out a stratified tenth of the training graphs as `valid`, to choose the epoch without the
@@ -52,7 +53,7 @@ class TUGraphs(Source):
 
     Args:
         root: folder that holds `raw/`. None means $PHANTOM_DATA/<name>, or the cache folder without that variable.
-        name: COX2, PROTEINS, or any other TU set with node labels (stratified folds only).
+        name: COX2, PROTEINS, or any other TU set (stratified folds only).
         folds: `official` (recorded for COX2 and PROTEINS; in effect random) or `stratified`.
         fold: the test fold, 0 to 9.
         batch_size: graphs per optimiser step.
@@ -227,7 +228,8 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         DataError: files are missing (and `download` is off or fails), or cannot be read.
     """
     folder = root / "raw"
-    needed = [folder / f"{name}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
+    parts = ("A", "graph_indicator", "graph_labels", *(("node_labels",) if name in METADATA else ()))
+    needed = [folder / f"{name}_{part}.txt" for part in parts]
     if download and not all(path.is_file() for path in needed):
         _fetch(root, name)
     missing = [path.name for path in needed if not path.is_file()]
@@ -246,7 +248,12 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         data, slices, sizes = read
     except (IndexError, RuntimeError, ValueError) as error:
         raise DataError(f"{folder} holds files that cannot be read as a TU data set: {error}") from error
-    nodes, arcs = slices["x"], slices["edge_index"]
+    features, nodes = _features(data, slices, sizes["num_node_attributes"])
+    if not bool(features.isfinite().all()):
+        raise DataError(
+            f"{folder / f'{name}_node_attributes.txt'} holds NaN or infinite entries: every one must be finite"
+        )
+    arcs = slices["edge_index"]
     # the reader's offsets end at the last graph that has edges: extend them to the last graph
     arcs = torch.cat([arcs, arcs[-1:].expand(max(0, nodes.numel() - arcs.numel()))])
     counts = [nodes.numel() - 1, data.y.numel()]
@@ -262,12 +269,21 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
             "over all graphs, and both ends of an edge must lie in the same graph"
         )
     return Raw(
-        features=data.x[:, sizes["num_node_attributes"] :].contiguous(),
+        features=features,
         edges=data.edge_index,
         nodes=nodes,
         arcs=arcs,
         labels=data.y,
     )
+
+
+def _features(data: Any, slices: Any, num_attributes: int) -> tuple[Tensor, Tensor]:
+    """Return the features (N, p) of all nodes, and the offset of the first node of each graph (G + 1,)."""
+    if data.x is None:  # the reader then counts the nodes of every graph
+        counts = torch.tensor(data._num_nodes)
+        return torch.ones(int(counts.sum()), 1), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    labels = data.x[:, num_attributes:]
+    return (labels if labels.shape[1] else data.x).float().contiguous(), slices["x"]
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:

@@ -77,8 +77,10 @@ class CIFAR10(InMemoryImages):
             log.info("CIFAR-10: image-folder tree in %s", root)
             sets = {split: read_split(root / split, CLASSES, (32, 32)) for split in COUNTS}
         elif (root / "cifar-10-batches-py").is_dir() or self._download:
+            if self._download:
+                _fetch(root)
             log.info("CIFAR-10: canonical files in %s", root)
-            sets = {split: _canonical(root, split, self._download) for split in COUNTS}
+            sets = {split: _canonical(root, split) for split in COUNTS}
         else:
             there = "does not exist" if not root.is_dir() else "holds neither"
             raise DataError(
@@ -97,11 +99,24 @@ class CIFAR10(InMemoryImages):
         return sets["train"], sets["test"]
 
 
-def _canonical(root: Path, split: str, download: bool) -> ImageSet:
+def _fetch(root: Path) -> None:
+    """Download what is missing or damaged of the canonical files."""
     from torchvision import datasets
 
     try:
-        official = datasets.CIFAR10(str(root), train=split == "train", download=download)
+        datasets.CIFAR10(str(root), download=True)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"CIFAR-10 could not be downloaded to {root} ({error}): connect to the network, or copy "
+            f"cifar-10-batches-py/ there from another machine. {root_hint('cifar10')}"
+        ) from error
+
+
+def _canonical(root: Path, split: str) -> ImageSet:
+    from torchvision import datasets
+
+    try:
+        official = datasets.CIFAR10(str(root), train=split == "train")
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(
             f"the files in {root / 'cifar-10-batches-py'} are not CIFAR-10 as released ({error}): remove them and "

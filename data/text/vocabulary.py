@@ -19,6 +19,7 @@ from phantom.engine.errors import DataError
 from phantom.validate import check_choice
 
 EOS, UNK = "<eos>", "<unk>"
+BOM = "\ufeff"
 FORMAT = 1
 OOV = Literal["error", "unk"]
 
@@ -60,6 +61,12 @@ class Vocabulary:
         # sorted() is stable and Counter keeps the order of insertion: ties stay in order of first occurrence
         ranked = sorted(counter.items(), key=lambda item: -item[1])
         return cls((EOS, *(word for word, _ in ranked)), (num_lines, *(count for _, count in ranked)), fingerprint)
+
+    def with_unknown(self) -> Vocabulary:
+        """Return the vocabulary with `<unk>`, which occurs 0 times and comes last where the training text has none."""
+        if UNK in self.index:
+            return self
+        return Vocabulary((*self.words, UNK), (*self.counts, 0), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -126,7 +133,9 @@ class Vocabulary:
 
 
 def read_words(path: Path) -> Iterator[list[str]]:
-    """Yield the words of every line of a UTF-8 text file.
+    """Yield the words of every line of a UTF-8 text file; byte order marks are no part of a word.
+
+    Files that were joined have such a mark in the middle, too.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8; the message gives the line.
@@ -134,7 +143,7 @@ def read_words(path: Path) -> Iterator[list[str]]:
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
-                yield line.split()
+                yield line.replace(BOM, "").split()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {_first_bad_line(path)}") from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ class WikiText103(TokenStreams):
         download: download missing files into `root` with Hugging Face `datasets` (Salesforce/wikitext,
             wikitext-103-v1: the same lines).
         files: file name of every split; None leaves a split out.
-        oov: `error` refuses a word of valid or test outside the vocabulary; `unk` reads it as `<unk>`.
+        oov: `error` refuses a word of valid or test outside the vocabulary; `unk` reads it as `<unk>`, which becomes
+            the last word of a vocabulary without it.
         allow_partial: accept other texts; otherwise the loader checks the four published counts of WikiText-103.
         cache: folder of the cached files; None means the program's cache folder.
         streams, eval_streams, segment: see `TokenStreams`. The official code uses 56, 16 and 150.
@@ -95,14 +97,17 @@ class WikiText103(TokenStreams):
 
     def _vocabulary(self, train: Path, fingerprint: str, path: Path) -> Vocabulary:
         if path.is_file():
-            return Vocabulary.load(path, fingerprint)
+            return self._with_unknown(Vocabulary.load(path, fingerprint))
         log.info("counting the words of %s", train)
         try:
             vocabulary = Vocabulary.from_lines(read_words(train), fingerprint)
         except DataError as error:
             raise DataError(f"{train}: {error}") from error
         vocabulary.save(path)
-        return vocabulary
+        return self._with_unknown(vocabulary)
+
+    def _with_unknown(self, vocabulary: Vocabulary) -> Vocabulary:
+        return vocabulary.with_unknown() if self._oov == "unk" else vocabulary
 
     def _check_counts(self, words: int, tokens: Mapping[str, int]) -> None:
         wrong = [f"{words} words instead of {WORDS}"] if words != WORDS else []
@@ -117,7 +122,7 @@ class WikiText103(TokenStreams):
 
 
 def fingerprint_of(path: Path) -> str:
-    """Return the SHA-256 of a file.
+    """Return the SHA-256 of a file, without the byte order mark that it may begin with.
 
     Raises:
         DataError: the file is empty.
@@ -125,6 +130,8 @@ def fingerprint_of(path: Path) -> str:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: copy or download it again")
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,6 +12,7 @@ from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
+from phantom.engine.machine.compiler import check_compiler
 from phantom.engine.machine.memory import begin_peak
 from phantom.engine.model import check_model, find_cell
 from phantom.engine.plan import Plan
@@ -73,6 +74,17 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
     return device, rank, world_size
 
 
+def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
+    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
+    solvers["eval_solver"] = config["eval_solver"]
+    names = [f"{name}.compile" for name, solver in solvers.items() if solver is not None and solver.get("compile")]
+    for name in [*(["compile"] if config["compile"] else []), *names][:1]:
+        try:
+            check_compiler(device, name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
 def build_trainer(plan: Plan) -> Trainer:
     """Build everything that the run needs.
 
@@ -84,6 +96,7 @@ def build_trainer(plan: Plan) -> Trainer:
     begin_peak(device)
     if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
+    _check_compiler(config, device)
     source = build_source(plan)
     wanted = plan.budget.eval_splits
     if any(split not in source.splits for split in wanted):
@@ -121,7 +134,8 @@ def build_trainer(plan: Plan) -> Trainer:
         folder=folder,
         config=plan.text,
         differences=plan.differences,
-        make_tracker=lambda: Tracker(
+        make_tracker=lambda fresh: Tracker(
+            fresh=fresh,
             mode=config["wandb"],
             project=config["wandb_project"],
             name=f"{plan.label}/{folder.parent.name}",

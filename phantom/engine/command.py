@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
-from phantom.engine.errors import ConfigError, UserError
+from phantom.engine.errors import ConfigError, DataError, UserError
 from phantom.engine.plan import Plan, make_plan
 
 Job = Callable[[Plan], Any]
@@ -55,16 +55,20 @@ def run(job: Job, configs: Configs) -> None:
                 _make_folder(plan.root)
             sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
         except (ConfigError, OSError) as error:
-            _refuse(error)
+            refuse(error)
         if not hydras:
             _run_here(job, plans)
             return
     _run_by_hydra(job, configs)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    # every process finds the same mistake
-    sys.exit(1 if int(os.environ.get("RANK", "0")) > 0 else f"error: {message_of(error)}")
+def refuse(error: Exception) -> NoReturn:
+    """End with the message of a user's error; of several processes, which all find the same mistake, the first tells.
+
+    A picture that is damaged in the share of one process is found by that one alone: it tells.
+    """
+    silent = int(os.environ.get("RANK", "0")) > 0 and not isinstance(error, DataError)
+    sys.exit(1 if silent else f"error: {message_of(error)}")
 
 
 def _show(items: list[str], configs: Configs) -> None:
@@ -72,7 +76,7 @@ def _show(items: list[str], configs: Configs) -> None:
     try:
         print(make_plan(items, configs).text, end="")
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
 
 
 def _run_here(job: Job, plans: list[Plan]) -> None:

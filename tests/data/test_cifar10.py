@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import pickle
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -168,6 +169,21 @@ def test_an_empty_class_folder_is_named(tree):
     (tree / "test" / "ship" / "0000.png").unlink()
     with pytest.raises(DataError, match="ship holds no picture"):
         make(tree)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_without_a_network_says_so(tmp_path, monkeypatch, there):
+    """Also where some of the files are there already."""
+
+    def offline(*_, **__):
+        raise URLError(OSError("Name or service not known"))
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    if there:
+        (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(DataError, match=rf"could not be downloaded to {tmp_path} \(.*not known.*\): connect") as error:
+        make(tmp_path, download=True)
+    assert "as released" not in str(error.value) and "data.root=<folder>" in str(error.value)
 
 
 def test_a_damaged_canonical_file_is_one_error(canonical):

@@ -269,3 +269,35 @@ def test_an_edge_out_of_its_graph_is_named(toy, line, message):
     path.write_text(path.read_text() + f"{line}\n")
     with pytest.raises(DataError, match=rf"TOY_A.txt.*{message}"):
         toy_source(toy)
+
+
+@pytest.mark.parametrize(
+    ("labels", "attributes", "features"), [(False, 2, 2), (False, 0, 1), (True, 2, 3), (False, 1, 1), (True, 0, 3)]
+)
+def test_sets_without_node_labels_or_with_node_attributes(toy, labels, attributes, features):
+    """Labels come first, then attributes, then a constant; the graphs themselves are the same."""
+    expected = toy_source(toy).raw
+    raw, nodes = toy / "raw", expected.features.shape[0]
+    values = torch.arange(nodes * max(attributes, 1)).view(nodes, -1) / 7
+    (raw / "TOY_node_attributes.txt").unlink()
+    if attributes:
+        lines = [", ".join(f"{value:.4f}" for value in row) for row in values.tolist()]
+        (raw / "TOY_node_attributes.txt").write_text("\n".join(lines) + "\n")
+    if not labels:
+        (raw / "TOY_node_labels.txt").unlink()
+    source = toy_source(toy)
+    found = source.raw
+    assert source.spec.inputs == {"in_features": features, "num_classes": 2}
+    wanted = expected.features if labels else values if attributes else torch.ones(nodes, 1)
+    torch.testing.assert_close(found.features, wanted, atol=1e-4, rtol=0)
+    for name in ("edges", "nodes", "arcs", "labels"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert next(source.train(epoch=0, start=0, shard=Shard()))[0][0].features.shape[1] == features
+
+
+def test_an_attribute_that_is_no_number_is_named(toy):
+    (toy / "raw" / "TOY_node_labels.txt").unlink()
+    file = toy / "raw" / "TOY_node_attributes.txt"
+    file.write_text(file.read_text().replace("0.5", "nan", 1))
+    with pytest.raises(DataError, match=r"TOY_node_attributes.txt holds NaN"):
+        toy_source(toy)

@@ -198,11 +198,35 @@ def test_an_unknown_word(root):
     assert source._tokens["valid"][-3] == unk
     with pytest.raises(DataError, match="line 17"):  # what was prepared for one rule is not taken for the other
         make(root)
-    write(root, train="a b c\n" * 20, valid="a d\n" * 20)
-    with pytest.raises(DataError, match="no <unk>"):
-        make(root, oov="unk")
     with pytest.raises(ValueError, match="error, unk"):
         make(root, oov="skip")
+
+
+def test_a_text_without_unk_gets_one_for_the_unknown_words(root):
+    """Its vocabulary as kept on disk stays that of the text, which serves both rules."""
+    write(root, train="a b c\n" * 20, valid="a d\n" * 20)
+    for _ in range(2):  # the second time from what was prepared
+        source = make(root, oov="unk")
+        assert source.spec.inputs == {"vocab_size": 5} and source._tokens["valid"][:3].tolist() == [1, 4, 0]
+        assert math.isfinite(source.spec.baseline["valid"])
+    write(root, train="a b c\n" * 20, valid="a b\n" * 20)
+    assert make(root).spec.inputs == {"vocab_size": 4}
+
+
+def test_byte_order_marks_are_no_letters(root):
+    """Neither at the beginning nor where files were joined; a text with them is the text without them."""
+    plain = make(root)
+    marked = write(root.parent / "marked")
+    for name in FILES.values():
+        text = (marked / name).read_text(encoding="utf-8")
+        (marked / name).write_text(text, encoding="utf-8-sig")
+    found = make(marked)
+    for split in FILES:
+        assert np.array_equal(found._tokens[split], plain._tokens[split])
+    assert found.digests() == plain.digests() and found.spec.inputs == plain.spec.inputs
+    joined = root.parent / "joined"
+    joined.write_bytes(2 * "the cat\n".encode("utf-8-sig"))
+    assert list(read_words(joined)) == [["the", "cat"], ["the", "cat"]]
 
 
 def test_bytes_that_are_not_utf8(root):

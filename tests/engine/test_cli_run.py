@@ -155,9 +155,11 @@ def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, ca
     assert seen == [0]
 
 
-def script(folder: Path, *arguments: str, processes: int = 1, timeout: int = 120) -> subprocess.CompletedProcess:
+def script(
+    folder: Path, *arguments: str, processes: int = 1, timeout: int = 120, program: str = "train.py"
+) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / program), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -230,3 +232,24 @@ def test_a_folder_of_any_name_holds_a_whole_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     evaluate.main([f"run={found.parent}"])
     assert json.loads(capsys.readouterr().out)["loss"] == record["final"]["test"]["loss"]
+
+
+def test_two_processes_evaluate_and_print_once(tmp_path):
+    record = tiny_run(tmp_path, "steps=1", "test_subset=9")
+    done = script(tmp_path, f"run={record['path']}", processes=2, program="evaluate.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["accuracy"] == record["final"]["test"]["accuracy"]
+    assert found["loss"] == pytest.approx(record["final"]["test"]["loss"], rel=1e-6)
+    refused = script(tmp_path, f"run={tmp_path / 'nowhere'}", processes=2, program="evaluate.py")
+    assert refused.returncode != 0 and refused.stderr.count("there is no run folder") == 1
+
+
+@pytest.mark.parametrize("key", ["compile", "solver.compile"])
+def test_a_machine_without_a_compiler_is_one_line(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty"))
+    done = script(tmp_path, *TINY, f"{key}=true", f"runs={tmp_path / 'runs'}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {key}=true needs a C++ compiler") and f"leave {key}=false" in done.stderr
+    assert not list(tmp_path.rglob("*.pt"))

@@ -141,6 +141,9 @@ def test_the_tracker_is_closed(tmp_path):
     closed = []
 
     class Recording:
+        def __init__(self, fresh):
+            pass
+
         def log(self, row):
             pass
 

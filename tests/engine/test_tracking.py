@@ -58,8 +58,8 @@ def wandb(monkeypatch):
     return module
 
 
-def tracker(folder: Path, mode: str = "offline") -> Tracker:
-    return Tracker(mode=mode, project="phantom", name="row/seed3", folder=folder, config=CONFIG)
+def tracker(folder: Path, mode: str = "offline", **options: bool) -> Tracker:
+    return Tracker(mode=mode, project="phantom", name="row/seed3", folder=folder, config=CONFIG, **options)
 
 
 def panels(module, kind: str) -> set[str]:
@@ -69,7 +69,7 @@ def panels(module, kind: str) -> set[str]:
 
 def test_a_run_fills_the_panels(wandb, tmp_path):
     monitor = Monitor(every=2, radius_steps=3, exact_solver=FixedPoint(max_steps=50, tol=1e-8))
-    run = tiny.trainer(tmp_path, make_tracker=lambda: tracker(tmp_path), monitor=monitor)
+    run = tiny.trainer(tmp_path, make_tracker=lambda fresh: tracker(tmp_path), monitor=monitor)
     run.fit(resume=False)
     run.finish({"final": run.final, "label": "row", "nothing": None, "steps": 6})
     solves = ("num_evals", "num_vjps", "num_steps", "residual", "converged", "diverged")
@@ -101,6 +101,14 @@ def test_a_resumed_run_continues_its_own_curve(wandb, tmp_path):
         tracker(tmp_path / folder)
     first, second, other = (run.options["id"] for run in wandb.runs)
     assert first == second != other
+
+
+def test_a_run_from_the_start_has_a_curve_of_its_own(wandb, tmp_path):
+    """And is continued by what resumes it, until the next start."""
+    for fresh in (False, True, False, True, False):
+        tracker(tmp_path, fresh=fresh)
+    ids = [run.options["id"] for run in wandb.runs]
+    assert ids[1] == ids[2] and ids[3] == ids[4] and len(set(ids)) == 3
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_the_real_one_offline(tmp_path, monkeypatch):
     begun.log({"kind": "eval", "split": "test", "step": 1, "epoch": 0, "loss": 0.25})
     begun.finish({"final": {"test": {"loss": 0.25}}, "label": "some-row"})
     wandb.teardown()  # flushes
-    (file,) = tmp_path.glob(f"wandb/offline-run-*/run-{tracking._identifier(tmp_path)}.wandb")
+    (file,) = tmp_path.glob(f"wandb/offline-run-*/run-{tracking._identifier(tmp_path, fresh=False)}.wandb")
     content = file.read_bytes()
     for part in (b"train/loss", b"train/accuracy", b"test/loss", b"solver", b"some-row"):
         assert part in content, part

@@ -158,7 +158,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "folder": folder,
         "config": "seed: 0\n",
         "differences": lambda text: [],
-        "make_tracker": lambda: DISABLED,
+        "make_tracker": lambda fresh: DISABLED,
     }
     return Trainer(**(usual | changes))
 

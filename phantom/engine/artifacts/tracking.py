@@ -6,6 +6,7 @@ import hashlib
 import logging
 import netrc
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ class Tracker:
 
     Args:
         mode: one of `MODES`; "auto" logs online when the user is logged in and offline otherwise.
+        fresh: begin a curve of its own; otherwise continue that of the folder's last start.
     """
 
-    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any], fresh: bool = False
+    ) -> None:
         self._run: Any = None  # wandb is imported only where it is used
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
@@ -36,7 +40,7 @@ class Tracker:
             "mode": mode,
             "project": project,
             "name": name,
-            "id": _identifier(folder),  # one per folder: a resumed run continues its own curve
+            "id": _identifier(folder, fresh=fresh),
             "resume": "allow",
             "dir": str(folder),
             "config": dict(config),
@@ -82,5 +86,10 @@ def _logged_in() -> bool:
         return False
 
 
-def _identifier(folder: Path) -> str:
-    return hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+def _identifier(folder: Path, *, fresh: bool) -> str:
+    """Return the id of the folder's curve, which outlives a restart: a new one where the run begins anew."""
+    kept = folder / "wandb" / "id"
+    if fresh:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(secrets.token_hex(6))
+    return kept.read_text() if kept.exists() else hashlib.sha256(str(folder).encode()).hexdigest()[:12]

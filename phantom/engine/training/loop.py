@@ -68,7 +68,8 @@ class Trainer:
         progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
-        differences: returns the root keys in which a checkpoint's config, as text, is another run's.
+        make_tracker: opens the tracker; True begins a curve of its own.
+    differences: returns the root keys in which a checkpoint's config, as text, is another run's.
 
     data: which data it trains on.
     step: optimiser steps taken; `total`: those of the whole budget.
@@ -96,7 +97,7 @@ class Trainer:
     folder: Path
     config: str
     differences: Callable[[str], list[str]]
-    make_tracker: Callable[[], Tracker]
+    make_tracker: Callable[[bool], Tracker]
 
     step: int = 0
     seconds: float = 0.0
@@ -146,7 +147,7 @@ class Trainer:
         self._started = time.monotonic() - self.seconds
         main = self.shard.rank == 0
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
-        self._tracker = self.make_tracker() if main else None
+        self._tracker = self.make_tracker(not resume) if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
         try:
             self._epochs()

@@ -1,0 +1,32 @@
+"""Whether torch.compile works on this machine, before a run needs it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_compiler(device: torch.device, name: str) -> None:
+    """Raise unless torch compiles and runs a small function on `device`; seconds, and less where torch has it cached.
+
+    torch looks for a compiler only when it has traced a whole model, and its error is then a page long.
+
+    Args:
+        name: the setting that asks for it, for the message.
+
+    Raises:
+        ValueError: there is no compiler, or it does not work.
+    """
+    try:
+        torch.compile(_probe, fullgraph=True)(torch.ones(4, device=device))
+    except Exception as error:  # of torch's compilers, whose classes change between versions, or of the system
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        needs = "a C++ compiler, such as g++, or the one that the environment variable CXX names"
+        if device.type == "cuda":
+            needs = "triton and a C compiler"
+        raise ValueError(
+            f"{name}=true needs {needs}, and torch cannot compile here ({reason}): install it, or leave {name}=false"
+        ) from error
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x.sin() + 1
