@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phantom.precision import without_autocast
 from phantom.residual import residual_of, vector_norm
 from phantom.scaling import is_on_host, powers_of_two
 from phantom.solution import Stats
@@ -29,7 +30,7 @@ class Confirming:
         fz = self.f(z)
         if not self._stats.confirmed:
             self._stats.confirmed = True
-            with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(z.device.type):
                 self._confirm(fz.detach(), z.detach())
         return fz
 

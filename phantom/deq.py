@@ -17,7 +17,7 @@ from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
 from phantom.ranks import Group, name_of
 from phantom.report import OnFailure, act, check_on_failure
-from phantom.scaling import is_on_host
+from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
@@ -78,7 +78,7 @@ def fixed_point(
 
     Raises:
         SolveError: the solve has failed, with `on_failure="raise"`.
-        ValueError: with `debug`, where f is no map to solve.
+        ValueError: with `debug`, where f is no map to solve; under torch.export, where the solver has a `tol`.
 
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
@@ -104,6 +104,11 @@ def fixed_point(
             group=group,
             debug=debug,
             clock=clock,
+        )
+    if solver.tol is not None and torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export records a fixed number of steps, and solver.tol={solver.tol} asks for as many as it takes: "
+            "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None)"
         )
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
@@ -138,7 +143,7 @@ def fixed_point(
             Confirming(flat_f, stats, solver)(z_star)
             stats.num_evals += 1
     stats.on_failure = on_failure
-    if on_failure != "ignore" and stats.num_evals and (solver.tol is not None or is_on_host(flat_z0)):
+    if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver.tol):
         act(stats, on_failure, of="the solve of z = f(z)")
     # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
     solution = Solution(

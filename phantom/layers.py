@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from phantom.precision import autocast_dtype
 from phantom.validate import check_number
 
 
@@ -78,5 +79,5 @@ def cast_for_autocast(weight: Tensor) -> Tensor:
 
     Autocast caches the casts of leaf parameters only: it would cast an effective weight in every evaluation of f.
     """
-    device = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+    dtype = autocast_dtype(weight.device.type)
+    return weight if dtype is None else weight.to(dtype)

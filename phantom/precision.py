@@ -1,4 +1,4 @@
-"""Full float32 products for the arithmetic of a solver, whatever the user allows f."""
+"""Full float32 arithmetic for a solver, whatever the user allows f: exact products, and no autocast."""
 
 from __future__ import annotations
 
@@ -49,3 +49,15 @@ def exact_products(device: str) -> Callable[[], AbstractContextManager[None]]:
     """
     switch = _CUDA if device == "cuda" else _CPU
     return switch.exact if switch.is_reduced() else nullcontext
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast; a device that has none, such as meta, is left alone."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of the autocast that is active on `device`; None where none is."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

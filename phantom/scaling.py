@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from phantom.state import FlatMap
 
@@ -17,6 +18,16 @@ def is_on_host(z: Tensor) -> bool:
     traced = torch.compiler.is_compiling() or functorch._functorch.is_functorch_wrapped_tensor(z)
     traced = traced or functorch._len_torch_dispatch_stack() > 0
     return z.device.type == "cpu" and type(z) is Tensor and not traced
+
+
+def has_numbers(z: Tensor) -> bool:
+    """Return whether `z` holds numbers at all: tensors on the meta device, and fake ones, have but a shape."""
+    return z.device.type != "meta" and (type(z) is Tensor or not is_fake(z))
+
+
+def can_ask(z: Tensor, tol: float | None) -> bool:
+    """Return whether the host may look at a solve: where a `tol` makes it wait anyway, or where nothing waits."""
+    return (tol is not None and has_numbers(z)) or is_on_host(z)
 
 
 def bounds(dtype: torch.dtype) -> tuple[float, float]:

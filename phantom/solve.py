@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.precision import exact_products
+from phantom.precision import exact_products, without_autocast
 from phantom.purity import pure
 from phantom.ranks import any_rank
 from phantom.residual import Norm, positive, residual_of, vector_norm
-from phantom.scaling import is_on_host, is_out_of_range, powers_of_two, rescaled
+from phantom.scaling import can_ask, has_numbers, is_on_host, is_out_of_range, powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
 from phantom.state import FlatMap
@@ -55,7 +55,7 @@ def solve(
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
     f, z, num_evals = pure(f), z0.detach(), int(fz0 is None)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         if not solver.measures_residual:
             return *solver.roll_out(f, z), None
         fz = f(z) if fz0 is None else fz0
@@ -82,6 +82,7 @@ class _Start:
         scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
         limit: (B,) a longer g is divergence.
         active: (B,) who goes on, and `going`, how many; None where the host does not know.
+        stops_early: whether the host asks who goes on; without numbers to look at, a solve runs its whole budget.
         near_rounding: whether `tol` is not far above the rounding of f(z).
     """
 
@@ -101,7 +102,8 @@ class _Start:
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
             self.active = self.active & ~(self.residual <= self.tol)
-        if solver.tol is not None or is_on_host(z):
+        self.stops_early = solver.tol is not None and has_numbers(z)
+        if can_ask(z, solver.tol):
             self._look(size, solver.tol)
 
     def _look(self, size: Tensor, tol: float | None) -> None:
@@ -151,7 +153,7 @@ def _loop(
 ) -> tuple[Tensor, Stats, Any]:
     observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
-    stops_early, batch, together = start.tol is not None, len(z), False
+    stops_early, batch, together = start.stops_early, z.shape[0], False
     best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
     residual = torch.where(start.residual.isfinite(), start.residual, torch.inf)
     rows = _Rows(residual, better=torch.ones_like(start.active), active=start.active)
@@ -193,7 +195,7 @@ def _loop(
     if not stops_early and is_on_host(z):
         confirmed = bool(rows.better.all())
     confirmed = confirmed or together
-    if group is not None and (stops_early or is_on_host(z)):
+    if group is not None and can_ask(z, solver.tol):
         confirmed = not any_rank(not confirmed, group, z.device)
     stats = Stats(
         num_steps=torch.stack(moved).sum(dim=0),
@@ -267,7 +269,7 @@ def _counts(rows: _Rows) -> tuple[int, int, int]:
 def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
     """Write into `kept` (B, D) those rows of `new` (B, D) for which `rows` (B,) is true, and return it."""
     wide = [kept, new]
-    plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide)
+    plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide) and not torch.compiler.is_compiling()
     if kept.device.type == "cpu" and plain and kept.numel() > 0 and kept.shape[1] * kept.element_size() % 16 == 0:
         # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
         wide = [t.view(torch.complex128) for t in wide]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from phantom.precision import autocast_dtype
+
 # a tensor, or tuples, lists, dicts and namedtuples of tensors, nested as they may be
 State = Any
 Map = Callable[[State], State]
@@ -89,13 +91,13 @@ class Packing:
         The solver's own arithmetic switches autocast off around its loop; f keeps the caller's.
         """
         device = self.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        dtype = autocast_dtype(device)
 
         def flat_f(z: Tensor) -> Tensor:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            with torch.autocast(device, dtype=dtype):
                 return self.pack(f(self._arguments(z)))
 
-        if enabled:
+        if dtype is not None:
             return flat_f
         return (lambda z: self.pack(f(z))) if self._is_flat else lambda z: self.pack(f(self._arguments(z)))
 
@@ -139,7 +141,10 @@ def _flatten(z: State) -> tuple[list[Any], Any]:
 def _is_channels_last(part: Tensor) -> bool:
     # problem by problem: the parts of an unpacked tuple state are slices, dense within each problem only
     return (
-        part.dim() == 4 and len(part) > 0 and not part[0].is_contiguous() and part[0].permute(1, 2, 0).is_contiguous()
+        part.dim() == 4
+        and part.shape[0] > 0
+        and not part[0].is_contiguous()
+        and part[0].permute(1, 2, 0).is_contiguous()
     )
 
 

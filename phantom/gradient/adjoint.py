@@ -22,7 +22,7 @@ from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
 from phantom.report import act
 from phantom.residual import vector_norm
-from phantom.scaling import is_on_host
+from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
@@ -279,6 +279,6 @@ class Implicit(AdjointEstimator):
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint
-        if stats.on_failure != "ignore" and (self.solver.tol is not None or is_on_host(g)):
+        if stats.on_failure != "ignore" and can_ask(g, self.solver.tol):
             act(adjoint, stats.on_failure, of="the adjoint solve of u = J^T u + g")
         return replace_rows(u, g, adjoint.fallback)

@@ -129,7 +129,7 @@ class Broyden(Solver):
         width, wider = memory.width(n), memory.width(n if full else n + 1)
         if n == 0:
             step.copy_(g)
-            products = g.new_zeros((len(g), wider))
+            products = g.new_zeros((g.shape[0], wider))
         else:
             stored = memory.steps[:n]
             weights, scale, products = secant(
