@@ -23,10 +23,13 @@ nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 
-highlight_language = "text"
+highlight_language = "none"
+smartquotes = False
 default_role = "code"
 maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {name: name for name in ("Map", "State", "OnFailure", "Regularizer", "Clock")}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 python_use_unqualified_type_names = True
@@ -34,6 +37,8 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = f"phantom {release}"
 html_copy_source = html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 templates_path = ["_templates"]
 html_additional_pages = {"index": "forward.html"}  # the root of the site leads to docs/index
 
