@@ -15,7 +15,7 @@ from phantom.state import Map, State
 
 REASON = (
     "phantom runs a solve between two compiled halves of the model, and compiles f there alone: one graph break, which "
-    "fullgraph=True refuses. Traced whole is BPTT, which has no solve; torch.export(strict=False) records any solver with "
+    "fullgraph=True refuses. Traced whole is BPTT, which has no solve; torch.export(strict=False) records solvers with "
     "tol=None"
 )
 

@@ -31,7 +31,8 @@ def any_rank(flag: bool, group: str | None, device: torch.device) -> bool:
     """
     if group is None or not (dist.is_available() and dist.is_initialized()):
         return flag
-    ranks = dist.group.WORLD if group == "world" else dist.distributed_c10d._resolve_process_group(group)
+    named: Any = dist.distributed_c10d  # torch declares nothing of it
+    ranks = dist.group.WORLD if group == "world" else named._resolve_process_group(group)
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks)
     return bool(flags)
