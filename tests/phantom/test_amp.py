@@ -1,0 +1,109 @@
+"""Mixed precision with float16 and a GradScaler: the gradients of every estimator, scaled and unscaled."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit
+
+HALF = 2.0**-10  # the rounding of float16
+SOLVERS = {"plain": FixedPoint(max_steps=40, tol=1e-3), "broyden": Broyden(max_steps=20, tol=1e-3)}
+GRADS = {
+    "upg": UPG(k=3),
+    "upg_checkpoint": UPG(k=3, checkpoint=True),
+    "npg": NPG(k=3),
+    "implicit": Implicit(solver=Broyden(max_steps=20, tol=1e-3)),
+    "implicit_absolute": Implicit(solver=Anderson(max_steps=20, tol=1e-3, stop="absolute", norm="max")),
+    "shine": SHINE(),
+    "bptt": BPTT(num_steps=6),
+}
+
+
+class Model(nn.Module):
+    """Linear encoder, f(z) = tanh(W z + u), linear head."""
+
+    def __init__(self, deq: DEQ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.deq = deq
+        with torch.no_grad():
+            self.inner.weight.copy_(0.7 * torch.linalg.qr(self.inner.weight)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.encoder(x)
+        return self.head(self.deq(lambda z: torch.tanh(self.inner(z) + u), torch.zeros_like(u)).value)
+
+
+def gradients(
+    model: nn.Module, *, factor: float = 1.0, scale: float | None = None, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, bool, float]:
+    """Return the unscaled gradients of `factor` times a loss near 1, whether the step was skipped, the next scale."""
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = factor * model(x).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.step(optimizer)
+    skipped = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    scaler.update()
+    return torch.cat([g.flatten() for g in found]), skipped, scaler.get_scale()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def case(solver: str, grad: str, **settings) -> tuple[Tensor, bool, float]:
+    return gradients(Model(DEQ(solver=SOLVERS[solver], grad=GRADS[grad])), **settings)
+
+
+CASES = [(solver, grad) for solver in SOLVERS for grad in GRADS if (solver, grad) != ("plain", "shine")]
+
+
+@pytest.mark.parametrize(("solver", "grad"), CASES)
+def test_scaled_gradients_are_those_without_scaling(solver, grad):
+    plain, _, _ = case(solver, grad)
+    if grad != "shine":  # whose inverse depends on the path of the solve, down to its rounding
+        assert relative(plain, case(solver, grad, dtype=torch.float32)[0]) < 2 * HALF
+    scaled, skipped, scale = case(solver, grad, scale=2.0**10)
+    assert relative(scaled, plain) < HALF and not skipped and scale == 2.0**10
+
+
+@pytest.mark.parametrize(("solver", "grad"), CASES)
+def test_a_scaled_loss_does_not_underflow(solver, grad):
+    """A loss of 1e-6 loses half of its gradient without a scaler, and none of it with one."""
+    plain, _, _ = case(solver, grad)
+    small, _, _ = case(solver, grad, factor=2.0**-20, scale=2.0**20)
+    assert relative(small * 2.0**20, plain) < HALF
+    lost, _, _ = case(solver, grad, factor=2.0**-20)
+    assert relative(lost * 2.0**20, plain) > 0.3, "the test above would prove nothing"
+
+
+@pytest.mark.parametrize(("solver", "grad"), CASES)
+def test_an_overflow_is_seen_and_its_step_skipped(solver, grad):
+    found, skipped, scale = case(solver, grad, scale=2.0**40)
+    assert not found.isfinite().all() and skipped and scale == 2.0**39
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**14])
+def test_the_adjoint_solve_is_the_same_at_every_scale(scale):
+    model = Model(DEQ(solver=SOLVERS["broyden"], grad=GRADS["implicit"]))
+    u = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.float16):
+        solution = model.deq(lambda z: torch.tanh(model.inner(z) + u), torch.zeros_like(u))
+    # the state is float32 here, so that the products alone are float16
+    solution.value.backward(scale * torch.ones(6, 8))
+    adjoint = solution.stats.adjoint
+    assert not adjoint.fallback.any() and not adjoint.diverged.any()
+    assert adjoint.converged.all() and adjoint.num_steps.max() < 12
+
+
+def test_bfloat16_needs_no_scaler():
+    exact, _, _ = case("broyden", "implicit", dtype=torch.float32)
+    assert relative(case("broyden", "implicit", dtype=torch.bfloat16)[0], exact) < 16 * HALF
