@@ -24,19 +24,19 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 
 highlight_language = "none"
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes stay as they are
 default_role = "code"
 maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {name: name for name in ("Map", "State", "OnFailure", "Regularizer", "Clock")}
+autodoc_type_aliases = {name: name for name in ("Map", "State", "OnFailure")}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = f"phantom {release}"
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_use_index = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path = ["_templates"]

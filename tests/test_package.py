@@ -56,6 +56,7 @@ def test_requirements_txt_says_what_pyproject_says():
 def test_the_workflow_is_the_test_script_with_the_oldest_and_the_newest_torch():
     jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
     assert jobs["test"]["steps"][-1] == {"run": "bash scripts/test.sh"}
+    assert jobs["docs"]["steps"][-1] == {"run": "bash scripts/docs.sh"}
     (torch,) = [Requirement(line) for line in PROJECT["dependencies"]]
     asked = [Requirement(entry["torch"]) for entry in jobs["test"]["strategy"]["matrix"]["include"]]
     (oldest,) = [str(asks.specifier) for asks in asked if asks != torch]

@@ -126,7 +126,7 @@ def test_the_tree():
 
 
 def test_the_two_commands_are_scripts_that_parse():
-    for name in ("run", "test"):
+    for name in ("run", "test", "docs"):
         assert f"bash scripts/{name}.sh" in TEXT
         subprocess.run(["bash", "-n", str(ROOT / "scripts" / f"{name}.sh")], check=True)
 
