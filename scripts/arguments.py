@@ -63,6 +63,17 @@ def count(own: dict[str, str], key: str, default: Default, least: int = 1) -> in
     return int(own[key])
 
 
+def fraction(own: dict[str, str], key: str, default: float) -> float:
+    """Return the number between 0 and 1 of an item, or the default where it is not given."""
+    try:
+        value = float(own.get(key, default))
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        fail(f"{key}={own[key]} must be a number above 0, at most 1")
+    return value
+
+
 def choice(own: dict[str, str], key: str, allowed: Sequence[str], default: Default) -> str | Default:
     """Return the value of an item, or the default where it is not given."""
     if key in own and own[key] not in allowed:

@@ -7,7 +7,7 @@ results/<study>/study.yaml has a `title`, and what the study shows:
     measures   by the name of its record and page: a `function` of scripts/running/measures/ with its `settings`, what
                `smoke` changes of them, and its `cost` in seconds of one core; scripts/reporting/measures/ draws it
     benchmark  `rows` of timed training steps
-    quality    names of comparisons of gradient estimators on a trained model
+    explore    names of comparisons of gradient estimators and solvers on a trained model
 """
 
 from __future__ import annotations

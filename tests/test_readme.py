@@ -13,8 +13,9 @@ import torch
 
 import evaluate
 import phantom
+from phantom import Broyden
 from phantom.engine.config.overrides import change, expand
-from scripts import benchmark, reproduce, studies
+from scripts import benchmark, explore, reproduce, studies
 from scripts.arguments import split
 from scripts.running import process
 from tests.plans import plan
@@ -101,6 +102,9 @@ def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
             reproduce.main([*items, *([] if "list" in items else ["list"])])
         elif script.endswith("report.py"):
             assert set(items) <= set(studies.names())
+        elif script.endswith("explore.py"):
+            _, _, others = split(items, doc="", own=explore.OWN)
+            assert explore.explore.estimators(explore.explore.split(others)[0], 0.5, Broyden())
         elif "suite" in items:
             benchmark.main(items)
         else:
@@ -165,7 +169,7 @@ def test_the_results_are_those_of_the_rendered_pages():
 
 
 def test_the_estimators_are_compared_as_the_rendered_page_has_it():
-    page = rows_of((ROOT / "results/quality/mdeq_tiny_epoch35.md").read_text())
+    page = rows_of((ROOT / "results/explore/mdeq_tiny_epoch35.md").read_text())
     rendered = {row[0]: (row[4], row[3]) for row in page if len(row) > 4}
     names = {
         "UPG": "UPG k=5 lam=0.5",

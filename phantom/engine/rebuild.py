@@ -101,6 +101,15 @@ def rebuild_run(
     return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
 
 
+def begin_run(overrides: Sequence[str], configs: Configs) -> Rebuilt:
+    """Return the model of `train.py <overrides>` with the weights that the run begins with.
+
+    Raises:
+        ConfigError, DataError: as for training.
+    """
+    return _rebuild(make_plan(overrides, configs), lambda model: None, {"step": 0})
+
+
 def evaluate_official(
     path: Path,
     *,
@@ -150,6 +159,7 @@ def evaluate_official(
 def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any]) -> Rebuilt:
     device, rank, world_size = set_up_machine(plan)
     source = build_source(plan)
+    torch.manual_seed(plan.config["seed"])
     model = build_model(plan, source.spec).to(device)
     load(model)
     return Rebuilt(plan, model, source, device, Shard(rank=rank, world=world_size), about)

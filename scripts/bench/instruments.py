@@ -38,14 +38,17 @@ class Tracer(TorchDispatchMode):
         self.evals: Counter[str] = Counter()
         self.peak: dict[str, int] = defaultdict(int)
         self.peak_total = 0
+        self.peak_gradient = 0  # of all that is alive once a phase `attach` has begun
         self._live: Counter[str] = Counter()
         self._seen: set[int] = set()
         self._stack = ["step"]
+        self._solved = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Attribute the body to `name`, without the phases nested in it."""
         self._stack.append(name)
+        self._solved = self._solved or name == "attach"
         try:
             yield
         finally:
@@ -82,7 +85,10 @@ class Tracer(TorchDispatchMode):
         self._seen.add(key)
         self._live[name] += size
         self.peak[name] = max(self.peak[name], self._live[name])
-        self.peak_total = max(self.peak_total, self._live.total())
+        total = self._live.total()
+        self.peak_total = max(self.peak_total, total)
+        if self._solved:
+            self.peak_gradient = max(self.peak_gradient, total)
         weakref.finalize(storage, self._release, key, name, size)
 
     def _release(self, key: int, name: str, size: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phantom.deq import deqs_of
 from phantom.engine.measure.timing import StepTimer
@@ -113,22 +113,7 @@ def trace(variant: v.Variant) -> dict[str, Any]:
     Solver history is what the solve phase holds outside of f at its peak, temporaries included; activations are what
     the attach phase holds.
     """
-    tracer = Tracer()
-    holders = [m for m in variant.model.modules() for child in m.children() if hasattr(child, "clock")]
-    names = [(m, n) for m in set(holders) for n, child in m.named_children() if hasattr(child, "clock")]
-    kept = []
-    for module, name in names:
-        inner = getattr(module, name)
-        kept.append((module, name, inner, inner.clock))
-        inner.clock = tracer.phase
-        setattr(module, name, Traced(inner, tracer))
-    try:
-        with tracer:
-            variant.step(tracer)
-    finally:
-        for module, name, inner, clock in kept:
-            inner.clock = clock
-            setattr(module, name, inner)
+    tracer, _ = traced(variant.model, variant.step)
     inside = {"solve": ("solve", "solve_f"), "rest": ("step",)}
     return {
         "ops": {phase: sum(tracer.ops[p] for p in inside.get(phase, (phase,))) for phase in PHASES},
@@ -143,6 +128,27 @@ def trace(variant: v.Variant) -> dict[str, Any]:
             "total": tracer.peak_total,
         },
     }
+
+
+def traced(model: nn.Module, step: Callable[[Tracer], Any]) -> tuple[Tracer, Any]:
+    """Return (tracer, result) of a step, with what solves in the model marked for the tracer."""
+    tracer = Tracer()
+    holders = [m for m in model.modules() for child in m.children() if hasattr(child, "clock")]
+    names = [(m, n) for m in set(holders) for n, child in m.named_children() if hasattr(child, "clock")]
+    kept = []
+    for module, name in names:
+        inner = getattr(module, name)
+        kept.append((module, name, inner, inner.clock))
+        inner.clock = tracer.phase
+        setattr(module, name, Traced(inner, tracer))
+    try:
+        with tracer:
+            found = step(tracer)
+    finally:
+        for module, name, inner, clock in kept:
+            inner.clock = clock
+            setattr(module, name, inner)
+    return tracer, found
 
 
 def run(rows: Sequence[Row], timer: StepTimer, *, repeats: int, warmup: int, say: Callable[[str], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from phantom.engine.artifacts.records import environment
+from phantom.engine.artifacts.records import environment, to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
 from scripts.bench import measure, ratios, variants
@@ -83,7 +82,7 @@ def take(overrides: Sequence[str], options: Options, *, command: str, say: Calla
 def write(result: dict[str, Any], path: Path) -> None:
     """Write the numbers of a benchmark."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(to_json(result, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> str:

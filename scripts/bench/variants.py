@@ -116,7 +116,7 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
     found: dict[str, Setting] = {}
     for job in jobs:
         own = {key: job.get(key, default) for key, default in OWN.items()}
-        overrides = _used({key.lstrip("+"): value for key, value in job.items() if key not in OWN})
+        overrides = used({key.lstrip("+"): value for key, value in job.items() if key not in OWN})
         made = plan(overrides)
         names = [made.config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
         names += [f"{key}={made.config[key]}" for key in ("k",) if key in made.config]
@@ -134,13 +134,13 @@ def plan(overrides: dict[str, str]) -> Plan:
     The data is named for its kind alone: batches are synthetic, nothing is read, and its recipe is not followed.
     """
     grad = overrides.get("grad", str(CONFIGS.groups["grad"]))
-    fixed = _used({key: "null" for key in FIXED if key not in overrides} | {"grad": grad})
+    fixed = used({key: "null" for key in FIXED if key not in overrides} | {"grad": grad})
     kind = _kind_of(overrides.get("model", str(CONFIGS.groups["model"])))
     items = {"data": batches.DATA[kind], "recipe": "null", **fixed, **overrides}
     return make_plan([f"{key}={value}" for key, value in items.items()], CONFIGS)
 
 
-def _used(overrides: dict[str, str]) -> dict[str, str]:
+def used(overrides: dict[str, str]) -> dict[str, str]:
     """Return the overrides without the keys that their estimator does not take: a sweep gives them to every job."""
     leaf = overrides.get("grad", str(CONFIGS.groups["grad"]))
     if leaf not in CONFIGS.leaves("grad"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import studies
-from scripts.reporting import benchmarks, figures, markdown, quality, suites, tables
+from scripts.reporting import benchmarks, explore, figures, markdown, suites, tables
 
 
 def of(study: dict[str, Any]) -> dict[Path, str]:
@@ -29,8 +29,8 @@ def of(study: dict[str, Any]) -> dict[Path, str]:
             found[folder / "summary.md"] = suites.render(study["title"], parts)
     for name, drawing, record in _measured(study):
         found[folder / f"{name}.md"] = drawing.page(record)
-    for name in study.get("quality", []):
-        found[folder / f"{name}.md"] = quality.render(_read(folder / f"{name}.json"))
+    for name in study.get("explore", []):
+        found[folder / f"{name}.md"] = explore.render(_read(folder / f"{name}.json"))
     return found
 
 
@@ -43,6 +43,8 @@ def write(study: dict[str, Any]) -> dict[Path, str]:
         entries = studies.curves(study["folder"] / "curves.json")
         if entries:
             figures.draw(study["figure"], entries, study["folder"] / "curves.png")
+    for name in study.get("explore", []):
+        explore.draw(_read(study["folder"] / f"{name}.json"), study["folder"] / f"{name}.png")
     for name, drawing, record in _measured(study):
         drawing.draw(record, study["folder"] / f"{name}.png")
     return found
@@ -53,9 +55,10 @@ def write_benchmark(path: Path) -> str:
     return _beside(path, benchmarks.render(_read(path)))
 
 
-def write_quality(path: Path) -> str:
-    """Write the page of a comparison of estimators beside it, and return it."""
-    return _beside(path, quality.render(_read(path)))
+def write_explored(path: Path) -> str:
+    """Write the page and the figure of an exploration beside it, and return the page."""
+    explore.draw(_read(path), path.with_suffix(".png"))
+    return _beside(path, explore.render(_read(path)))
 
 
 def write_index() -> None:
@@ -87,8 +90,8 @@ def _front(study: dict[str, Any]) -> list[Path]:
 def _command(study: dict[str, Any]) -> str:
     if "benchmark" in study:
         return f"python scripts/benchmark.py suite {study['name'].removeprefix('benchmark/')}"
-    if "quality" in study:
-        return f"python scripts/quality.py run=<folder> out={study['folder'].relative_to(studies.ROOT)}/<name>.json"
+    if "explore" in study:
+        return f"python scripts/explore.py run=<folder> out={study['folder'].relative_to(studies.ROOT)}/<name>.json"
     return f"python scripts/reproduce.py {study['name']}"
 
 

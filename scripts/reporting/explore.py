@@ -1,0 +1,111 @@
+"""The page of an exploration: gradient estimators and solvers on a model, and which of them are worth their cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scripts.reporting import markdown, plots
+
+CONVERGED = 1e-2  # of the reference's backward solve; above it, its cosines mean little
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the page of the comparison, the cheapest gradient first."""
+    heads = ["estimator", "f with a graph", "vjps", "ms", "cosine", "norm ratio", "backward residual", "MB", "front"]
+    ahead = [row["estimator"] for row in front(result["rows"])]
+    rows = [
+        [*_row(row), "yes" if row["estimator"] in ahead else ""]
+        for row in sorted(result["rows"], key=lambda row: row["seconds"])
+    ]
+    evaluations = list(result["solvers"][0]["residual"])
+    solvers = [[row["solver"], *(_number(row["residual"][n], ".1e") for n in evaluations)] for row in result["solvers"]]
+    return markdown.page(
+        f"# {result['title']}",
+        f"`{result['command']}`",
+        _about(result),
+        *([_answer(result)] if "wanted" in result else []),
+        markdown.table(heads, rows, "lrrrrrrrl"),
+        "Median relative residual of the best iterate after the evaluations of f in the first column:",
+        markdown.table(["solver", *evaluations], solvers, "l" + "r" * len(evaluations)),
+    )
+
+
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the estimators that no other one beats in both time and cosine, the cheapest first."""
+    found: list[dict[str, Any]] = []
+    for row in sorted(_measured(rows), key=lambda row: (row["seconds"], -row["cosine"])):
+        if not found or row["cosine"] > found[-1]["cosine"]:
+            found.append(row)
+    return found
+
+
+def cheapest(rows: list[dict[str, Any]], wanted: float) -> dict[str, Any] | None:
+    """Return the estimator that reaches the cosine `wanted` in the least time; None where none does."""
+    enough = [row for row in _measured(rows) if row["cosine"] >= wanted]
+    return min(enough, key=lambda row: row["seconds"], default=None)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw cosine against milliseconds, a colour per estimator, with the front as a line."""
+    figure, axes = plots.canvas(1, 1, width=6.4, height=4.4)
+    axis, families = axes[0][0], {}
+    for row in _measured(result["rows"]):
+        families.setdefault(row["estimator"].split(" ")[0].rstrip(",").removeprefix("grad="), []).append(row)
+    for name, rows in families.items():
+        axis.scatter([1e3 * row["seconds"] for row in rows], [row["cosine"] for row in rows], label=name, zorder=3)
+    ahead = front(result["rows"])
+    best = [row["cosine"] for row in ahead]
+    axis.step([1e3 * row["seconds"] for row in ahead], best, where="post", color="0.4", label="front", zorder=2)
+    if "wanted" in result:
+        axis.axhline(result["wanted"], color="0.4", linestyle=":", linewidth=1)
+    axis.set(xscale="log", xlabel="attach and backward, ms", ylabel="cosine to the exact gradient")
+    axis.legend(frameon=False, fontsize="small")
+    plots.save(figure, path)
+
+
+def _about(result: dict[str, Any]) -> str:
+    reference = result["reference"]
+    radii = ", ".join(f"{_number(value, '.2f')} at lam={name}" for name, value in result["radius"].items())
+    # records of before have `images` of one batch
+    examples = result["examples"] if "examples" in result else f"{result['images']} training images"
+    residual = reference["adjoint_residual"]
+    doubt = "" if residual is not None and residual < CONVERGED else " **It has not converged: doubt the cosines.**"
+    return (
+        f"{examples}, weights of step {result['step']}, median forward residual {_number(result['residual'], '.1e')}. "
+        f"Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} vjps, median backward "
+        f"residual {_number(residual, '.1e')}.{doubt} Milliseconds are those of attach and backward, the head included "
+        f"({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The front is "
+        "what no other estimator beats in both milliseconds and cosine."
+    )
+
+
+def _answer(result: dict[str, Any]) -> str:
+    found = cheapest(result["rows"], result["wanted"])
+    if found is not None:
+        milliseconds = f"{1e3 * found['seconds']:.1f} ms"
+        return f"The cheapest with a cosine of {result['wanted']:g}: `{found['estimator']}`, {milliseconds}."
+    best = max(_measured(result["rows"]), key=lambda row: row["cosine"], default=None)
+    nearest = "" if best is None else f"; the nearest is `{best['estimator']}` with {best['cosine']:.3f}"
+    return f"None has a cosine of {result['wanted']:g}{nearest}."
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["cosine"] is not None]  # null: not finite
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    return [
+        *(row["estimator"], str(row["graph_evals"]), str(row["vjps"]), f"{1e3 * row['seconds']:.{_digits(row)}f}"),
+        *(_number(row["cosine"], ".3f"), _number(row["norm_ratio"], ".2f")),
+        "" if row["adjoint_residual"] is None else f"{row['adjoint_residual']:.1e}",
+        f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
+    ]
+
+
+def _digits(row: dict[str, Any]) -> int:
+    return 0 if row["seconds"] >= 0.1 else 1
+
+
+def _number(value: float | None, form: str) -> str:
+    return "--" if value is None else format(value, form)

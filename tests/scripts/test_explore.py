@@ -1,0 +1,208 @@
+"""The comparison of estimators: cosines against a dense solve, costs by definition, the front, and the command."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from phantom import DEQ, UPG, Broyden, FixedPoint
+from phantom.engine.build import build_trainer
+from phantom.engine.errors import ConfigError
+from phantom.engine.rebuild import Rebuilt
+from phantom.engine.source import Shard
+from phantom.engine.tasks.base import Score, Tally
+from scripts import explore
+from scripts.bench import explore as bench
+from scripts.reporting import explore as page
+from tests.plans import plan
+from tests.tiny_run import MODEL, TINY
+
+WIDTH, INPUTS, BATCH = 5, 3, 4
+GRID = {"grad": "upg,npg,one_step,implicit", "k": "2,6", "lam": "0.7", "adjoint_solver.max_steps": "4"}
+
+
+class Layer(nn.Module):
+    """z = tanh(z W^T + x U^T), read out by v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        draws = (torch.randn(WIDTH, size, generator=generator, dtype=torch.float64) for size in (WIDTH, INPUTS, 1))
+        W, U, v = draws
+        self.W, self.U, self.v = (
+            nn.Parameter(0.8 * W / torch.linalg.matrix_norm(W, 2)),
+            nn.Parameter(U),
+            nn.Parameter(v),
+        )
+        self.deq = DEQ(solver=Broyden(max_steps=60, tol=1e-12), grad=UPG(k=1, lam=1.0))
+
+    def f(self, z, x):
+        return torch.tanh(z @ self.W.T + x @ self.U.T)
+
+    def forward(self, x):
+        solution = self.deq(lambda z: self.f(z, x), x.new_zeros(len(x), WIDTH))
+        return solution.value @ self.v, (solution,)
+
+
+class Squares:
+    unit = "points"
+
+    def score(self, model, batch, carry):
+        output, solutions = model(batch[0])
+        return Score(Tally((output - batch[1]).square().sum(), len(output)), solutions, None)
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        tuple(torch.randn(BATCH, size, generator=generator, dtype=torch.float64) for size in (INPUTS, 1))
+        for _ in range(2)
+    ]
+
+
+def layer_run(solver=None) -> Rebuilt:
+    model = Layer()
+    source = SimpleNamespace(train=lambda **_: ([batch] for batch in batches()))
+    deq = SimpleNamespace(solver=solver or model.deq.solver)
+    return Rebuilt(SimpleNamespace(task=Squares(), deq=deq), model, source, torch.device("cpu"), Shard(), {})
+
+
+def dense_gradient(model: Layer, batch, adjoint) -> torch.Tensor:
+    """Return the gradient to W and U as one vector: adjoint(J, g) is u, from the dense J (B, D, D)."""
+    x, y = batch
+    with torch.no_grad():
+        z = torch.zeros(BATCH, WIDTH, dtype=torch.float64)
+        for _ in range(400):
+            z = model.f(z, x)
+        slope = 1 - z.square()
+        u = adjoint(slope[:, :, None] * model.W, 2 * (z @ model.v - y) * model.v.T)
+        return torch.cat([((u * slope).T @ z).flatten(), ((u * slope).T @ x).flatten()])
+
+
+def exact(J, g):
+    return torch.linalg.solve(torch.eye(WIDTH, dtype=J.dtype) - J.mT, g)
+
+
+def neumann(k, lam):
+    def adjoint(J, g):
+        damped = (lam * J + (1 - lam) * torch.eye(WIDTH, dtype=J.dtype)).mT
+        return lam * sum(torch.linalg.matrix_power(damped, i) @ g[:, :, None] for i in range(k))[..., 0]
+
+    return adjoint
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return bench.measure(layer_run(), GRID, batches=2)
+
+
+def test_cosine_and_norm_ratio_are_those_of_a_dense_solve(measured):
+    """At an exact equilibrium NPG and UPG are the same matrix; one step is A(1, 1)."""
+    rows, model = {row["estimator"]: row for row in measured["rows"]}, Layer()
+    names = {f"grad={grad} k={k} lam=0.7": neumann(k, 0.7) for grad in ("upg", "npg") for k in (2, 6)}
+    for name, adjoint in (names | {"grad=one_step": neumann(1, 1.0)}).items():
+        pairs = [(dense_gradient(model, batch, adjoint), dense_gradient(model, batch, exact)) for batch in batches()]
+        cosines = [float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in pairs]
+        ratios = [float(a.norm() / b.norm()) for a, b in pairs]
+        assert rows[name]["cosine"] == pytest.approx(sum(cosines) / 2, abs=1e-5), name
+        assert rows[name]["norm_ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-4), name
+    assert rows["grad=npg k=2 lam=0.7"]["cosine"] < 0.999 < rows["grad=npg k=6 lam=0.7"]["cosine"] + 0.05
+
+
+def test_costs_are_those_of_the_definitions(measured):
+    rows = {row["estimator"]: row for row in measured["rows"]}
+    counts = {name: (row["graph_evals"], row["vjps"]) for name, row in rows.items()}
+    assert counts["grad=one_step"] == (1, 0)
+    assert (counts["grad=upg k=2 lam=0.7"], counts["grad=upg k=6 lam=0.7"]) == ((2, 0), (6, 0))
+    assert (counts["grad=npg k=2 lam=0.7"], counts["grad=npg k=6 lam=0.7"]) == ((1, 1), (1, 5))
+    assert counts["grad=implicit adjoint_solver=broyden adjoint_solver.max_steps=4"] == (1, 4)
+    state = 8 * BATCH * WIDTH  # bytes of one activation
+    assert rows["grad=upg k=6 lam=0.7"]["bytes"] >= rows["grad=upg k=2 lam=0.7"]["bytes"] + 4 * state
+    assert rows["grad=npg k=6 lam=0.7"]["bytes"] < rows["grad=npg k=2 lam=0.7"]["bytes"] + 4 * state
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert measured["examples"] == "2 training batches of 4 points"
+
+
+def test_the_damping_of_the_spectrum_is_part_of_the_grid():
+    run = layer_run()
+    found = bench.measure(run, {"grad": "npg", "k": "3", "lam": "1.0,best"}, batches=1)
+    names = [row["estimator"] for row in found["rows"]]
+    assert names == ["grad=npg k=3 lam=1.0", f"grad=npg k=3 lam={found['best_lam']:g}"]
+    x = batches()[0][0]
+    z = run.model.deq(lambda z: run.model.f(z, x), x.new_zeros(BATCH, WIDTH)).z_star.detach()
+    J = (1 - z.square())[:, :, None] * run.model.W.detach()
+    eigenvalues = torch.linalg.eigvals(J)
+    for lam, radius in found["radius"].items():
+        dense = (float(lam) * eigenvalues + 1 - float(lam)).abs().amax(dim=1).mean()
+        assert radius == pytest.approx(float(dense), rel=1e-6)
+
+
+def test_shine_needs_the_steps_of_broyden():
+    run = layer_run(solver=FixedPoint(max_steps=60, tol=1e-12))
+    assert "grad=shine" not in bench.estimators({"k": "1", "lam": "1.0"}, 0.5, run.plan.deq.solver)
+    with pytest.raises(ConfigError, match="needs a run with solver=broyden"):
+        bench.estimators({"grad": "shine"}, 0.5, run.plan.deq.solver)
+
+
+def row(name, seconds, cosine):
+    return {"estimator": name, "seconds": seconds, "cosine": cosine}
+
+
+def test_the_front_and_the_cheapest():
+    rows = [row("a", 1.0, 0.5), row("b", 2.0, 0.4), row("c", 3.0, 0.9), row("d", 3.0, 0.95), row("e", 0.1, None)]
+    assert [found["estimator"] for found in page.front(rows)] == ["a", "d"], "b costs more for less, c ties in time"
+    assert page.cheapest(rows, 0.4)["estimator"] == "a" and page.cheapest(rows, 0.92)["estimator"] == "d"
+    assert page.cheapest(rows, 0.96) is None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explore")
+    trainer = build_trainer(plan([*TINY, "steps=1", f"runs={folder}"]))
+    trainer.fit(resume=False)
+    return trainer.folder
+
+
+def test_of_a_run_the_page_and_the_figure_are_kept(folder, capsys):
+    out = folder / "found.json"
+    grid = ["grad=upg,npg,shine", "k=2", "lam=0.5"]
+    explore.main([f"run={folder}", "batches=1", "solver.max_steps=12", *grid, "cosine=0.999", f"out={out}"])
+    found = json.loads(out.read_text())
+    assert found["step"] == 1 and found["examples"] == "1 training batches of 8 images"
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    text = out.with_suffix(".md").read_text()
+    assert text == capsys.readouterr().out.rstrip("\n") + "\n"
+    for name in ("grad=upg k=2 lam=0.5", "grad=npg k=2 lam=0.5", "grad=shine"):
+        assert f"| {name} |" in text
+    assert "None has a cosine of 0.999; the nearest is `grad=" in text
+    for solver in found["solvers"]:
+        assert all(a >= b for a, b in itertools.pairwise(solver["residual"].values())), "a best iterate gets no worse"
+
+
+def test_of_a_model_the_weights_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(explore.explore, "measure", lambda run, grid, batches: seen.update(run=run) or {})
+    monkeypatch.setattr(explore.page, "render", lambda found: "")
+    items = [item for item in TINY if item.split("=")[0] not in ("log_every", "eval_every")]
+    explore.main([*items, "seed=3", "grad=npg"])
+    begun = build_trainer(plan([*TINY, "seed=3", f"runs={tmp_path}"])).unwrapped.state_dict()
+    weights = seen["run"].model.state_dict()
+    assert weights.keys() == begun.keys() and all(torch.equal(weights[name], begun[name]) for name in begun)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["run=none"], "no run folder"),
+        (["checkpoint=best", "model=mdeq_tiny"], "name it with run=<folder>"),
+        (["cosine=2"], "cosine=2 must be a number above 0, at most 1"),
+        (["out=page.md"], "must end in .json"),
+        ([*MODEL, "subset=8", "wandb=disabled", "grad=upgg"], "grad=upgg is not known; did you mean upg"),
+    ],
+)
+def test_mistakes_are_one_sentence(items, message):
+    with pytest.raises(SystemExit, match=message):
+        explore.main(items)
