@@ -124,13 +124,17 @@ class TUGraphs(Source):
     def raw(self) -> Raw:
         """The graphs, read from the files at the first use."""
         if self._raw is None:
-            self._raw = read_tu(self.root, self.name, download=self.download)
+            self._raw = self.read()
             if self.name in METADATA and self._raw.metadata != METADATA[self.name]:
                 raise DataError(
                     f"{self.root / 'raw'} holds {self._raw.metadata}, but {self.name} is {METADATA[self.name]}: the "
                     "files are damaged or of another version; remove them and set data.download=true"
                 )
         return self._raw
+
+    def read(self) -> Raw:
+        """Return the graphs, from the files in `root`."""
+        return read_tu(self.root, self.name, download=self.download)
 
     @property
     def ids(self) -> dict[str, list[int]]:

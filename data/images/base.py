@@ -33,10 +33,14 @@ class ImageSet(NamedTuple):
         """Return the images at `indices`."""
         return ImageSet(self.images[indices], self.labels[indices])
 
+    def hashes(self) -> list[bytes]:
+        """Return a hash of the label and the pixels of every image."""
+        pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
+        return [hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs]
+
     def digest(self) -> str:
         """Return a short hash of all pixels and labels; it does not depend on the order of the images."""
-        pairs = zip(self.images.numpy(), self.labels.tolist(), strict=True)
-        return digest(sorted(hashlib.sha256(f"{label} ".encode() + image.tobytes()).digest() for image, label in pairs))
+        return digest(sorted(self.hashes()))
 
 
 class InMemoryImages(Source):

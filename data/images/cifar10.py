@@ -17,6 +17,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 COUNTS = {"train": 50_000, "test": 10_000}
 # digests of the released pixels and labels, which do not depend on the file format
 DIGESTS = {"train": "0237a5cd46bb6295", "test": "8b2eb67a9babea79"}
+OTHER = (
+    "CIFAR-10: these are not the images as released, but a subset or re-encoded copies; "
+    "accuracies are not comparable with published ones (JPEG copies lower them)"
+)
 log = logging.getLogger(__name__)
 
 
@@ -66,37 +70,42 @@ class CIFAR10(InMemoryImages):
             seed=seed,
         )
         if self.spec.digests != DIGESTS:
-            log.warning(
-                "CIFAR-10: these are not the images as released, but a subset or re-encoded copies; "
-                "accuracies are not comparable with published ones (JPEG copies lower them)"
-            )
+            log.warning(OTHER)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        root = self._root
-        if all((root / split).is_dir() for split in COUNTS):
-            log.info("CIFAR-10: image-folder tree in %s", root)
-            sets = {split: read_split(root / split, CLASSES, (32, 32)) for split in COUNTS}
-        elif (root / "cifar-10-batches-py").is_dir() or self._download:
-            if self._download:
-                _fetch(root)
-            log.info("CIFAR-10: canonical files in %s", root)
-            sets = {split: _canonical(root, split) for split in COUNTS}
-        else:
-            there = "does not exist" if not root.is_dir() else "holds neither"
+        return read(self._root, download=self._download, allow_partial=self._allow_partial)
+
+
+def read(root: Path, *, download: bool, allow_partial: bool) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the test images that `root` holds, in the order of its files.
+
+    Raises:
+        DataError: see `CIFAR10`.
+    """
+    if all((root / split).is_dir() for split in COUNTS):
+        log.info("CIFAR-10: image-folder tree in %s", root)
+        sets = {split: read_split(root / split, CLASSES, (32, 32)) for split in COUNTS}
+    elif (root / "cifar-10-batches-py").is_dir() or download:
+        if download:
+            _fetch(root)
+        log.info("CIFAR-10: canonical files in %s", root)
+        sets = {split: _canonical(root, split) for split in COUNTS}
+    else:
+        there = "does not exist" if not root.is_dir() else "holds neither"
+        raise DataError(
+            f"no CIFAR-10 in {root}, which {there}. Expected cifar-10-batches-py/ (torchvision's files), or "
+            f"train/<class>/*.png and test/<class>/*.png with the classes {', '.join(CLASSES)}. "
+            f"{root_hint('cifar10')}, or download it with data.download=true"
+        )
+    for split, count in COUNTS.items():
+        got = len(sets[split].labels)
+        if got != count and not allow_partial:
             raise DataError(
-                f"no CIFAR-10 in {root}, which {there}. Expected cifar-10-batches-py/ (torchvision's files), or "
-                f"train/<class>/*.png and test/<class>/*.png with the classes {', '.join(CLASSES)}. "
-                f"{root_hint('cifar10')}, or download it with data.download=true"
+                f"CIFAR-10 in {root} has {got} {split} images, expected {count}: complete it, or set "
+                "data.allow_partial=true"
             )
-        for split, count in COUNTS.items():
-            got = len(sets[split].labels)
-            if got != count and not self._allow_partial:
-                raise DataError(
-                    f"CIFAR-10 in {root} has {got} {split} images, expected {count}: complete it, or set "
-                    "data.allow_partial=true"
-                )
-            log.info("CIFAR-10: %d %s images", got, split)
-        return sets["train"], sets["test"]
+        log.info("CIFAR-10: %d %s images", got, split)
+    return sets["train"], sets["test"]
 
 
 def _fetch(root: Path) -> None:

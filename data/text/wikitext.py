@@ -16,6 +16,7 @@ from data.paths import cache_folder, data_root, root_hint
 from data.text.streams import Corpus, TokenStreams
 from data.text.vocabulary import OOV, Vocabulary, read_words, write_atomically
 from phantom.engine.errors import DataError
+from phantom.validate import check_count
 
 # published counts of words and of tokens per split, <eos> included
 WORDS = 267_735
@@ -39,6 +40,7 @@ class WikiText103(TokenStreams):
         oov: `error` refuses a word of valid or test outside the vocabulary; `unk` reads it as `<unk>`, which becomes
             the last word of a vocabulary without it.
         allow_partial: accept other texts; otherwise the loader checks the four published counts of WikiText-103.
+        eval_tokens: evaluate on so many first tokens of every split alone, as a rehearsal; None is all of them.
         cache: folder of the cached files; None means the program's cache folder.
         streams, eval_streams, segment: see `TokenStreams`. The official code uses 56, 16 and 150.
 
@@ -57,6 +59,7 @@ class WikiText103(TokenStreams):
         files: Mapping[str, str | None],
         oov: OOV,
         allow_partial: bool,
+        eval_tokens: int | None,
         cache: str | None,
         streams: int,
         eval_streams: int,
@@ -69,7 +72,9 @@ class WikiText103(TokenStreams):
             raise ValueError(
                 f"files={dict(files)} must name a file for train; valid and test are optional, no other is known"
             )
-        self._download, self._allow_partial = download, allow_partial
+        if eval_tokens is not None:
+            check_count("eval_tokens", eval_tokens, least=2, also=", or null for all")
+        self._download, self._allow_partial, self._eval_tokens = download, allow_partial, eval_tokens
         self._oov: OOV = oov
         self._cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "tokens"
         super().__init__(streams=streams, eval_streams=eval_streams, segment=segment)
@@ -93,6 +98,7 @@ class WikiText103(TokenStreams):
         }
         if not self._allow_partial:
             self._check_counts(len(vocabulary), {split: len(array) for split, array in tokens.items()})
+        tokens = {split: array if split == "train" else array[: self._eval_tokens] for split, array in tokens.items()}
         return Corpus(tokens, vocabulary.counts, {split: found[:LENGTH] for split, found in fingerprints.items()})
 
     def _vocabulary(self, train: Path, fingerprint: str, path: Path) -> Vocabulary:

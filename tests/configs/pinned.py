@@ -88,8 +88,19 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
             **{"train_nodes": 20, "valid_nodes": 100, "test_nodes": 200, "seed": 42},
         },
         "cifar10": {"class": "CIFAR10", "batch_size": 128, "eval_batch_size": 200, **IN_MEMORY},
+        # ours: the size of scale=cpu
+        "cifar10_small": {
+            **{"class": "CIFAR10Small", "size": 16, "num_train": 8000, "num_test": 2000, "batch_size": 128},
+            **{"eval_batch_size": 200, **IN_MEMORY},
+        },
         "cox2": {**TUDATASET, "name": "COX2"},
+        "cox2_synthetic": {**TUDATASET, "class": "SyntheticTU", "name": "COX2"},
         "digits": {"class": "Digits", "batch_size": 64, "eval_batch_size": 180, **IN_MEMORY},  # ours
+        # ours, in CIFAR-10's shape
+        "images_synthetic": {
+            **{"class": "SyntheticImages", "num_classes": 10, "size": 32, "num_train": 512, "num_test": 128},
+            **{"generation_seed": 0, "batch_size": 128, "eval_batch_size": 200, **IN_MEMORY},
+        },
         # area and aspect of the official code's pipeline; Table 3's implicit row changes them
         "imagenet": {
             **{"class": "ImageNet", "batch_size": 128, "eval_batch_size": 100, "crop": 224, "resize": 256},
@@ -101,9 +112,16 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
             **{"class": "SyntheticPPI", "scale": 1.0, "generation_seed": 0, "batch_size": 1, "eval_batch_size": 2},
         },
         "proteins": {**TUDATASET, "name": "PROTEINS"},
+        "proteins_synthetic": {**TUDATASET, "class": "SyntheticTU", "name": "PROTEINS"},
         "pydocs": {"class": "PyDocs", "streams": 16, "eval_streams": 4, "segment": 64},  # ours
+        # ours, with WikiText-103's vocabulary
+        "text_synthetic": {
+            **{"class": "SyntheticText", "vocab_size": 267_735, "num_train": 100_000, "num_eval": 10_000},
+            **{"generation_seed": 0, "streams": 56, "eval_streams": 16, "segment": 150},
+        },
         "wikitext103": {
             **{"class": "WikiText103", "oov": "error", "streams": 56, "eval_streams": 16, "segment": 150},
+            "eval_tokens": None,
             "files": {"train": "wiki.train.tokens", "valid": "wiki.valid.tokens", "test": "wiki.test.tokens"},
         },
     },
@@ -146,6 +164,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
     },
     # ours
     "scale": {
+        "cpu": {"scale": "cpu", "epochs": 8, "repeats": 3},
         "gpu": {"scale": "gpu", "epochs": 20, "steps": 8000, "repeats": 1},
         "paper": {"scale": "paper"},
         "smoke": {"scale": "smoke", "epochs": 1, "subset": 2560, "test_subset": 512, "repeats": 1},

@@ -20,12 +20,12 @@ from train import CONFIGS
 
 # data sets that a model leaf serves; the first model of a data set is chosen with it
 SERVED = {
-    "mdeq_tiny": ["digits", "cifar10", "imagenet"],
+    "mdeq_tiny": ["digits", "cifar10", "cifar10_small", "images_synthetic", "imagenet"],
     "mdeq_large": ["cifar10"],
     "mdeq_small": ["imagenet"],
     "deq_transformer_small": ["pydocs", "wikitext103"],
-    "deq_transformer": ["wikitext103"],
-    "ignn": ["cox2", "proteins", "ppi", "ppi_synthetic", "chains"],
+    "deq_transformer": ["text_synthetic", "wikitext103"],
+    "ignn": ["cox2", "cox2_synthetic", "proteins", "proteins_synthetic", "ppi", "ppi_synthetic", "chains"],
     "ignn_spectral": ["ppi"],
     **{
         f"reasoner_{leaf}": ["sudoku", "sudoku_files", "maze"]

@@ -11,11 +11,16 @@ from phantom.engine.source import Spec
 INPUTS = {
     "digits": ("image_classification", {"in_channels": 1, "num_classes": 10}),
     "cifar10": ("image_classification", {"in_channels": 3, "num_classes": 10}),
+    "cifar10_small": ("image_classification", {"in_channels": 3, "num_classes": 10}),
+    "images_synthetic": ("image_classification", {"in_channels": 3, "num_classes": 10}),
     "imagenet": ("image_classification", {"in_channels": 3, "num_classes": 1000}),
     "wikitext103": ("language_modelling", {"vocab_size": 267_735}),
+    "text_synthetic": ("language_modelling", {"vocab_size": 267_735}),
     "pydocs": ("language_modelling", {"vocab_size": 9_000}),
     "cox2": ("graph_classification", {"in_features": 35, "num_classes": 2}),
     "proteins": ("graph_classification", {"in_features": 3, "num_classes": 2}),
+    "cox2_synthetic": ("graph_classification", {"in_features": 35, "num_classes": 2}),
+    "proteins_synthetic": ("graph_classification", {"in_features": 3, "num_classes": 2}),
     "ppi": ("node_labelling", {"in_features": 50, "num_labels": 121}),
     "ppi_synthetic": ("node_labelling", {"in_features": 50, "num_labels": 121}),
     "chains": ("node_classification", {"in_features": 100, "num_classes": 2}),
@@ -43,7 +48,7 @@ def spec(leaf: str) -> Spec:
 
 def tiny(leaf: str, folder: Path) -> list[str]:
     """Write files of the data set into `folder`, where it has any, and return the overrides that make it tiny."""
-    if leaf == "cifar10":
+    if leaf in ("cifar10", "cifar10_small"):
         pictures(folder, ("train", "test"), CLASSES, "png", size=32)
         return [f"data.root={folder}", "data.allow_partial=true", "data.batch_size=2", "data.eval_batch_size=5"]
     if leaf == "imagenet":
@@ -66,7 +71,12 @@ def tiny(leaf: str, folder: Path) -> list[str]:
         return [f"data.root={folder}", "data.num_train=1", "data.batch_size=2", "data.passes=4"]
     if leaf == "ppi":  # the real one has its nodes counted: the same spec from generated graphs
         return ["data=ppi_synthetic", "data.scale=0.02"]
-    return {"ppi_synthetic": ["data.scale=0.02"]}.get(leaf, [])
+    small = {
+        "ppi_synthetic": ["data.scale=0.02"],
+        "images_synthetic": ["data.batch_size=2", "data.eval_batch_size=5"],
+        "text_synthetic": ["data.streams=2", "data.eval_streams=2", "data.segment=5"],
+    }
+    return small.get(leaf, [])
 
 
 def pictures(folder: Path, splits: tuple[str, ...], classes: tuple[str, ...], suffix: str, *, size: int) -> None:

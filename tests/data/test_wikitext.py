@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data.text.streams import Corpus, TokenStreams, unigram_perplexity
 from data.text.vocabulary import Vocabulary, read_words
 from data.text.wikitext import WikiText103
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
+from tests.plans import plan
 
 TRAIN = " = A title = \n\nthe cat sat on\u00a0the mat <unk>\nthe dog and the cat and the bird ran on and on\n" * 6
 VALID = "the cat ran\n\nthe bird sat\non the mat <unk> dog\n" * 4
@@ -36,6 +38,7 @@ def make(root: Path, **options) -> WikiText103:
         "files": FILES,
         "oov": "error",
         "allow_partial": True,
+        "eval_tokens": None,
         "cache": str(root / "cache"),
         "streams": 4,
         "eval_streams": 3,
@@ -327,3 +330,18 @@ def test_the_real_text_has_the_published_sizes(tmp_path):
     source = make(REAL, files=files, oov="unk", cache=str(tmp_path), streams=16, eval_streams=16, segment=150)
     assert source.spec.sizes == {"train": 245_569, "valid": 217_646}
     assert source.spec.inputs["vocab_size"] == 14_143
+
+
+def test_a_rehearsal_evaluates_on_the_first_tokens(root):
+    whole, cut = make(root), make(root, eval_tokens=21)
+    assert cut.spec.sizes == {**whole.spec.sizes, "valid": 21}
+    assert np.array_equal(cut._tokens["valid"], whole._tokens["valid"][:21])
+    with pytest.raises(ValueError, match="eval_tokens=1 must be an integer >= 2, or null for all"):
+        make(root, eval_tokens=1)
+
+
+def test_a_config_saved_before_it_had_that_argument_is_the_same_run():
+    saved = plan(["model=deq_transformer_small", "data=wikitext103"])
+    config = yaml.safe_load(saved.text)
+    assert config["data"].pop("eval_tokens", "absent") is None
+    assert saved.differences(yaml.safe_dump(config)) == []

@@ -1,4 +1,4 @@
-"""Configs that earlier versions saved: names that moved since, and root keys that did not exist yet."""
+"""Configs that earlier versions saved: names that moved since, and keys that did not exist yet."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ MOVED = {
 }
 # the one-step gradient was NPG with these numbers in its leaf, and without k and lam at the root
 ONE_STEP = {"_target_": "phantom.NPG", "k": 1, "lam": 1.0}
+# arguments that a constructor has gained, with what it did before
+GAINED: dict[str, dict[str, Any]] = {"data.text.wikitext.WikiText103": {"eval_tokens": None}}
 
 
 def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 def _renamed(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _moved(value) if key == "_target_" else _renamed(value) for key, value in node.items()}
+        found = {key: _moved(value) if key == "_target_" else _renamed(value) for key, value in node.items()}
+        return GAINED.get(str(found.get("_target_")), {}) | found
     return [_renamed(value) for value in node] if isinstance(node, list) else node
 
 
