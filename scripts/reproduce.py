@@ -1,7 +1,10 @@
 """Run what a study lacks, and keep the records.
 
+    python scripts/reproduce.py all scale=smoke                   # every row of every study, rehearsed end to end
     python scripts/reproduce.py table1                            # every seed of every row, at the paper's budget
     python scripts/reproduce.py table1 rows=upg_k5_lam0.5,implicit scale=smoke data.root=/data/cifar10
+    python scripts/reproduce.py table1 scale=cpu data.root=/data/cifar10 deadline=28000  # a night of the CPU cores
+    python scripts/reproduce.py table3 gpus=8                     # each run under torchrun, a process a GPU
     python scripts/reproduce.py table1 list                       # the commands, one a line, and nothing run
     python scripts/reproduce.py table4 rows=cox2_implicit         # ten folds, as many at a time as cores
     python scripts/reproduce.py table4 rows=cox2_implicit data.folds=stratified data.eval_adjacency=same \\
@@ -14,27 +17,51 @@
     panels=<name,...>  these panels of a figure alone
     folds=<n,...>      these folds alone; their record is written only once all ten are run together
     jobs=<n>           runs at a time; several have one thread each
+    gpus=<n>           every run under torchrun, with a process on each of n GPUs of this machine
+    deadline=<s>       begin nothing after s seconds and tell what runs then to end; SIGTERM does the same at any time
     again              run what has a record, too
     list               print the commands and run nothing
 
-Everything else goes to train.py, or is a setting of a measure (those are in study.yaml). What has a record in results/
-is not run; finished runs of runs/ are not trained again, interrupted ones resume. A run that was typed as model=, data=
-and grad= counts as the row whose resolved config it has. Overrides that make it another experiment are in the name of
-the record, which no page shows. `python scripts/report.py` renders the pages.
+Everything else goes to train.py, or is a setting of a measure (those are in study.yaml). The command says first what it
+will run, and what that costs by the records of runs of the same kind. What has a record in results/ is not run;
+finished runs of runs/ are not trained again, interrupted ones resume. A run that was typed as model=, data= and grad=
+counts as the row whose resolved config it has. Overrides that make it another experiment are in the name of the record,
+which no page shows. The exit status is 1 where something failed, and 3 where it was stopped with something left.
+`python scripts/report.py` renders the pages.
+
+A run that is told to end exits at once, or where its trainer knows the signal with a checkpoint of its last step; it
+resumes at its last checkpoint (those of evaluations, and every checkpoint_every=<n> steps). scale=cpu and scale=smoke
+run as many at a time as there are cores. scale=smoke cuts batch, tokens and crop, and trains on generated data where
+the real files are not at hand; scripts/running/rehearsal.py has the numbers. No page counts such a row as one of the
+paper's budget.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 try:
     from phantom.engine.errors import UserError
     from scripts import arguments, studies
     from scripts.running import process
     from scripts.running import study as running
+    from scripts.running.process import Run, Work
+    from scripts.running.stopping import Stop
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
+
+ALL = "all"
+OWN = ("rows", "panels", "folds", "jobs", "gpus", "deadline")
+
+
+class Part(NamedTuple):
+    """Work of a study, and how many of its runs were asked for at a time."""
+
+    study: str
+    work: Work
+    jobs: int | None
 
 
 def main(items: Sequence[str]) -> None:
@@ -42,30 +69,74 @@ def main(items: Sequence[str]) -> None:
     known = [name for name in studies.names() if running.rows_of(studies.load(name))]
     name = items[0] if items else ""
     own, words, overrides = arguments.split(
-        items[1:] if name in known else [item for item in items if item.startswith("-")],
+        items[1:] if name in (*known, ALL) else [item for item in items if item.startswith("-")],
         doc=__doc__,
-        own=("rows", "panels", "folds", "jobs"),
+        own=OWN,
         words=("list", "again"),
     )
-    if name not in known:
+    if name not in (*known, ALL):
         other = f"{name} is no study of training runs, results/README.md has its command; " * (name in studies.names())
-        arguments.fail(f"{other}name a study first, one of {', '.join(known)}")
-    study, jobs = studies.load(name), arguments.count(own, "jobs", None)
+        arguments.fail(f"{other}name a study first, one of {', '.join(known)}, or {ALL}")
+    for key in ("rows", "panels", "folds"):
+        if name == ALL and key in own:
+            arguments.fail(f"{key}={own[key]} belongs to one study: name it, or leave {key}= out")
+    jobs, gpus = arguments.count(own, "jobs", None), arguments.count(own, "gpus", None)
+    deadline = arguments.count(own, "deadline", None)
+    if gpus is not None and jobs is not None:
+        arguments.fail(f"gpus={gpus} takes all of them for one run after the other: leave jobs= out")
+    parts = []
     try:
-        works = running.works(study, own, overrides, again="again" in words)
+        for study in _studies(known if name == ALL else [name], overrides):
+            # of all studies those that measure do so on one thread, without a GPU
+            training = name != ALL or "measures" not in study
+            asked, on = (own, gpus) if training else ({}, None)
+            found = running.works(study, asked, overrides, again="again" in words, gpus=on)
+            parts += [Part(study["name"], work, jobs if training else None) for work in found]
     except UserError as error:
         arguments.fail(str(error))
-    if not works:
-        print(f"nothing is missing in {study['name']}; `again` runs it once more", file=sys.stderr)
-    for work in works:
-        if "list" in words:
-            print(*(run.line() for run in work.runs), sep="\n")
-            continue
-        print(f"to run: {len(work.runs)}. {work.cost or 'No record says what they cost'}.", file=sys.stderr)
-        try:
-            process.execute(work, jobs)
-        except RuntimeError as error:
-            arguments.fail(str(error))
+    if "list" in words:
+        for part in parts:
+            print(*(run.line() for run in part.work.runs), sep="\n")
+        return
+    if not parts:
+        print(f"nothing is missing in {name}; `again` runs it once more", file=sys.stderr)
+    for part in parts:
+        of = f" of {part.study}" if name == ALL else ""
+        print(f"to run{of}: {len(part.work.runs)}. {part.work.cost}.", file=sys.stderr)
+    _run(parts, deadline, others_go_on=name == ALL)
+
+
+def _studies(names: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the studies, of several those alone that have the scale."""
+    found = list(map(studies.load, names))
+    scale = running.scale_of(overrides)
+    without = [study for study in found if scale in ("gpu", "cpu") and scale not in running.scales_of(study)]
+    if len(found) == 1 or not without:
+        return found
+    print(f"scale={scale} is no scale of {', '.join(study['name'] for study in without)}", file=sys.stderr)
+    return [study for study in found if study not in without]
+
+
+def _run(parts: Sequence[Part], deadline: int | None, *, others_go_on: bool) -> None:
+    """Run the parts, and say what failed and what is left."""
+    stop, failed = Stop(deadline), []
+    left: list[Run] = []
+    with stop.listening():
+        for study, work, jobs in parts:
+            try:
+                left += process.execute(work, jobs, stop)
+            except RuntimeError as error:
+                if not others_go_on:
+                    arguments.fail(str(error))
+                print(f"error: {study}: {error}", file=sys.stderr, flush=True)
+                failed.append(study)
+    if left:
+        print(f"left: {len(left)}, which the same command runs or resumes:", file=sys.stderr)
+        print(*(f"  {run.name}" for run in left), sep="\n", file=sys.stderr)
+    if failed:
+        arguments.fail(f"runs failed in {', '.join(dict.fromkeys(failed))}: see above; the others are done")
+    if left:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

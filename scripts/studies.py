@@ -3,18 +3,25 @@
 results/<study>/study.yaml has a `title`, and what the study shows:
 
     tables     by the name of its page: `rows` of experiments, whose seeds are averaged, or with `protocols` their folds
+    grids      `experiments` by name, each at every point of the `grid` of its scale; a `function` of
+               scripts/reporting/grids/ draws them
     figure     `lines` of experiments, each in every one of the `panels`: curves of a metric over the epochs
     measures   by the name of its record and page: a `function` of scripts/running/measures/ with its `settings`, what
                `smoke` changes of them, and its `cost` in seconds of one core; scripts/reporting/measures/ draws it
     benchmark  `rows` of timed training steps
     explore    names of comparisons of gradient estimators and solvers on a trained model
+
+Tables and grids may have `scales`, the items that a smaller scale changes in every row, and `cost`, the seconds of one
+core that a run takes at a scale.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,6 +42,29 @@ def load(name: str) -> dict[str, Any]:
     """Return the definition of a study, with its `name` and its `folder`."""
     folder = results() / name
     return {"name": name, "folder": folder, **yaml.safe_load((folder / "study.yaml").read_text())}
+
+
+class Point(NamedTuple):
+    """A point of a grid: the name of its experiment in the figure, the experiment, and what differs from it."""
+
+    name: str
+    experiment: str
+    overrides: tuple[str, ...]
+
+
+def points(grid: dict[str, Any], scale: str) -> list[Point]:
+    """Return every point of a grid at a scale; a scale without a grid of its own has the paper's."""
+    axes = grid["grid"].get(scale, grid["grid"]["paper"])
+    settings = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes.items()))
+    return [
+        Point(name, experiment, setting) for setting in settings for name, experiment in grid["experiments"].items()
+    ]
+
+
+def record_folder(experiment: str, scale: str, overrides: Sequence[str] = ()) -> Path:
+    """Return the folder of the records of an experiment at a scale, or of one of its points."""
+    label = experiment if scale == "paper" else f"{experiment}@{scale}"
+    return results() / (f"{label}@{','.join(sorted(overrides))}" if overrides else label)
 
 
 def curves(path: Path) -> list[dict[str, Any]]:

@@ -20,13 +20,15 @@ from data.graphs.folds import NUM_FOLDS
 from phantom.engine.artifacts import records
 from phantom.engine.errors import ConfigError
 from scripts import studies
+from scripts.running.costs import kind_of
 from scripts.running.process import Run, Work, curve, folder_of, plan, typed_by_groups, variant_of
+from scripts.running.seeds import Row
 
 PER_FOLD = ("seed", "config_hash", "commit", "dirty", "cpu_seconds", "peak_memory", "started", "finished")
 
 
-def work(experiment: str, overrides: Sequence[str], folds: Sequence[int] = tuple(range(NUM_FOLDS))) -> Work:
-    """Return the runs of an experiment's folds, data.fold=<i> and seed=<the experiment's + i>.
+def work(row: Row, overrides: Sequence[str], folds: Sequence[int] = tuple(range(NUM_FOLDS))) -> Work:
+    """Return the runs of a row's folds, data.fold=<i> and seed=<the experiment's + i>.
 
     The record is written once all ten are there; some of them alone leave their run folders, and their mean is printed.
 
@@ -38,16 +40,18 @@ def work(experiment: str, overrides: Sequence[str], folds: Sequence[int] = tuple
             raise ConfigError(f"{key} is set by this script; {instead}")
     if any(item.startswith("repeats=") for item in overrides):
         raise ConfigError("repeats counts the seeds of a row; a row of folds has one run per fold")
-    items = [f"experiment={experiment}", *overrides]
-    config, label = plan(items)
-    if "fold" not in config["data"]:
-        raise ConfigError(f"{label} has no folds; use train.py")
-    kept = studies.results() / f"{label}{variant_of(items)}.json"
+    items = row.items(overrides)
+    made = plan(items)
+    if "fold" not in made.config["data"]:
+        raise ConfigError(f"{made.label} has no folds; use train.py")
+    kept = studies.results() / f"{made.label}{variant_of(overrides)}.json"
+    kind = kind_of(made.choices, made.config["scale"])
     runs = []
     for fold in folds:
-        seed = config["seed"] + fold
+        seed = made.config["seed"] + fold
         line = [*items, f"data.fold={fold}", f"seed={seed}"]
-        runs.append(Run(f"{label}, fold {fold}", line, folder_of(config, label, line, seed), kept))
+        name, where = f"{made.label}, fold {fold}", folder_of(made, line, seed)
+        runs.append(Run(name, line, where, kept, label=made.label, kind=kind))
     found = _Folds(runs, folds)
     return Work(runs, found.keep, small=True, begin=found.begin, find=typed_by_groups)
 
@@ -113,6 +117,7 @@ def summarise(runs: Sequence[dict[str, Any]], folds: Sequence[int]) -> dict[str,
     seconds = [run["cpu_seconds"] for run in runs if "cpu_seconds" in run]
     return {
         **{name: runs[0][name] for name in shared},
+        "choices": runs[0].get("choices"),
         "overrides": [item for item in runs[0]["overrides"] if not item.startswith("data.fold=")],
         "folds": [
             {"fold": fold, **{name: run.get(name) for name in PER_FOLD}} for fold, run in zip(folds, runs, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from phantom.engine.errors import ConfigError
 from scripts import studies
+from scripts.running.costs import kind_of
 from scripts.running.process import Run, Work, curve, folder_of, plan, variant_of
 
 KEPT = ("label", "overrides", "scale", "seed", "num_parameters", "steps", "cpu_seconds")
@@ -30,12 +31,14 @@ def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, pane
         for line in figure["lines"]:
             items = [f"experiment={line['experiment']}", *figure["overrides"], *panel["overrides"], *overrides]
             items = list({item.split("=")[0]: item for item in items}.values())  # the last one of a key counts
-            config, label = plan(items)
-            scale = "" if config["scale"] == "paper" else f"@{config['scale']}"
+            made = plan(items)
+            scale = "" if made.config["scale"] == "paper" else f"@{made.config['scale']}"
             kept = folder / f"curves{scale}{variant_of(overrides)}.json"
             place = (panel["name"], line["name"])
             if again or place not in {(entry["panel"], entry["line"]) for entry in studies.curves(kept)}:
-                run = Run(", ".join(place), items, folder_of(config, label, items, config["seed"]), kept)
+                where = folder_of(made, items, made.config["seed"])
+                kind = kind_of(made.choices, made.config["scale"])
+                run = Run(", ".join(place), items, where, kept, label=made.label, kind=kind)
                 runs.append(run)
                 places[run.folder] = place
 

@@ -14,6 +14,7 @@ import yaml
 from phantom.engine.artifacts import records
 from phantom.engine.errors import ConfigError
 from scripts.running.process import Run, Work
+from scripts.running.stopping import Stop
 
 
 def work(study: dict[str, Any], names: Sequence[str], overrides: Sequence[str], *, again: bool) -> Work:
@@ -42,7 +43,7 @@ def work(study: dict[str, Any], names: Sequence[str], overrides: Sequence[str], 
             begun[run.name] = (part["function"], scale, chosen)
             costs.append(f"{name}: {_cost(part, scale) if not changed else 'cost unknown with these settings'}")
 
-    def take(run: Run, alone: bool) -> dict[str, Any]:
+    def take(run: Run, alone: bool, stop: Stop) -> dict[str, Any]:
         function, scale, chosen = begun[run.name]
         measure = import_module(f"scripts.running.measures.{function}").measure
         return {"study": study["name"], "command": run.line(), "scale": scale, **record(measure, chosen)}

@@ -10,14 +10,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from phantom.engine.artifacts import records
-from phantom.engine.plan import make_plan
+from phantom.engine.plan import Plan, make_plan
 from phantom.engine.run import finished_folder
 from scripts import studies
+from scripts.running.stopping import Stop, Stopped
 from train import CONFIGS
 
 # overrides under which a run still is a run of its row: a table shows scale and precision
@@ -32,6 +34,9 @@ class Run(NamedTuple):
         overrides: its command line.
         folder: the run folder it leaves.
         kept: the file of results/ that its record goes to.
+        label: that of its record.
+        kind: what makes runs cost alike, see costs.py; None where that is not known.
+        gpus: processes under torchrun, one a GPU; None is one process without it.
     """
 
     name: str
@@ -39,14 +44,22 @@ class Run(NamedTuple):
     folder: Path
     kept: Path
     program: str = "train.py"
+    label: str = ""
+    kind: tuple[str, ...] | None = None
+    gpus: int | None = None
 
     def line(self) -> str:
         """Return the command that a person would type."""
-        return shlex.join(["python", self.program, *self.overrides])
+        start = ["python"] if self.gpus is None else ["torchrun", *_launch(self.gpus)]
+        return shlex.join([*start, self.program, *self.overrides])
 
 
-def _train(run: Run, alone: bool) -> dict[str, Any]:
-    return train(run.overrides, run.folder, alone=alone)
+def _launch(gpus: int) -> list[str]:
+    return ["--standalone", f"--nproc-per-node={gpus}"]
+
+
+def _train(run: Run, alone: bool, stop: Stop) -> dict[str, Any]:
+    return train(run.overrides, run.folder, alone=alone, gpus=run.gpus, stop=stop)
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Work:
         begin: is called before the first one starts.
         find: returns a finished run of the same config that another command line left, with its record, or None.
         small: one thread a run is best, and as many run at a time as there are cores; otherwise one, with all threads.
-        take: runs one and returns its record; takes the run, and whether it is to show what it prints.
+        take: runs one and returns its record; takes the run, whether it is to show what it prints, and when to stop.
         cost: what the runs will cost, where that is known.
     """
 
@@ -67,23 +80,22 @@ class Work:
     small: bool = False
     begin: Callable[[], None] = lambda: None
     find: Callable[[Run], tuple[Run, dict[str, Any]] | None] = lambda run: None
-    take: Callable[[Run, bool], dict[str, Any]] = _train
+    take: Callable[[Run, bool, Stop], dict[str, Any]] = _train
     cost: str = ""
 
 
-def plan(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Return (resolved config, label) of `train.py <overrides>`.
+def plan(overrides: Sequence[str]) -> Plan:
+    """Return the plan of `train.py <overrides>`.
 
     Raises:
         ConfigError: the overrides do not compose.
     """
-    made = make_plan(overrides, CONFIGS)
-    return made.config, made.label
+    return make_plan(overrides, CONFIGS)
 
 
-def folder_of(config: dict[str, Any], label: str, overrides: Sequence[str], seed: int) -> Path:
-    """Return the folder of a run."""
-    return studies.ROOT / records.run_folder(Path(config["runs"]), label, overrides, seed)
+def folder_of(made: Plan, overrides: Sequence[str], seed: int) -> Path:
+    """Return the folder of a run that has the plan's label, and `overrides` for its command line."""
+    return studies.ROOT / records.run_folder(Path(made.config["runs"]), made.label, overrides, seed)
 
 
 def variant_of(overrides: Sequence[str]) -> str:
@@ -98,8 +110,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def execute(work: Work, jobs: int | None) -> None:
-    """Run everything, `jobs` at a time, and keep each record as it comes; the first failure ends it.
+def at_a_time(work: Work, jobs: int | None) -> int:
+    """Return how many runs of the work run at a time, where `jobs` were asked for."""
+    return min(jobs or (cores() if work.small else 1), max(1, len(work.runs)))
+
+
+def execute(work: Work, jobs: int | None, stop: Stop) -> list[Run]:
+    """Run everything, `jobs` at a time, keep each record as it comes, and return the runs that are left.
+
+    None is left, unless it was time to stop; the first failure ends it.
 
     Raises:
         RuntimeError: a run failed; those that were running have finished, their folders are kept.
@@ -110,26 +129,31 @@ def execute(work: Work, jobs: int | None) -> None:
         print(f"{run.name}: {run.folder}", flush=True)
         work.keep(run, record)
     runs = [run for run in work.runs if run.name not in {run.name for run, _ in found}]
-    jobs = min(jobs or (cores() if work.small else 1), max(1, len(runs)))
+    jobs = at_a_time(work, jobs)
     alone = jobs == 1 and not work.small
-    if jobs == 1:  # in this thread, which hears Ctrl-C
-        for run in runs:
-            print(run.line(), flush=True)
-            work.keep(run, work.take(run, alone))
-        return
-
     failed = threading.Event()  # the pool itself would begin the next run before it hears of a failure
 
     def start(run: Run) -> dict[str, Any] | None:
-        if failed.is_set():
+        if failed.is_set() or stop.told:
             return None
         print(run.line(), flush=True)
         try:
-            return work.take(run, alone)
+            return work.take(run, alone, stop)
+        except Stopped:
+            return None
         except BaseException:
             failed.set()
             raise
 
+    left = []
+    if jobs == 1:  # in this thread, which hears Ctrl-C
+        for run in runs:
+            record = start(run)
+            if record is None:
+                left.append(run)
+            else:
+                work.keep(run, record)
+        return left
     with ThreadPoolExecutor(jobs) as pool:
         started = {pool.submit(start, run): run for run in runs}
         for future in as_completed(started):
@@ -138,8 +162,11 @@ def execute(work: Work, jobs: int | None) -> None:
                 pool.shutdown(cancel_futures=True)
                 raise error
             record = future.result()
-            if record is not None:
+            if record is None:
+                left.append(started[future])
+            else:
                 work.keep(started[future], record)
+    return [run for run in runs if run in left]
 
 
 def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
@@ -155,29 +182,38 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
 
 
-def train(overrides: Sequence[str], folder: Path, *, alone: bool = False) -> dict[str, Any]:
+def train(
+    overrides: Sequence[str], folder: Path, *, alone: bool = False, gpus: int | None = None, stop: Stop | None = None
+) -> dict[str, Any]:
     """Run `train.py <overrides>` and return the record it leaves in `folder`, with the CPU seconds of that process.
 
     A finished run is not trained again, an interrupted one resumes; the seconds are those of the process that finished.
 
     Args:
         alone: show what the run prints, and leave it all threads; otherwise it has one thread and no progress bar.
+        gpus: run it under torchrun, one process a GPU.
+        stop: when to end it.
 
     Raises:
+        Stopped: it was told to end before it had a record.
         RuntimeError: the process failed; the message holds the end of its output.
     """
     new = not (folder / "record.json").exists()
     items = [*overrides, *([] if alone else ["progress=false"])]
     environment = dict(os.environ) if alone else {"OMP_NUM_THREADS": "1", **os.environ}
     captured = {} if alone else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    line = [sys.executable, str(studies.ROOT / "train.py"), *items]
+    launcher = [] if gpus is None else ["-m", "torch.distributed.run", *_launch(gpus)]
+    line = [sys.executable, *launcher, str(studies.ROOT / "train.py"), *items]
     process = subprocess.Popen(line, cwd=studies.ROOT, env=environment, **captured)
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()))
     reader.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with stop.watching(process) if stop is not None else nullcontext():
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
+    if process.returncode and stop is not None and stop.told:
+        raise Stopped(shlex.join(["train.py", *items]))
     if process.returncode:
         shown = "\n" + "".join(output[-15:]) if output else " see above; start again to resume there"
         raise RuntimeError(f"{shlex.join(['train.py', *items])} failed:{shown}")
@@ -194,3 +230,9 @@ def curve(folder: Path, split: str, metric: str) -> tuple[list[int], list[float]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "eval" and row["split"] == split]
     return [row["epoch"] for row in rows], [row[metric] for row in rows]
+
+
+def monitored(folder: Path) -> list[dict[str, Any]]:
+    """Return what the monitor of a run measured, a row per measurement."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == "monitor"]

@@ -8,6 +8,8 @@ import pytest
 from phantom.engine.errors import ConfigError
 from scripts import reproduce, studies
 from scripts.running import folds, process
+from scripts.running.seeds import Row
+from scripts.running.stopping import Stop
 
 FACTS = {
     "label": "table4/cox2_implicit",
@@ -95,7 +97,7 @@ def test_impossible_commands(arguments, message):
 
 def test_an_experiment_without_folds_has_none():
     with pytest.raises(ConfigError, match="chains/implicit has no folds"):
-        folds.work("chains/implicit", [])
+        folds.work(Row("chains/implicit"), [])
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def trained(tmp_path, monkeypatch):
     """Train nothing: leave the log and the record that a fold would have left, and note the command lines."""
     lines = []
 
-    def train(overrides, folder, *, alone):
+    def train(overrides, folder, *, alone, gpus=None, stop=None):
         assert not alone, "a thread each"
         lines.append(overrides)
         fold = int(folder.name.removeprefix("seed")) - 42
@@ -119,7 +121,7 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_ten_folds_leave_one_record(trained, tmp_path):
-    process.execute(folds.work("table4/cox2_implicit", ["data.root=/data"]), 3)
+    process.execute(folds.work(Row("table4/cox2_implicit"), ["data.root=/data"]), 3, Stop())
     record = json.loads((tmp_path / "results/table4/cox2_implicit.json").read_text())
     assert [item["fold"] for item in record["folds"]] == list(range(10))
     assert record["protocols"]["last_epoch"]["values"] == [51.0 + fold for fold in range(10)]
@@ -131,8 +133,8 @@ def test_ten_folds_leave_one_record(trained, tmp_path):
 
 
 def test_other_overrides_are_in_the_name_and_some_folds_leave_none(trained, tmp_path):
-    process.execute(folds.work("table4/cox2_implicit", ["epochs=2"], [0, 3]), None)
+    process.execute(folds.work(Row("table4/cox2_implicit"), ["epochs=2"], [0, 3]), None, Stop())
     assert len(trained) == 2 and not (tmp_path / "results").exists()
-    process.execute(folds.work("table4/cox2_implicit", ["epochs=2", "scale=smoke"]), None)
+    process.execute(folds.work(Row("table4/cox2_implicit"), ["epochs=2", "scale=smoke"]), None, Stop())
     kept = [path.name for path in (tmp_path / "results" / "table4").iterdir()]
     assert kept == ["cox2_implicit@smoke@epochs=2.json"]

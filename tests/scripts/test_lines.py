@@ -7,6 +7,7 @@ import pytest
 from phantom.engine.errors import ConfigError
 from scripts import reproduce, studies
 from scripts.running import lines, process
+from scripts.running.stopping import Stop
 
 FIGURE = {
     "title": "Two lengths",
@@ -19,7 +20,7 @@ FIGURE = {
 
 
 def run(folder, *overrides: str, panels=("short", "long"), again=False, figure=FIGURE) -> None:
-    process.execute(lines.work(figure, folder, overrides, panels=panels, again=again), 1)
+    process.execute(lines.work(figure, folder, overrides, panels=panels, again=again), 1, Stop())
 
 
 @pytest.fixture

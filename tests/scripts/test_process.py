@@ -7,6 +7,7 @@ import pytest
 from phantom.engine.errors import ConfigError
 from scripts import studies
 from scripts.running import process
+from scripts.running.stopping import Stop
 
 FAKE = """
 import json, sys, time
@@ -61,9 +62,9 @@ def test_where_a_run_lies_is_planned():
     with pytest.raises(ConfigError, match=r"did you mean"):
         process.plan(["experiment=chains/implicit", "data.lenght=20"])
     items = ["experiment=chains/implicit", "data.length=20"]
-    config, label = process.plan(items)
-    assert (config["data"]["length"], label) == (20, "chains/implicit")
-    folder = process.folder_of(config, label, items, config["seed"])
+    made = process.plan(items)
+    assert (made.config["data"]["length"], made.label) == (20, "chains/implicit")
+    folder = process.folder_of(made, items, made.config["seed"])
     assert folder == studies.ROOT / "runs" / "chains/implicit" / "data.length=20" / "seed42"
 
 
@@ -71,7 +72,7 @@ def work(tmp_path, monkeypatch, *, failing: str = "", **options) -> tuple[proces
     """Return work of three runs a, b, c that only pretend to train, and the lists of starts and records."""
     started, kept = [], []
 
-    def train(overrides, folder, *, alone):
+    def train(overrides, folder, *, alone, gpus=None, stop=None):
         started.append(f"{folder.name} {alone}")
         if folder.name == failing:
             raise RuntimeError(f"{folder.name} failed")
@@ -85,17 +86,17 @@ def work(tmp_path, monkeypatch, *, failing: str = "", **options) -> tuple[proces
 def test_one_at_a_time_unless_they_are_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(process, "cores", lambda: 2)
     done, started, kept = work(tmp_path, monkeypatch)
-    process.execute(done, None)
+    process.execute(done, None, Stop())
     assert (started, kept) == (["a True", "b True", "c True"], ["aa", "bb", "cc"])
     assert capsys.readouterr().out.splitlines() == [f"python train.py x={name}" for name in "abc"]
     for jobs, options in ((None, {"small": True}), (2, {}), (1, {"small": True})):
         done, started, kept = work(tmp_path, monkeypatch, **options)
-        process.execute(done, jobs)
+        process.execute(done, jobs, Stop())
         assert sorted(started) == ["a False", "b False", "c False"] and sorted(kept) == ["aa", "bb", "cc"]
 
 
 def test_the_first_failure_ends_it(tmp_path, monkeypatch):
     done, started, kept = work(tmp_path, monkeypatch, failing="b")
     with pytest.raises(RuntimeError, match="b failed"):
-        process.execute(done, None)
+        process.execute(done, None, Stop())
     assert kept == ["aa"] and started == ["a True", "b True"]

@@ -16,7 +16,7 @@ def ran(tmp_path, monkeypatch):
     """Run nothing: note the overrides, and return the record that train.py would have left."""
     seen = []
 
-    def fake(overrides, folder, *, alone):
+    def fake(overrides, folder, *, alone, gpus=None, stop=None):
         assert alone, "its output is shown"
         seen.append(overrides)
         config, _ = composed(overrides)
