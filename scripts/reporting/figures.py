@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, plots
 
 
 def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -29,15 +29,8 @@ def _cell(entry: dict[str, Any] | None) -> str:
 
 def draw(figure: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> None:
     """Draw the figure into `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = figure["panels"]
-    canvas, axes = pyplot.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False, layout="constrained"
-    )
+    canvas, axes = plots.canvas(1, len(panels), width=3.2, height=3.2, sharey=True)
     names = [line["name"] for line in figure["lines"]]
     for axis, panel in zip(axes[0], panels, strict=True):
         for entry in entries:
@@ -46,7 +39,6 @@ def draw(figure: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> N
                 style = {"color": f"C{place}", "zorder": 3 - 0.1 * place, "linewidth": 1.2}
                 axis.plot(entry["epochs"], entry["values"], label=entry["line"], **style)
         axis.set(title=panel["name"], xlabel="epoch")
-        axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{figure['split']} {figure['metric']}")
     handles = {handle.get_label(): handle for axis in axes[0] for handle in axis.get_lines()}
     canvas.legend(
@@ -56,5 +48,4 @@ def draw(figure: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> N
         ncols=len(names),
         frameon=False,
     )
-    canvas.savefig(path, dpi=120)
-    pyplot.close(canvas)
+    plots.save(canvas, path)

@@ -9,6 +9,10 @@ from typing import Any
 
 from scripts import studies
 from scripts.reporting import benchmarks, explore, figures, markdown, suites, tables
+from scripts.reporting.grids.runs import Runs, runs_of
+
+# of these the tables are kept as CSV and LaTeX, too
+SHEETS = ("tables", "figure", "grids", "measures")
 
 
 def of(study: dict[str, Any]) -> dict[Path, str]:
@@ -19,6 +23,8 @@ def of(study: dict[str, Any]) -> dict[Path, str]:
     if "figure" in study:
         entries = studies.curves(folder / "curves.json")
         found[folder / "curves.md"] = figures.table(study["figure"], entries)
+    for name, drawing, grid, runs in _grids(study):
+        found[folder / f"{name}.md"] = drawing.page(grid, runs)
     if "benchmark" in study:
         rows = study["benchmark"]["rows"]
         results = {row["name"]: _read(folder / f"{row['name']}.json") for row in rows}
@@ -34,10 +40,24 @@ def of(study: dict[str, Any]) -> dict[Path, str]:
     return found
 
 
+def sheets(study: dict[str, Any]) -> dict[Path, str]:
+    """Return the tables of a study's pages as CSV and LaTeX, by the path they are kept at."""
+    if not any(part in study for part in SHEETS):
+        return {}
+    return {
+        path.with_name(name): text
+        for path, page in of(study).items()
+        for name, text in markdown.files(page, path.stem).items()
+    }
+
+
 def write(study: dict[str, Any]) -> dict[Path, str]:
-    """Write the pages of a study, and its figures once there is something to draw; return the pages."""
+    """Write the pages of a study with their tables, and its figures once there is something to draw; return the pages.
+
+    A figure is a PNG and a PDF.
+    """
     found = of(study)
-    for path, text in found.items():
+    for path, text in (found | sheets(study)).items():
         path.write_text(text)
     if "figure" in study:
         entries = studies.curves(study["folder"] / "curves.json")
@@ -45,6 +65,9 @@ def write(study: dict[str, Any]) -> dict[Path, str]:
             figures.draw(study["figure"], entries, study["folder"] / "curves.png")
     for name in study.get("explore", []):
         explore.draw(_read(study["folder"] / f"{name}.json"), study["folder"] / f"{name}.png")
+    for name, drawing, grid, runs in _grids(study):
+        if runs.found:
+            drawing.draw(grid, runs, study["folder"] / f"{name}.png")
     for name, drawing, record in _measured(study):
         drawing.draw(record, study["folder"] / f"{name}.png")
     return found
@@ -93,6 +116,15 @@ def _command(study: dict[str, Any]) -> str:
     if "explore" in study:
         return f"python scripts/explore.py run=<folder> out={study['folder'].relative_to(studies.ROOT)}/<name>.json"
     return f"python scripts/reproduce.py {study['name']}"
+
+
+def _grids(study: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any], Runs]]:
+    """Return (name, module that draws it, grid, its runs) of the grids of a study."""
+    grids = study.get("grids", {}).items()
+    return [
+        (name, import_module(f"scripts.reporting.grids.{grid['function']}"), grid, runs_of(grid))
+        for name, grid in grids
+    ]
 
 
 def _measured(study: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:

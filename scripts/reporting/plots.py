@@ -42,8 +42,9 @@ def band(axis: Any, x: Sequence[float], curves: Sequence[Sequence[float]], color
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure."""
+    """Write the figure as `path`, a PNG, and as a PDF beside it, which does not hold the time of its making."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     pyplot.close(figure)

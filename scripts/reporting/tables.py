@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from scripts import studies
 from scripts.reporting import markdown
 
-SCALES = ("paper", "gpu", "smoke")
+DIFFERENCE = ["difference", "in spread"]
+COMPARED = "`difference`: ours less the paper's; `in spread`: whether it is at most the ± that the paper prints."
+
+SCALES = ("paper", "gpu", "cpu", "smoke")
 
 
 def render(table: dict[str, Any]) -> str:
@@ -24,12 +28,16 @@ def _seeds(table: dict[str, Any]) -> str:
     for row in table["rows"]:
         groups.setdefault(row.get("group"), row)
     timed = list(groups) != [None]
+    compared = any(row["paper"] != "--" for row in table["rows"])
     heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
     heads[7:7] = ["training h", "speed", "paper's speed"] if timed else []
+    heads[3:3] = DIFFERENCE if compared else []
     about = (
         f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
-        f"mean ± {std} std (n runs). Smaller budgets are labelled; * marks uncommitted changes; -- means not run. "
-        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
+        f"mean ± {std} std (n runs). Smaller budgets are labelled, with the data where they are told; * marks "
+        "uncommitted changes; -- means not run. "
+        + (COMPARED + " " if compared else "")
+        + "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
         + (" Training time is the median step times the steps; speed is relative to the first row." if timed else "")
     )
     rows = []
@@ -42,29 +50,57 @@ def _seeds(table: dict[str, Any]) -> str:
             seconds = training_seconds(records)
             hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
             cells[3:3] = [hours, speed(row, groups[row["group"]]), row["speed"]]
-        rows.append([row["name"], row["paper"], cell(best, std, scale), cell(last, std, scale), *cells])
+        label = label_of(scale, records)
+        shown = [cell(best, std, label), cell(last, std, label)]
+        shown[1:1] = difference(row["paper"], best if scale == "paper" else []) if compared else []
+        rows.append([row["name"], row["paper"], *shown, *cells])
     return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
 
 
 def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
     """Return (scale, records) of an experiment at the largest budget that has any."""
     for scale in SCALES:
-        folder = studies.results() / (experiment if scale == "paper" else f"{experiment}@{scale}")
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        records = read(studies.record_folder(experiment, scale))
         if records:
             return scale, records
     return "paper", []
 
 
-def cell(values: list[float], std: str, scale: str) -> str:
-    """Return `mean ± std (n)`, with the label of a smaller budget; `std` is sample or population."""
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the records in a folder, by seed."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def label_of(scale: str, records: list[dict[str, Any]]) -> str:
+    """Return the label of a smaller budget, with the data that it was trained on: ` [cpu, cifar10_small]`."""
+    data = sorted({record["choices"]["data"] for record in records if "choices" in record})
+    return "" if scale == "paper" else f" [{', '.join([scale, *data])}]"
+
+
+def cell(values: list[float], std: str, label: str = "") -> str:
+    """Return `mean ± std (n)` and a label; `std` is sample or population."""
     if not values:
         return "--"
-    mean, label = statistics.fmean(values), "" if scale == "paper" else f" [{scale}]"
+    mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f} (1){label}"
     deviation = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
     return f"{mean:.2f} ± {deviation:.2f} ({len(values)}){label}"
+
+
+def difference(paper: str, values: list[float]) -> list[str]:
+    """Return the cells of `DIFFERENCE`: the mean less the paper's, and whether that is at most the paper's spread.
+
+    Args:
+        paper: as printed, `85.0 ± 0.2`, or without a spread.
+        values: at the paper's budget; none are compared with it at another one.
+    """
+    printed = [float(part) for part in paper.split("±")] if paper != "--" else []
+    if not printed or not values:
+        return ["--", "--"]
+    # as both are printed: 84.5 + 0.3 is 84.8, whatever the binary fractions say
+    gap = round(statistics.fmean(values) - printed[0], 2)
+    return [f"{gap:+.2f}", "--" if len(printed) < 2 else "yes" if abs(gap) <= printed[1] else "no"]
 
 
 def training_seconds(records: list[dict[str, Any]]) -> float | None:
@@ -118,26 +154,34 @@ def _folds(table: dict[str, Any]) -> str:
     protocols = table["protocols"]
     about = (
         "mean ± population std. The paper chooses the best test epoch of each fold, which is optimistic; an epoch "
-        "chosen by the other folds, or by validation graphs held out of training, is not. * marks uncommitted changes; "
-        "-- means not run."
+        f"chosen by the other folds, or by validation graphs held out of training, is not. {COMPARED} Both compare the "
+        "first protocol. Smaller budgets are labelled; * marks uncommitted changes; -- means not run."
     )
-    heads = ["row", "paper", *protocols.values(), "folds", "parameters", "CPU s per fold", "commit"]
+    first, *others = protocols.values()
+    heads = ["row", "paper", first, *DIFFERENCE, *others, "folds", "parameters", "CPU s per fold", "commit"]
     rows = []
     for row in table["rows"]:
-        path = studies.results() / f"{row['experiment']}.json"
-        if path.exists():
-            cells = _folds_cells(json.loads(path.read_text()), list(protocols))
-        else:
-            cells = ["--"] * (len(protocols) + 4)
+        # the record of all folds lies where the folder of seeds would
+        folders = [studies.record_folder(row["experiment"], scale) for scale in SCALES]
+        paths = [folder.with_name(f"{folder.name}.json") for folder in folders]
+        record = next((json.loads(path.read_text()) for path in paths if path.exists()), None)
+        cells = ["--"] * (len(protocols) + 6) if record is None else _folds_cells(record, list(protocols), row["paper"])
         rows.append([row["name"], row["paper"], *cells])
     return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
 
 
-def _folds_cells(record: dict[str, Any], protocols: list[str]) -> list[str]:
+def _folds_cells(record: dict[str, Any], protocols: list[str], paper: str) -> list[str]:
     results = [record["protocols"].get(name) for name in protocols]
     seconds = record["cpu_seconds"]
+    label = label_of(record["scale"], [record] if record.get("choices") else [])
+    first, *others = (
+        "--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}{label}" for result in results
+    )
+    compared = results[0] is not None and record["scale"] == "paper"
     return [
-        *("--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}" for result in results),
+        first,
+        *difference(paper, [results[0]["mean"]] if compared else []),
+        *others,
         str(len(record["folds"])),
         f"{record['num_parameters']:,}",
         f"{seconds['mean']:.0f} ({seconds['min']:.0f} to {seconds['max']:.0f})" if seconds else "--",

@@ -16,7 +16,7 @@ class Rehearsal(NamedTuple):
     """The items of a pair of model and data.
 
     Args:
-        folder: the name that the data set is looked for by.
+        folder: the name that the data set is looked for by; empty for one that is generated anyway.
         items: what changes in any case.
         real: what changes where the folder is there.
         generated: what changes where it is not.
@@ -55,6 +55,7 @@ REHEARSALS = {
     ),
     ("mdeq_tiny", "cifar10"): Rehearsal("cifar10", ("test_subset=32", "data.batch_size=8"), generated=IMAGES),
     ("ignn", "ppi"): Rehearsal("PPI", ("steps=2",), generated=("data=ppi_synthetic", "data.scale=0.05")),
+    ("ignn", "ppi_synthetic"): Rehearsal("", ("data.scale=0.05",)),
     ("ignn", "cox2"): Rehearsal("COX2", generated=("data=cox2_synthetic",)),
     ("ignn", "proteins"): Rehearsal("PROTEINS", generated=("data=proteins_synthetic",)),
     # a row that trains on the text's test split and evaluates on its validation split
@@ -66,9 +67,7 @@ REHEARSALS = {
 
 def items(model: str, data: str, overrides: Sequence[str]) -> list[str]:
     """Return what a row of this model and data changes at scale=smoke; `overrides` may name the folder of the data."""
-    found = REHEARSALS.get((model, data))
-    if found is None:
-        return []
+    found = REHEARSALS.get((model, data), Rehearsal(""))
     root = next((item.partition("=")[2] for item in overrides if item.startswith("data.root=")), None)
-    there = data_root(root, found.folder).is_dir()
+    there = not found.folder or data_root(root, found.folder).is_dir()
     return [*(found.real if there else found.generated), *found.items]

@@ -29,10 +29,11 @@ def test_the_lines_drawn_are_the_values_recorded(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda canvas, path, dpi: drawn.append((canvas, path)))
+    monkeypatch.setattr(Figure, "savefig", lambda canvas, path, **_: drawn.append((canvas, path)))
     entries = [entry("long", "UPG", [1.0, 3.0]), entry("short", "UPG", [2.0]), entry("short", "Implicit", [4.0, 5.0])]
     figures.draw(FIGURE, entries, tmp_path / "curves.png")
-    ((canvas, path),) = drawn
+    (canvas, path), (_, other) = drawn
+    assert other == tmp_path / "curves.pdf"
     lines = {(axis.get_title(), line.get_label()): line for axis in canvas.axes for line in axis.get_lines()}
     assert {key: line.get_ydata().tolist() for key, line in lines.items()} == {
         (item["panel"], item["line"]): item["values"] for item in entries
@@ -50,5 +51,5 @@ def test_nothing_to_draw(tmp_path, monkeypatch, capsys):
     report.main(["lengths"])
     assert "lengths has no curve to draw yet: python scripts/reproduce.py lengths" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "results" / "lengths").iterdir()}
-    assert written == {"study.yaml", "curves.md"}
+    assert written == {"study.yaml", "curves.md", "curves.csv", "curves.tex"}
     assert "| UPG | -- | -- |" in (tmp_path / "results" / "lengths" / "curves.md").read_text()

@@ -29,7 +29,7 @@ def test_a_row_is_the_record(tmp_path, monkeypatch, dirty):
     # best epochs 90 and 74, last ones 80 and 74: population deviations 8 and 3
     mark = "*" if dirty else ""
     assert first == (
-        "| COX2, Implicit | 84.1 ± 2.9 | 82.00 ± 8.00 | 77.00 ± 3.00 | -- | 2 | 37,634 | 60 (60 to 61) "
+        "| COX2, Implicit | 84.1 ± 2.9 | 82.00 ± 8.00 | -2.10 | yes | 77.00 ± 3.00 | -- | 2 | 37,634 | 60 (60 to 61) "
         f"| aaaaaaaa, bbbbbbbb{mark} |"
     )
-    assert second == "| COX2, UPG | 83.9 ± 3.0 |" + " -- |" * 7
+    assert second == "| COX2, UPG | 83.9 ± 3.0 |" + " -- |" * 9

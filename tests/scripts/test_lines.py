@@ -28,7 +28,7 @@ def jobs(monkeypatch):
     """Train nothing, and note what would be trained."""
     found, calls = [], {}
 
-    def train(job, place, *, alone):
+    def train(job, place, *, alone, gpus, stop):
         found.append((job, place.name))
         calls[place] = len(found)  # the next run may have begun when this one is kept
         return {key: None for key in lines.KEPT}

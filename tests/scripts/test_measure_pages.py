@@ -123,14 +123,15 @@ def drawn(monkeypatch):
     from matplotlib.figure import Figure
 
     found = []
-    monkeypatch.setattr(Figure, "savefig", lambda canvas, path, dpi: found.append(canvas))
+    monkeypatch.setattr(Figure, "savefig", lambda canvas, path, **_: found.append(canvas))
     return found
 
 
 @pytest.mark.parametrize(("drawing", "record"), [(drawing, record) for drawing, record, _ in PAGES])
 def test_every_figure_is_drawn(drawing, record, drawn, tmp_path):
     drawing.draw(record, tmp_path / "one.png")
-    (canvas,) = drawn
+    canvas, same = drawn  # a PNG and a PDF
+    assert canvas is same
     assert all(axis.get_xlabel() or axis.get_title() for axis in canvas.axes)
     assert all(axis.lines or axis.collections for axis in canvas.axes), "an empty panel"
 
@@ -164,7 +165,7 @@ def test_a_study_shows_the_paper_s_scale_alone(tmp_path, monkeypatch):
     report.main(["study"])
     assert {path.name for path in folder.iterdir()} == {
         *("study.yaml", "one.json", "two@smoke.json"),
-        *("one.md", "one.png"),
+        *("one.md", "one.png", "one.pdf", "one.tex", "one-1.csv", "one-2.csv"),
     }
     assert (
         "| study | A study | [one](study/one.md) | `python scripts/reproduce.py study` |"

@@ -1,5 +1,8 @@
 """What lies in results/ is what the records render to, and the one writer of tables writes tables."""
 
+import csv
+import io
+
 import pytest
 
 from scripts import report, studies
@@ -10,7 +13,7 @@ from scripts.reporting import markdown, pages
 def test_the_pages_kept_are_those_of_the_records(name):
     found = pages.of(studies.load(name))
     assert found
-    for path, text in found.items():
+    for path, text in (found | pages.sheets(studies.load(name))).items():
         assert path.read_text() == text, f"{path} is old: python scripts/report.py {name}"
 
 
@@ -25,6 +28,10 @@ def test_every_page_belongs_to_a_study():
     rendered = {path for name in studies.names() for path in pages.of(studies.load(name))}
     by_hand = {studies.results() / name for name in ("README.md", "log.md")}
     assert {*studies.results().rglob("*.md")} == rendered | by_hand
+    sheets = {path for name in studies.names() for path in pages.sheets(studies.load(name))}
+    assert {*studies.results().rglob("*.csv"), *studies.results().rglob("*.tex")} == sheets
+    pictures = [*studies.results().rglob("*.png"), *studies.results().rglob("*.pdf")]
+    assert {path.with_suffix(".md") for path in pictures} <= rendered
 
 
 def test_all_studies_are_rendered_in_their_places(tmp_path, monkeypatch, capsys):
@@ -48,3 +55,25 @@ def test_a_table_is_written_as_markdown_reads_it():
     assert markdown.page("# T", text) == f"# T\n\n{text}\n"
     with pytest.raises(ValueError, match="has 1 cells, the table has the columns a, b"):
         markdown.table(["a", "b"], [["x"]])
+
+
+def test_tables_of_a_page_are_read_back_as_they_were_written():
+    one, two = (["row", "n"], [["a | b", "1"], ["", ""]]), (["x"], [["**no**"]])
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in one[1]]
+    text = markdown.page("# T", markdown.table(one[0], escaped, "lr"), "and | no table", markdown.table(*two))
+    assert markdown.tables(text) == [markdown.Table(*one, "lr"), markdown.Table(["x"], [["no"]], "l")]
+    files = markdown.files(text, "t")
+    assert set(files) == {"t.tex", "t-1.csv", "t-2.csv"}
+    assert list(csv.reader(io.StringIO(files["t-1.csv"]))) == [["row", "n"], ["a | b", "1"], ["", ""]]
+    assert files["t.tex"].count(r"\begin{tabular}") == 2 and markdown.files("# T\n", "t") == {}
+
+
+def test_latex_reads_every_cell_as_text():
+    table = markdown.Table(["50 %", "a_b & c"], [["85.0 ± 0.2", "-> \\ {}"]], "lr")
+    assert table.latex().splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"50 \% & a\_b \& c \\",
+        r"\hline",
+        r"85.0 $\pm$ 0.2 & -$>$ \textbackslash{} \{\} \\",
+        r"\end{tabular}",
+    ]

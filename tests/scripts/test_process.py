@@ -1,6 +1,11 @@
 """A run in a process of its own: its record gains the CPU seconds once, and a failure shows what the run said."""
 
 import json
+import os
+import shutil
+import signal
+import threading
+import time
 
 import pytest
 
@@ -100,3 +105,67 @@ def test_the_first_failure_ends_it(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="b failed"):
         process.execute(done, None, Stop())
     assert kept == ["aa"] and started == ["a True", "b True"]
+
+
+SLOW = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[1].removeprefix("x="))
+folder.mkdir(exist_ok=True)
+if not (folder / "last.pt").exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "last.pt").touch(), sys.exit(143)))
+    (folder / "begun").touch()
+    time.sleep(60)
+(folder / "record.json").write_text(json.dumps({"resumed": True}))
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_at_the_deadline_runs_are_told_to_end_and_the_next_time_they_resume(tmp_path, monkeypatch, jobs):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text(SLOW)
+    kept = []
+    runs = [process.Run(name, [f"x={tmp_path / name}"], tmp_path / name, tmp_path / "kept") for name in "abc"]
+    made = process.Work(runs, lambda run, record: kept.append(run.name), small=True)
+    stop = Stop()
+
+    def tell():
+        while not all((tmp_path / name / "begun").exists() for name in "abc"[:jobs]):
+            time.sleep(0.01)
+        stop.now()
+
+    threading.Thread(target=tell).start()
+    left = process.execute(made, jobs, stop)
+    assert [run.name for run in left] == ["a", "b", "c"] and not kept
+    assert {path.parent.name for path in tmp_path.glob("*/last.pt")} == set("abc"[:jobs])
+    shutil.rmtree(tmp_path / "c", ignore_errors=True)
+    again = process.Work(runs[:jobs], lambda run, record: kept.append(record["resumed"]), small=True)
+    assert process.execute(again, jobs, Stop()) == [] and kept == [True] * jobs
+
+
+def test_after_so_many_seconds_nothing_begins(tmp_path, monkeypatch):
+    done, started, kept = work(tmp_path, monkeypatch)
+    stop = Stop(0.01)
+    while not stop.told:
+        time.sleep(0.01)
+    assert [run.name for run in process.execute(done, None, stop)] == ["a", "b", "c"] and not started and not kept
+
+
+def test_sigterm_stops_as_the_deadline_does():
+    stop = Stop()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.told:
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_torchrun_starts_a_process_for_every_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    tell = 'import os; from pathlib import Path; Path(os.environ["RANK"] + "of" + os.environ["WORLD_SIZE"]).touch()\n'
+    record = 'Path("run").mkdir(exist_ok=True); Path("run/record.json").write_text("{}")\n'
+    (tmp_path / "train.py").write_text(tell + record)
+    process.train([], tmp_path / "run", gpus=2)
+    assert {path.name for path in tmp_path.glob("*of*")} == {"0of2", "1of2"}

@@ -17,7 +17,7 @@ def ran(tmp_path, monkeypatch):
     seen = []
 
     def fake(overrides, folder, *, alone, gpus=None, stop=None):
-        assert alone, "its output is shown"
+        assert alone != ("scale=smoke" in overrides), "one run shows its output, small ones run beside each other"
         seen.append(overrides)
         config, _ = composed(overrides)
         if config.get("k") == 9:
@@ -79,7 +79,7 @@ def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
     row = "table3/imagenet_upg"
     assert record == {"seed": 0, "label": row, "experiment": row, "steps": 7}
     reproduce.main(["table3", "rows=imagenet_upg", "scale=smoke"])
-    assert ran[-1] == [f"experiment={row}", "scale=smoke", "seed=0"], "another budget is another run"
+    assert ran[-1][0] == f"experiment={row}" and ran[-1][-2:] == ["scale=smoke", "seed=0"], "another budget"
 
 
 def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_path):
@@ -104,6 +104,59 @@ def test_a_failed_run_ends_it_and_keeps_what_was_there(ran, tmp_path):
     assert len(ran) == 2 and kept(tmp_path) == {"table1/npg_k5_lam0.5/seed0.json"}
 
 
+def test_scale_cpu_is_another_data_set_that_the_name_of_a_record_leaves_out(ran, tmp_path, capsys):
+    reproduce.main(["table1", "rows=implicit,npg_k5_lam0.5", "scale=cpu", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"python train.py experiment=table1/{row} data=cifar10_small scale=cpu seed={seed}"
+        for row in ("implicit", "npg_k5_lam0.5")
+        for seed in range(3)
+    ]
+    reproduce.main(["all", "scale=cpu", "list"])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 8 * 3
+    assert "scale=cpu is no scale of table2, table3, table4\n" in said.err
+
+
+def test_a_point_of_a_grid_is_in_the_name_of_its_record(ran, tmp_path):
+    (tmp_path / "results/grid").mkdir()
+    (tmp_path / "results/grid/study.yaml").write_text(
+        "title: G\ngrids: {one: {experiments: {UPG: table1/upg_k5_lam0.5, NPG: table1/npg_k5_lam0.5}, "
+        "grid: {paper: {k: [1, 3], lam: [0.5]}, cpu: {k: [2]}}, scales: {cpu: [data=digits, repeats=2]}}}\n"
+    )
+    for path in ("upg_k5_lam0.5", "npg_k5_lam0.5"):
+        for point in ("k=1,lam=0.5", "k=3,lam=0.5"):
+            folder = tmp_path / "runs/table1" / path / point / "seed0"
+            folder.mkdir(parents=True)
+            rows = [{"kind": "train", "step": 1}, {"kind": "monitor", "step": 1, "spectral_radius": 0.9}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reproduce.main(["grid", "repeats=1"])
+    assert [line[1:] for line in ran] == [[f"k={k}", "lam=0.5", "seed=0"] for k in (1, 1, 3, 3)]
+    names = {f"table1/{row}@k={k},lam=0.5" for row in ("upg_k5_lam0.5", "npg_k5_lam0.5") for k in (1, 3)}
+    assert kept(tmp_path) == {f"{name}/seed0.json" for name in names}
+    for point in studies.points(studies.load("grid")["grids"]["one"], "gpu"):
+        found = studies.record_folder(point.experiment, "paper", point.overrides) / "seed0.json"
+        assert json.loads(found.read_text())["monitor"] == [{"step": 1, "spectral_radius": 0.9}]
+
+
+def test_torchrun_is_in_the_command(ran, capsys):
+    reproduce.main(["table3", "rows=imagenet_upg", "gpus=8", "list"])
+    line = "torchrun --standalone --nproc-per-node=8 train.py experiment=table3/imagenet_upg seed=0"
+    assert capsys.readouterr().out == line + "\n"
+
+
+def test_of_all_studies_one_that_fails_does_not_stop_the_others(ran, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(process, "cores", lambda: 1)
+    for name in ("table3", "table4"):
+        (tmp_path / "results" / name / "study.yaml").unlink()
+    study = tmp_path / "results/table2/study.yaml"
+    study.write_text(study.read_text().split("measures")[0] + "tables: {one: {rows: [{experiment: chains/one_step}]}}")
+    with pytest.raises(SystemExit, match="runs failed in table1: see above"):
+        reproduce.main(["all", "repeats=1"])
+    assert "error: table1: that run failed" in capsys.readouterr().err
+    assert ran[-1][0] == "experiment=chains/one_step"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,9 +165,13 @@ def test_a_failed_run_ends_it_and_keeps_what_was_there(ran, tmp_path):
         (["table1", "rows=implicit,upg"], "table1 has no row upg; it has implicit, "),
         (["table1", "seed=3"], "seed is set by this script"),
         (["table1", "rows=implicit", "k=3"], "k is not used"),
-        (["table1", "rows=implicit", "scale=tiny"], "choose one of gpu, paper, smoke"),
+        (["table1", "rows=implicit", "scale=tiny"], "choose one of cpu, gpu, paper, smoke"),
         (["table1", "jobs=0"], "jobs=0 must be an integer >= 1"),
         (["table1", "folds=3"], "table1 has no folds"),
+        (["table3", "scale=cpu"], "table3 has no scale=cpu; it has paper, gpu, smoke"),
+        (["table1", "gpus=8", "jobs=2"], "gpus=8 takes all of them .* leave jobs= out"),
+        (["all", "rows=implicit"], "rows=implicit belongs to one study"),
+        (["table1", "deadline=0"], "deadline=0 must be an integer >= 1"),
         (["table1", "--list"], "no flags here but --help"),
     ],
 )

@@ -53,6 +53,8 @@ def test_mean_deviation_and_count(keep):
         "row": "t/a",
         "paper": "90.0",
         "best": "84.00 ± 4.00 (3)",
+        "difference": "-6.00",
+        "in spread": "--",
         "last": "72.00 ± 2.00 (3)",
         "budget": "paper, 100 steps",
         "parameters": "1,234,567",
@@ -89,6 +91,30 @@ def test_what_the_paper_does_not_have_ran_in_full(keep):
     assert (row["budget"], row["commit"], row["step ms"]) == ("full, 100 steps, tf32", "abcdef01*", "--")
     keep("t/b", record(80, 70, gradient_precision="bf16"))
     assert table({"experiment": "t/b"})[0]["budget"] == "paper, 100 steps, fp32 (gradient part bf16)"
+
+
+def test_the_difference_is_that_to_the_paper_at_its_own_budget(keep):
+    keep("t/a", record(84.7, 0), record(84.9, 0))
+    keep("t/b", record(85.21, 0))
+    keep("t/c@gpu", record(85.0, 0))
+    rows = table(
+        *({"experiment": name, "paper": "85.0 ± 0.2"} for name in ("t/a", "t/b", "t/c", "t/d")),
+        {"experiment": "t/b", "paper": "86"},
+        {"experiment": "t/b", "paper": "--"},
+    )
+    assert [(row["difference"], row["in spread"]) for row in rows] == [
+        *(("-0.20", "yes"), ("+0.21", "no"), ("--", "--"), ("--", "--")),
+        *(("-0.79", "--"), ("--", "--")),
+    ]
+
+
+def test_a_smaller_budget_names_the_data_it_was_trained_on(keep):
+    keep("t/a@cpu", record(50, 40, choices={"data": "cifar10_small"}))
+    keep("t/b@smoke", record(20, 10, choices={"data": "images_synthetic"}))
+    assert [row["best"] for row in table({"experiment": "t/a"}, {"experiment": "t/b"})] == [
+        "50.00 (1) [cpu, cifar10_small]",
+        "20.00 (1) [smoke, images_synthetic]",
+    ]
 
 
 def grouped(*names: str) -> list[dict]:

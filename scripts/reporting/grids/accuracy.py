@@ -1,0 +1,91 @@
+"""Figure 3: accuracy against k by lam, NPG against UPG, and the spectral radius of the damped map along a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scripts.reporting import markdown, plots, tables
+from scripts.reporting.grids.runs import Runs, mean_curve, source
+
+
+def page(grid: dict[str, Any], runs: Runs) -> str:
+    """Return the page: best and last accuracy, and the radius; a row per estimator and lam, a column per k."""
+    axes = grid["grid"].get(runs.scale, grid["grid"]["paper"])
+    heads = ["estimator", "lam", *(f"k = {k}" for k in axes["k"])]
+    metric, split = grid["metric"], grid["split"]
+
+    def table(show: Any) -> str:
+        rows = [
+            [name, str(lam), *(show(runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"])]
+            for name in grid["experiments"]
+            for lam in axes["lam"]
+        ]
+        return markdown.table(heads, rows, "lr" + "r" * len(axes["k"]))
+
+    return markdown.page(
+        f"# {grid['title']}{runs.label}",
+        f"The best evaluation of a run on `{split}`, as the paper reports: mean ± sample std (n); -- means not run.",
+        table(lambda records: tables.cell([record["best"][split][metric] for record in records], "sample")),
+        "The last evaluation:",
+        table(lambda records: tables.cell([record["final"][split][metric] for record in records], "sample")),
+        "Spectral radius of lam J + (1 - lam) I at the equilibria of a training batch, the mean over the last tenth of "
+        "the measurements; the Neumann series behind NPG converges where it is below 1:",
+        table(_radius),
+        source(runs),
+    )
+
+
+def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
+    """Draw (a) the accuracy of UPG by k and lam, (b) that of NPG beside it, and the radius along both trainings."""
+    axes = grid["grid"].get(runs.scale, grid["grid"]["paper"])
+    lams = axes["lam"]
+    colors = dict(zip(lams, plots.shades(len(lams)), strict=True))
+    canvas, panels = plots.canvas(2, 2)
+    accuracy, beside, *radii = panels.flat
+    for lam in lams:
+        for name, panel, style in (
+            *(("UPG", accuracy, {"marker": "o"}),),
+            *(("UPG", beside, {"marker": "o", "linestyle": "--", "alpha": 0.6}), ("NPG", beside, {"marker": "s"})),
+        ):
+            points = [(k, runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"]]
+            points = [(k, [_best(grid, record) for record in records]) for k, records in points if records]
+            if points:
+                label = f"lam = {lam}" if panel is accuracy else f"{name}, lam = {lam}"
+                x, means = [k for k, _ in points], [fmean(values) for _, values in points]
+                panel.plot(x, means, color=colors[lam], label=label, **style)
+        for name, panel in zip(("UPG", "NPG"), radii, strict=True):
+            for i, k in enumerate(axes["k"]):
+                records = runs.found.get((name, _setting(k, lam)), [])
+                steps = mean_curve([[row["step"] for row in record["monitor"]] for record in records])
+                values = mean_curve([_damped(record) for record in records])
+                if values:  # the line of a larger k is thicker
+                    panel.plot(steps, values, color=colors[lam], linewidth=0.6 + 0.35 * i)
+    for panel, title in ((accuracy, "(a) UPG"), (beside, "(b) NPG, and UPG dashed")):
+        panel.set(xlabel="k", ylabel=f"{grid['split']} {grid['metric']}", title=title, xticks=axes["k"])
+        panel.legend(frameon=False, fontsize=7)
+    for panel, name in zip(radii, ("UPG", "NPG"), strict=True):
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set(
+            xlabel="step of training", ylabel="radius of lam J + (1 - lam) I", title=f"{name}: thicker for larger k"
+        )
+    canvas.suptitle(f"MDEQ-Tiny by k and lam{runs.label}", fontsize=10)
+    plots.save(canvas, path)
+
+
+def _setting(k: int, lam: float) -> tuple[str, ...]:
+    return (f"k={k}", f"lam={lam}")
+
+
+def _best(grid: dict[str, Any], record: dict[str, Any]) -> float:
+    return record["best"][grid["split"]][grid["metric"]]
+
+
+def _damped(record: dict[str, Any]) -> list[float]:
+    return [row["damped_spectral_radius"] for row in record["monitor"] if row["damped_spectral_radius"] is not None]
+
+
+def _radius(records: list[dict[str, Any]]) -> str:
+    ends = [values[-max(1, len(values) // 10) :] for record in records if (values := _damped(record))]
+    return f"{fmean(map(fmean, ends)):.3f}" if ends else "--"
