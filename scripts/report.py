@@ -2,16 +2,18 @@
 
     python scripts/report.py                  # every page of results/, and its index results/README.md
     python scripts/report.py table1 chains    # these studies, and print their pages
+    python scripts/report.py sweep=<folder>   # a sweep of train.py -m, which names its folder when it ends
 
 A study is a folder of results/ with a study.yaml; see scripts/studies.py. A cell of a table is mean ± std (n), a
-smaller budget is labelled, and a row without a record prints --. A figure is drawn once it has a curve. This needs no
-torch.
+smaller budget is labelled, and a row without a record prints --. A figure is drawn once it has a curve. Tables are
+Markdown, CSV and LaTeX, figures PNG and PDF. This needs no torch.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 try:
     from scripts import arguments, studies
@@ -21,9 +23,19 @@ except ModuleNotFoundError as error:
 
 
 def main(names: Sequence[str]) -> None:
-    """Render the named studies, or all."""
+    """Render a sweep, the named studies, or all of them."""
     known = studies.names()
-    arguments.split([name for name in names if name.startswith("-") or "=" in name], doc=__doc__)
+    own = arguments.split(
+        [name for name in names if name.startswith("-") or "=" in name], doc=__doc__, own=("sweep",)
+    ).own
+    names = [name for name in names if "=" not in name]
+    if "sweep" in own:
+        folder = Path(own["sweep"])
+        if not (folder / "sweep.json").is_file():
+            arguments.fail(f"sweep={folder} holds no sweep.json; train.py -m names the folder when it ends")
+        print(pages.write_sweep(folder))
+        if not names:
+            return
     unknown = [name for name in names if name not in known]
     if unknown:
         arguments.fail(f"no study {', '.join(unknown)}; choose from {', '.join(known)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from data.digests import digest_of_tensors
 from data.graphs.tu import METADATA, Metadata, Raw, TUGraphs
 from data.seeding import generator
 
@@ -27,6 +28,10 @@ class SyntheticTU(TUGraphs):
         labels = torch.arange(metadata.num_graphs) % metadata.num_classes
         order = torch.randperm(metadata.num_graphs, generator=draws)
         return _rings(metadata, labels[order], draws)
+
+    def digests(self) -> dict[str, str]:
+        raw = self.raw
+        return dict.fromkeys(self.splits, digest_of_tensors((raw.features, raw.edges, raw.labels)))
 
 
 def _rings(metadata: Metadata, labels: torch.Tensor, draws: torch.Generator) -> Raw:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.images.base import Augment, ImageSet, InMemoryImages
 from data.digests import digest
+from data.images.base import Augment, ImageSet, InMemoryImages
 from data.images.cifar10 import CIFAR10, CLASSES, DIGESTS, OTHER, read
 from data.paths import data_root
 from phantom.validate import check_count

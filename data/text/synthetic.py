@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from data.digests import digest
 from data.text.streams import Corpus, TokenStreams
 from phantom.validate import check_counts
 
@@ -45,4 +46,5 @@ class SyntheticText(TokenStreams):
             split: draws.choice(self._vocab_size, size=size, p=weights / weights.sum()).astype(np.int32)
             for split, size in self._sizes.items()
         }
-        return Corpus(tokens, np.bincount(tokens["train"], minlength=self._vocab_size).tolist())
+        counts = np.bincount(tokens["train"], minlength=self._vocab_size).tolist()
+        return Corpus(tokens, counts, {split: digest([array.tobytes()]) for split, array in tokens.items()})

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from phantom.engine.artifacts.sweep import Sweep
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError
@@ -38,7 +40,8 @@ def run(job: Job, configs: Configs) -> None:
     """Run `job` on the plan of the command line, or with -m on every plan of its sweep; exit 1 where one failed.
 
     All plans are made before the first one runs. `--cfg job` prints the config of the plan. Hydra's other flags and
-    keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job.
+    keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job. A
+    sweep ends with its table; a job that fails does not stop the others, whatever the reason.
     """
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
@@ -46,6 +49,7 @@ def run(job: Job, configs: Configs) -> None:
     if flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
         _show([item for item in items if item != "job"], configs)
         return
+    sweep: Sweep | None = None
     if flags <= SWEEP:
         try:
             hydras = [item for item in items if HYDRA_KEY.match(item)]
@@ -53,13 +57,14 @@ def run(job: Job, configs: Configs) -> None:
             plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
             for plan in plans:
                 _make_folder(plan.root)
+            sweep = Sweep.of(own, plans) if flags else None
             sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
         except (ConfigError, OSError) as error:
             refuse(error)
         if not hydras:
-            _run_here(job, plans)
+            _run_here(job, plans, sweep)
             return
-    _run_by_hydra(job, configs)
+    _run_by_hydra(job, configs, sweep)
 
 
 def refuse(error: Exception) -> NoReturn:
@@ -79,12 +84,24 @@ def _show(items: list[str], configs: Configs) -> None:
         refuse(error)
 
 
-def _run_here(job: Job, plans: list[Plan]) -> None:
+def _run_here(job: Job, plans: list[Plan], sweep: Sweep | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    failed = False
+    count, reasons = len(plans), {}
     plans.reverse()
     while plans:  # a plan holds what its job allocates, so none is kept
-        failed |= not _attempt(job, plans.pop())
+        number = count - len(plans)
+        reasons[number] = _attempt(job, plans.pop(), one_of_many=sweep is not None)
+    _end(reasons, sweep)
+
+
+def _end(reasons: dict[int, str | None], sweep: Sweep | None) -> None:
+    """Show the answer of a sweep, and exit with 1 where a job failed; `reasons` has None for a job that did not."""
+    failed = any(reason is not None for reason in reasons.values())
+    if sweep is not None:
+        sweep.reasons.update({number: reason for number, reason in reasons.items() if reason is not None})
+        left_out = sweep.close()["failed"]
+        # a launcher may have run jobs in processes of its own, whose reasons stay there
+        failed |= len(reasons) < len(sweep.jobs) and bool(left_out)
     if failed:
         sys.exit(1)
 
@@ -96,34 +113,41 @@ def _recipe(plans: list[Plan], items: list[str]) -> list[str]:
     return [f"recipe={name}" for name in names if len(names) == 1 and name is not None and not typed]
 
 
-def _run_by_hydra(job: Job, configs: Configs) -> None:
-    failed = []
+def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None) -> None:
+    reasons: dict[int, str | None] = {}
     configs.mount()
 
     @hydra.main(version_base="1.3", config_path=str(configs.folder), config_name="train")
     def main(_: DictConfig) -> None:
         overrides = from_hydra(HydraConfig.get().overrides.task)
+        number = HydraConfig.get().job.num if sweep is not None else 0
         # made again from the command line, because a recipe follows from the job's own model and data
-        failed.extend([] if _attempt(lambda: job(make_plan(overrides, configs))) else [overrides])
+        reasons[number] = _attempt(lambda: job(make_plan(overrides, configs)), one_of_many=sweep is not None)
 
     main()
-    if failed:
-        sys.exit(1)
+    _end(reasons, sweep)
 
 
-def _attempt(job: Callable[..., Any], *arguments: Any) -> bool:
-    """Call the job; print the message of a user's error and return False."""
+def _attempt(job: Callable[..., Any], *arguments: Any, one_of_many: bool) -> str | None:
+    """Call the job; print a user's error in one line and return it, or None.
+
+    Any other error is raised; of one of many jobs it is printed as Python does, and returned in one line.
+    """
     try:
         job(*arguments)
     except Exception as error:
-        if not is_user_error(error):
+        own = is_user_error(error)
+        if not own and not one_of_many:
             raise
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        reason = message_of(error) if own else f"{type(error).__name__}: {error}".splitlines()[0]
+        if not own:
+            traceback.print_exc()
+        print(f"error: {reason}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # the other processes may be waiting for this one: with it, the launcher ends them
             sys.exit(1)
-        return False
-    return True
+        return reason
+    return None
 
 
 def is_user_error(error: Exception) -> bool:

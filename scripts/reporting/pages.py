@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import studies
-from scripts.reporting import benchmarks, explore, figures, markdown, suites, tables
+from scripts.reporting import benchmarks, explore, figures, markdown, suites, sweeps, tables
 from scripts.reporting.grids.runs import Runs, runs_of
 
 # of these the tables are kept as CSV and LaTeX, too
@@ -82,6 +82,17 @@ def write_explored(path: Path) -> str:
     """Write the page and the figure of an exploration beside it, and return the page."""
     explore.draw(_read(path), path.with_suffix(".png"))
     return _beside(path, explore.render(_read(path)))
+
+
+def write_sweep(folder: Path) -> str:
+    """Write the page of a sweep into its folder, with its table as CSV and LaTeX and its maps; return the page."""
+    content = _read(folder / "sweep.json")
+    text = sweeps.page(content)
+    for name, part in {"sweep.md": text, **markdown.files(text, "sweep")}.items():
+        (folder / name).write_text(part)
+    if content["rows"]:
+        sweeps.draw(content, folder / "sweep.png")
+    return text
 
 
 def write_index() -> None:

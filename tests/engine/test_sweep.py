@@ -1,0 +1,108 @@
+"""A sweep ends with its answer: a row per point, seeds averaged, and what failed with its reason."""
+
+import json
+import sys
+
+import pytest
+
+import train
+from phantom.engine import command
+from phantom.engine.artifacts import sweep as sweeps
+from phantom.engine.errors import DivergenceError
+from scripts import report
+from tests.plans import plan
+from tests.tiny_run import TINY
+
+SHORT = [*(item for item in TINY if not item.startswith(("steps=", "eval_every="))), "steps=1"]
+CONTENT = {
+    **{"command": "python train.py -m", "metric": "accuracy", "split": "test", "mode": "max", "keys": ["grad", "k"]},
+    "rows": [
+        {"values": {"grad": grad, "k": k}, "best": best, "last": [50.0], "seconds": [10.0], "step_ms": [], "cosine": []}
+        for grad, k, best in (("upg", "1", [60.0, 70.0]), ("upg", "3", [85.0]), ("npg", "1", [75.0]))
+    ],
+    "failed": [{"values": {"grad": "npg", "k": "3", "seed": "0"}, "reason": "diverged"}],
+}
+
+
+def run(monkeypatch, job, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    try:
+        command.run(job, train.CONFIGS)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_twelve_jobs_of_which_one_fails_end_with_a_table_maps_and_the_reason(tmp_path, monkeypatch, capsys):
+    def job(made):
+        if (made.choices["grad"], made.config["k"], made.config["seed"]) == ("npg", 3, 1):
+            raise DivergenceError("the loss is not finite")
+        return train.job(made)
+
+    axes = ["grad=upg,npg", "k=1,2,3", "seed=0,1"]
+    monitored = ["monitor=cosine", "monitor.every=1", "monitor.radius_steps=0", "monitor.compare=null"]
+    assert run(monkeypatch, job, "-m", *axes, *SHORT, *monitored, f"runs={tmp_path}") == 1
+    out = capsys.readouterr().out
+    (path,) = tmp_path.glob("sweeps/mdeq_tiny-digits/*/sweep.json")
+    content = json.loads(path.read_text())
+    assert content["keys"] == ["grad", "k"] and len(list(tmp_path.rglob("record.json"))) == 11
+    assert content["failed"] == [{"values": {"grad": "npg", "k": "3", "seed": "1"}, "reason": "the loss is not finite"}]
+    for row in content["rows"]:
+        name, k = row["values"].values()
+        ends = []
+        for seed in (0, 1) if row["values"] != {"grad": "npg", "k": "3"} else (0,):
+            made = plan([f"grad={name}", f"k={k}", f"seed={seed}", *SHORT, *monitored, f"runs={tmp_path}"])
+            ends.append(json.loads((made.folder / "record.json").read_text())["final"]["test"]["accuracy"])
+        assert row["last"] == row["best"] == ends and len(row["seconds"]) == len(row["cosine"]) == len(ends)
+    assert "failed: 1\n  grad=npg k=3 seed=1: the loss is not finite" in out
+    assert "best accuracy grad" not in out and "grad \\ k" in out, "a map of two keys needs no title"
+    assert f"draw it again: python scripts/report.py sweep={path.parent}" in out
+    report.main([f"sweep={path.parent}"])
+    names = {item.name for item in path.parent.iterdir()}
+    assert names >= {"sweep.md", "sweep.tex", "sweep-1.csv", "sweep-2.csv", "sweep.png", "sweep.pdf"}
+    assert "| grad=npg k=3 seed=1 | the loss is not finite |" in (path.parent / "sweep.md").read_text()
+
+
+def test_the_table_has_means_and_the_map_has_shades():
+    text = sweeps.table(CONTENT)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["grad", "k", "n", "best", "last", "seconds"] in lines, "what was not measured has no column"
+    assert ["upg", "1", "1", "65.00", "50.00", "10"] in lines
+    assert ["upg", "65.00", "85.00", "█"] in lines and ["npg", "75.00", "▒", "--"] in lines
+    worst = sweeps.table({**CONTENT, "mode": "min"})
+    assert ["upg", "65.00", "█", "85.00"] in [line.split() for line in worst.splitlines()]
+
+
+def test_a_defect_of_one_job_is_shown_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def job(made):
+        seen.append(made.config["k"])
+        if made.config["k"] == 1:
+            raise KeyError("ours")
+
+    assert run(monkeypatch, job, "-m", "k=1,2", *SHORT, f"runs={tmp_path}") == 1
+    said = capsys.readouterr()
+    assert seen == [1, 2] and "Traceback" in said.err and "k=1: KeyError: 'ours'" in said.out
+
+
+@pytest.mark.parametrize("axes", [["k=1,2"], ["seed=0,1"]])
+def test_one_axis_and_seeds_alone_are_drawn(axes, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, train.job, "-m", *axes, *SHORT, f"runs={tmp_path}") == 0
+    (path,) = tmp_path.glob("sweeps/*/*/sweep.json")
+    report.main([f"sweep={path.parent}"])
+    assert (path.parent / "sweep.png").exists()
+    rows = json.loads(path.read_text())["rows"]
+    assert [len(row["best"]) for row in rows] == ([1, 1] if axes == ["k=1,2"] else [2])
+
+
+def test_a_sweep_through_hydra_s_launcher_ends_alike(tmp_path, monkeypatch, capsys):
+    arguments = ["-m", "k=1,2", *SHORT, f"runs={tmp_path}", "hydra/launcher=basic"]
+    assert run(monkeypatch, train.job, *arguments) == 0
+    (path,) = tmp_path.glob("sweeps/*/*/sweep.json")
+    assert [row["values"] for row in json.loads(path.read_text())["rows"]] == [{"k": "1"}, {"k": "2"}]
+
+
+def test_a_folder_without_a_sweep_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no sweep\.json; train\.py -m names the folder"):
+        report.main([f"sweep={tmp_path}"])
