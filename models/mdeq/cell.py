@@ -29,12 +29,14 @@ class BoundBlock(NamedTuple):
     Args:
         mask: (B, C, 1, 1), or None for no dropout.
         u: (B, C, H, W), or None for zeros.
+        packed: both weights as the kernels read them, where they are used.
     """
 
     conv1: Tensor
     conv2: Tensor
     mask: Tensor | None
     u: Tensor | None
+    packed: tuple[Tensor, Tensor] | None = None
 
 
 class Bound(NamedTuple):
@@ -55,6 +57,8 @@ class ResidualBlock(nn.Module):
     t = GN(mask * conv2(relu(GN(conv1(z)))) + u) + z, and the output is GN(relu(t)).
     """
 
+    fused = False  # set by `MDEQCell.fuse`
+
     def __init__(self, channels: int, *, expansion: int, num_groups: int) -> None:
         super().__init__()
         inner = expansion * channels
@@ -66,9 +70,21 @@ class ResidualBlock(nn.Module):
 
     def bind(self, u: Tensor | None, mask: Tensor | None) -> BoundBlock:
         """Compute the effective weights of one solve."""
-        return BoundBlock(cast_for_autocast(self.conv1()), cast_for_autocast(self.conv2()), mask, u)
+        weights = cast_for_autocast(self.conv1()), cast_for_autocast(self.conv2())
+        packed = None
+        if self.fused:
+            from models.mdeq import kernels
+
+            packed = kernels.packed(weights[0]), kernels.packed(weights[1])
+        return BoundBlock(*weights, mask, u, packed)
 
     def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
+        if bound.packed is not None and not torch.is_grad_enabled():
+            from models.mdeq import kernels
+
+            norms = (self.norm1, self.norm2, self.norm3)
+            if kernels.fits(z, self.norm1.num_channels, self.norm1.num_groups):
+                return kernels.residual_block(z, bound.packed, bound.mask, bound.u, norms)
         # in place, under autograd too: no operation here saves a tensor that the next one overwrites
         t = self.norm1(F.conv2d(z, bound.conv1, padding=1)).relu_()
         t = F.conv2d(t, bound.conv2, padding=1)
@@ -132,6 +148,22 @@ class MDEQCell(nn.Module):
             for i in levels
         )
         self.post_fuse = nn.ModuleList(PostFuse(c, num_groups=num_groups) for c in self.channels)
+
+    def fuse(self) -> None:
+        """Let evaluations without a graph use the Triton kernels of `models.mdeq.kernels`, where these serve the state.
+
+        Raises:
+            ValueError: Triton is not installed.
+        """
+        try:
+            import triton  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "the kernels need Triton, which torch brings on Linux with a GPU: leave them out"
+            ) from error
+        for module in self.branches.modules():
+            if isinstance(module, ResidualBlock):
+                module.fused = True
 
     def bind(
         self, injection: tuple[Tensor | None, ...], *, masks: Masks | None = None
