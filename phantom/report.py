@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from phantom.solution import Stats
 
@@ -74,7 +75,7 @@ def is_useless(stats: Stats) -> bool:
 
     Waits for the device.
     """
-    if len(stats.trace) < 2 or len(stats.residual) == 0:
+    if len(stats.trace) < 2 or len(stats.residual) == 0 or not bool(_missed(stats).any() | stats.dependent):
         return False
     stuck = (stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & ~stats.converged
     stuck = stuck & stats.diverged if stats.tol is None else stuck  # a fixed budget promises nothing
@@ -83,8 +84,11 @@ def is_useless(stats: Stats) -> bool:
 
 def has_failed(stats: Stats) -> bool:
     """Return whether some problem did not meet `tol`, or diverged. Waits for the device."""
-    missed = stats.diverged if stats.tol is None else ~stats.converged
-    return len(stats.trace) > 0 and bool(missed.any())
+    return len(stats.trace) > 0 and bool(_missed(stats).any())
+
+
+def _missed(stats: Stats) -> Tensor:
+    return stats.diverged if stats.tol is None else ~stats.converged
 
 
 def act(stats: Stats, on_failure: OnFailure, *, of: str = "solve") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from phantom.precision import exact_products, without_autocast
 from phantom.purity import pure
 from phantom.ranks import any_rank
 from phantom.residual import Norm, positive, residual_of, vector_norm
-from phantom.scaling import can_ask, has_numbers, is_on_host, is_out_of_range, powers_of_two, rescaled
+from phantom.scaling import (
+    can_ask,
+    has_numbers,
+    is_on_host,
+    is_out_of_range,
+    is_read_for_nothing,
+    powers_of_two,
+    read,
+    rescaled,
+)
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
 from phantom.state import FlatMap
@@ -20,6 +30,8 @@ from phantom.state import FlatMap
 # |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
 # absolute length decides under either `stop`: the relative one tends to |mu - 1| / |mu| where f grows by mu a step.
 DIVERGENCE = 1e6
+# a state of so few numbers gains nothing by a view of it
+SMALL = 4096
 # |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
 FLOOR = 4
 
@@ -80,10 +92,10 @@ class _Start:
     Args:
         g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,).
         scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
-        limit: (B,) a longer g is divergence.
         active: (B,) who goes on, and `going`, how many; None where the host does not know.
         stops_early: whether the host asks who goes on; without numbers to look at, a solve runs its whole budget.
         near_rounding: whether `tol` is not far above the rounding of f(z).
+        reads: whether the host looks at every step; then `lengths` and `stop_at` are the numbers of `length` and `tol`.
     """
 
     def __init__(self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None) -> None:
@@ -93,12 +105,14 @@ class _Start:
         scale = size if self.relative else scale
         self.scale: Any = None if scale is None else positive(scale)
         self.g, self.length, self.residual, _ = residual_of(fz, z, self.scale, norm=self.norm, relative=False)
-        self.limit = _limit(self.length)
         # a NaN compares false with everything: it is never better, never converged, and always diverged
-        self.active = self.length <= self.limit
+        self.active = self.length <= torch.finfo(z.dtype).max
         self.tol: Any = None
         self.rounding = FLOOR * torch.finfo(z.dtype).eps
         self.going, self.near_rounding, self.is_out_of_range = None, False, False
+        self.is_on_host = is_on_host(z)
+        self.reads = self.is_on_host and is_read_for_nothing(z) and not solver.compile
+        self._limit = None if self.reads else _limit(self.length)
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
             self.active = self.active & ~(self.residual <= self.tol)
@@ -107,15 +121,22 @@ class _Start:
             self._look(size, solver.tol)
 
     def _look(self, size: Tensor, tol: float | None) -> None:
-        dtype = self.length.dtype
         scale = torch.ones_like(size) if self.scale is None else self.scale
-        columns = torch.stack((self.length, size, self.active.to(dtype), scale))
-        lengths, sizes, active, scales = columns.tolist()  # device-to-host sync
-        self.is_out_of_range = is_out_of_range([*map(max, lengths, sizes)], dtype)
+        columns = (self.length, size, self.active, scale)
+        self.lengths, sizes, active, scales = read(columns, on_host=self.is_on_host)  # device-to-host sync
+        self.stop_at = -inf if tol is None else self.tol.item() if self.reads else tol
+        self.is_out_of_range = is_out_of_range([*map(max, self.lengths, sizes)], self.length.dtype)
         if tol is not None:
             self.going = int(sum(active))
             near = 16 * self.rounding
             self.near_rounding = any(tol * a <= near * b for a, b in zip(scales, sizes, strict=True))
+
+    @property
+    def limit(self) -> Tensor:
+        """(B,) a longer g is divergence."""
+        if self._limit is None:
+            self._limit = _limit(self.length)
+        return self._limit
 
     def is_at_floor(self, z: Tensor, residual: Tensor) -> Tensor:
         """Return where the residual (B,) of `z` (B, D) is not above the rounding of f(z), which is near z."""
@@ -123,6 +144,11 @@ class _Start:
         scale = torch.maximum(size, self.scale) if self.relative else self.scale
         length = residual if scale is None else residual * scale
         return length <= self.rounding * size
+
+
+def _finite_or_infinite(residual: Tensor) -> Tensor:
+    """Return `residual` (B,), infinite where it is NaN: such a one is the worst."""
+    return residual.nan_to_num(inf, inf)
 
 
 def _limit(length: Tensor) -> Tensor:
@@ -140,12 +166,15 @@ class _Rows:
         better: whether the newest iterate is the best one.
         active: who goes on.
         woken: who had converged, and does not any more; None where nobody was held.
+        counts: how many go on, and how many of those that did have improved, which is all of them; None where the host
+            has not looked.
     """
 
     residual: Tensor
     better: Tensor
     active: Tensor
     woken: Tensor | None = None
+    counts: tuple[int, int] | None = None
 
 
 def _loop(
@@ -155,7 +184,7 @@ def _loop(
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
     stops_early, batch, together = start.stops_early, z.shape[0], False
     best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
-    residual = torch.where(start.residual.isfinite(), start.residual, torch.inf)
+    residual = _finite_or_infinite(start.residual)
     rows = _Rows(residual, better=torch.ones_like(start.active), active=start.active)
     stalled = torch.zeros_like(start.active)
     trace, moved, confirmed, stopped = [start.residual], [stalled], True, False
@@ -175,14 +204,16 @@ def _loop(
         before, going, improved, woken, stopped = going, None, None, 0, False  # unknown to the host
         g, length, residual, rows = observe(f(z), z, rows, start, held=held, together=together, in_place=in_place)
         trace.append(residual)
-        if stops_early and step % solver.sync_every == 0:
-            going, improved, woken = _counts(rows)  # device-to-host sync
+        if rows.counts is not None:
+            going, improved = rows.counts
+        elif stops_early and step % solver.sync_every == 0:
+            going, improved, woken = _counts(rows, start)  # device-to-host sync
         if start.near_rounding and going != 0 and (improved is None or improved != before):
             stop = rows.active & ~rows.better & start.is_at_floor(best, rows.residual)
             stop = stop.all().expand(batch) if together else stop
             stalled, rows.active, stopped = stalled | stop, rows.active & ~stop, True
         # where all problems have improved the best iterate needs no copy, else it keeps its memory: a state is large
-        best = z if improved == batch else replace_rows(best, z, rows.better)
+        best = z if improved == batch or rows.counts is not None else replace_rows(best, z, rows.better)
         confirmed = improved is not None and improved == (batch if before is None else before)
         if woken:
             together, going = True, batch
@@ -192,7 +223,7 @@ def _loop(
             done = not any_rank(going != 0, group, z.device)
     converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     converged = converged.all().expand(batch) if together else converged
-    if not stops_early and is_on_host(z):
+    if not stops_early and start.is_on_host:
         confirmed = bool(rows.better.all())
     confirmed = confirmed or together
     if group is not None and can_ask(z, solver.tol):
@@ -222,6 +253,8 @@ def _observe(
     )
     if together:
         return g, length, residual, _observe_together(length, residual, rows, start)
+    if start.reads and (expected := _as_expected(length, residual, scale, rows, start, held)):
+        return g, length, residual, expected
     # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
     shorter = length if scale is None or not start.relative else torch.add(length, scale, alpha=start.rounding)
     better = (residual < rows.residual) & (shorter < start.length)
@@ -233,11 +266,35 @@ def _observe(
     else:
         better = better & rows.active
         # a held problem was evaluated at its best iterate again: it has the same residual, if it is independent
-        again = torch.where(residual.isfinite(), residual, torch.inf)
+        again = _finite_or_infinite(residual)
         best = torch.where(better | ~rows.active, again, rows.residual)
         woken = ~rows.active & (rows.residual <= start.tol) & (best > start.tol)
         active = (rows.active | woken) & (length <= start.limit) & (best > start.tol)
     return g, length, residual, _Rows(best, better, active, woken)
+
+
+def _as_expected(
+    length: Tensor, residual: Tensor, scale: Tensor | None, rows: _Rows, start: _Start, held: bool
+) -> _Rows | None:
+    """Return where the problems stand after the usual step: those that go on improve, some converge, and no more.
+
+    The rule of `_observe` is a dozen operators on a few numbers, which costs more than reading these. None where the
+    step is another one, and where rounding could decide.
+    """
+    on, residuals, lengths, going = rows.active.tolist(), residual.tolist(), length.tolist(), 0
+    margin, tol = 2 * start.rounding, start.stop_at
+    scales = scale.tolist() if scale is not None and start.relative else [0.0] * len(on)
+    known = zip(on, residuals, rows.residual.tolist(), lengths, scales, start.lengths, strict=True)
+    for goes_on, now, best, size, divisor, first in known:
+        if goes_on:
+            if not (now < best and size + margin * (size + divisor) < first):
+                return None
+            going += now > tol
+        elif not held or not (now <= tol or (tol < best and now < inf)):
+            return None
+    improved = sum(on)
+    active = rows.active if going == improved else rows.active & (residual > start.tol)
+    return _Rows(residual, rows.active, active, counts=(going, improved))
 
 
 def _observe_together(length: Tensor, residual: Tensor, rows: _Rows, start: _Start) -> _Rows:
@@ -259,18 +316,19 @@ def _join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: _Rows
     return best, _Rows(torch.where(finite, residual, torch.inf), rows.better, torch.ones_like(rows.active))
 
 
-def _counts(rows: _Rows) -> tuple[int, int, int]:
+def _counts(rows: _Rows, start: _Start) -> tuple[int, int, int]:
     """Return how many problems go on, have improved, and have begun to move again; the host waits once."""
     known = (rows.active, rows.better) if rows.woken is None else (rows.active, rows.better, rows.woken)
-    counts = [sum(flags) for flags in torch.stack(known).tolist()]
+    counts = [int(sum(flags)) for flags in read(known, on_host=start.is_on_host)]
     return counts[0], counts[1], counts[2] if len(counts) == 3 else 0
 
 
 def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:
     """Write into `kept` (B, D) those rows of `new` (B, D) for which `rows` (B,) is true, and return it."""
     wide = [kept, new]
-    plain = all(t.is_contiguous() and t.storage_offset() == 0 for t in wide) and not torch.compiler.is_compiling()
-    if kept.device.type == "cpu" and plain and kept.numel() > 0 and kept.shape[1] * kept.element_size() % 16 == 0:
+    plain = not torch.compiler.is_compiling() and kept.numel() > SMALL
+    plain = plain and all(t.is_contiguous() and t.storage_offset() == 0 for t in wide)
+    if kept.is_cpu and plain and kept.shape[1] * kept.element_size() % 16 == 0:
         # torch.where goes number by number there, and is two to three times as fast on fewer and wider ones
         wide = [t.view(torch.complex128) for t in wide]
     torch.where(rows[:, None], wide[1], wide[0], out=wide[0])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from phantom.scaling import is_read_for_nothing
 from phantom.solver.base import Solver
 from phantom.validate import check_count, check_lam, is_number
 
@@ -19,13 +22,26 @@ class Window:
         z: (memory, B, D) iterates.
         g: (memory, B, D) their f(z) - z.
         gram: (B, memory, memory) inner products of the rows of g, in at least float32.
+        reads: whether the host looks at every step for systems that have no solution.
         count: iterates seen so far.
     """
 
     z: Tensor
     g: Tensor
     gram: Tensor
+    reads: bool
     count: int = 0
+    _views: tuple[Any, ...] = (0,)
+
+    def views(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return, of the first n iterates: z (B, n, D), g (B, n, D) and (B, D, n), gram (B, n, n), and its diagonal.
+
+        Views cost as much as the arithmetic of a small state; those of a full ring serve every step.
+        """
+        if self._views[0] != n:
+            z, g, gram = self.z[:n].transpose(0, 1), self.g[:n], self.gram[:, :n, :n]
+            self._views = n, (z, g.transpose(0, 1), g.permute(1, 2, 0), gram, gram.diagonal(dim1=1, dim2=2))
+        return self._views[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,8 @@ class Anderson(Solver):
     def start(self, z: Tensor, g: Tensor) -> Window:
         size = min(self.memory, self.max_steps)
         shape = (size, *z.shape)
-        return Window(g.new_empty(shape), g.new_empty(shape), g.new_zeros((z.shape[0], size, size)))
+        gram = g.new_zeros((z.shape[0], size, size))
+        return Window(g.new_empty(shape), g.new_empty(shape), gram, is_read_for_nothing(z))
 
     def propose(self, memory: Window, z: Tensor, g: Tensor) -> Tensor:
         size = memory.z.shape[0]
@@ -64,26 +81,30 @@ class Anderson(Solver):
         memory.g[position].copy_(g)
         memory.count += 1
         n = min(memory.count, size)
-        products = torch.bmm(g[:, None, :], memory.g[:n].permute(1, 2, 0))[:, 0, :]
-        memory.gram[:, position, :n] = products
-        memory.gram[:, :n, position] = products
-        damped = z.add(g, alpha=self.lam)
+        stored_z, stored_g, columns, gram, diagonal = memory.views(n)
+        products = torch.bmm(g.unsqueeze(1), columns).squeeze(1)
+        gram.select(1, position).copy_(products)
+        gram.select(2, position).copy_(products)
         if n == 1:
-            return damped
-        alpha = self._weights(memory.gram[:, :n, :n])
-        mixed = torch.bmm(alpha[:, None, :], memory.z[:n].transpose(0, 1))
-        mixed = torch.baddbmm(mixed, alpha[:, None, :], memory.g[:n].transpose(0, 1), alpha=self.lam)[:, 0, :]
+            return z.add(g, alpha=self.lam)
+        alpha, info = self._weights(gram, diagonal)
+        row = alpha.unsqueeze(1)
+        mixed = torch.baddbmm(torch.bmm(row, stored_z), row, stored_g, alpha=self.lam).squeeze(1)
+        if memory.reads and not any(info.tolist()) and isfinite(alpha.sum().item()):
+            return mixed
         # zero times a number that is not finite is not zero
-        sound = (alpha * 0).sum(dim=1, keepdim=True) == 0
-        return torch.where(sound, mixed, damped)
+        sound = ((alpha * 0).sum(dim=1, keepdim=True) == 0) & (info == 0).unsqueeze(1)
+        return torch.where(sound, mixed, z.add(g, alpha=self.lam))
 
-    def _weights(self, gram: Tensor) -> Tensor:
-        """Return alpha (B, n), the minimiser of alpha^T gram alpha (ridged) with sum alpha = 1."""
-        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-        scaled = gram * scale[:, :, None] * scale[:, None, :]
+    def _weights(self, gram: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha (B, n), the minimiser of alpha^T gram alpha (ridged) with sum alpha = 1, and 0 (B,) where it is.
+
+        solve_ex reports failure by a flag on the device instead of synchronising.
+        """
+        scale = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+        column = scale.unsqueeze(2)
+        scaled = gram * column * scale.unsqueeze(1)
         scaled.diagonal(dim1=1, dim2=2).add_(self.ridge)
-        # solve_ex reports failure by a flag on the device instead of synchronising; the caller tests finiteness
-        solution, info = torch.linalg.solve_ex(scaled, scale[:, :, None])
-        alpha = solution[:, :, 0] * scale
-        alpha = alpha / alpha.sum(dim=1, keepdim=True)
-        return torch.where((info == 0)[:, None], alpha, torch.nan)
+        solution, info = torch.linalg.solve_ex(scaled, column)
+        alpha = solution.squeeze(2) * scale
+        return alpha / alpha.sum(dim=1, keepdim=True), info

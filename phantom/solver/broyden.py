@@ -12,11 +12,12 @@ Nonlinear Equations* (1995), section 7.3, derives the same form for the line-sea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from phantom.scaling import is_read_for_nothing
 from phantom.solver.base import Solver, compiled
 from phantom.validate import check_count
 
@@ -39,6 +40,7 @@ class Steps:
         coefficients: (B, room, room) the matrix C of `Broyden`.
         limit: most steps to keep.
         masks: (room, room) row i is True at i alone; for compiled arithmetic, where one kernel serves every position.
+        reads: whether the host looks at every step for factors that are noise.
         count: steps taken so far, those no longer stored included.
     """
 
@@ -47,7 +49,9 @@ class Steps:
     coefficients: Tensor
     limit: int
     masks: Tensor | None = None
+    reads: bool = False
     count: int = 0
+    _views: tuple[Any, ...] = (0,)
 
     def make_room(self) -> None:
         """Double the room where the next step finds none."""
@@ -57,7 +61,7 @@ class Steps:
         more = min(2 * room, self.limit)
         steps, small = self.steps.new_empty((more, batch, width)), self.gram.new_zeros((2, batch, more, more))
         steps[:room], small[0, :, :room, :room], small[1, :, :room, :room] = self.steps, self.gram, self.coefficients
-        self.steps, self.gram, self.coefficients = steps, small[0], small[1]
+        self.steps, self.gram, self.coefficients, self._views = steps, small[0], small[1], (0,)
         self.masks = None if self.masks is None else torch.eye(more, dtype=torch.bool, device=steps.device)
 
     def width(self, n: int) -> int:
@@ -69,6 +73,12 @@ class Steps:
             return len(self.masks)
         width = -(-n // LANES) * LANES
         return width if width <= self.limit // LANES * LANES else self.limit
+
+    def small(self, width: int) -> tuple[Tensor, Tensor]:
+        """Return the first `width` rows and columns of both small matrices, (B, width, width) each."""
+        if self._views[0] != width:
+            self._views = width, (self.gram[:, :width, :width], self.coefficients[:, :width, :width])
+        return self._views[1]
 
     def place(self, position: int) -> int | Tensor:
         """Return the position as the arithmetic takes it."""
@@ -117,7 +127,8 @@ class Broyden(Solver):
         room = min(limit, ROOM)
         small = g.new_zeros((2, batch, room, room))
         masks = torch.eye(room, dtype=torch.bool, device=g.device) if self.compile else None
-        return Steps(g.new_empty((room, batch, width)), small[0], small[1], limit, masks)
+        reads = not self.compile and is_read_for_nothing(z)
+        return Steps(g.new_empty((room, batch, width)), small[0], small[1], limit, masks, reads)
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
         secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
@@ -133,28 +144,27 @@ class Broyden(Solver):
         else:
             stored = memory.steps[:n]
             weights, scale, products = secant(
-                memory.gram[:, :width, :width],
-                memory.coefficients[:, :width, :width],
-                pad(_project(stored, g), (0, width - n)),
+                *memory.small(width),
+                _widened(_project(stored, g), width),
                 memory.place((memory.count - 1) % memory.limit),
                 memory.place(position % width),
+                memory.reads,
             )
-            torch.div(g, scale[:, None], out=step)
-            step[:, None, :].baddbmm_(weights[:, None, :n], stored.transpose(0, 1))
-            products = products if wider == width else pad(products, (0, wider - width))
+            torch.div(g, scale, out=step)
+            step.unsqueeze(1).baddbmm_(weights[:, :n].unsqueeze(1), stored.transpose(0, 1))
+            products = _widened(products, wider)
         if full:
             memory.steps[position] = step
         z, square = move(z, step)
-        gram, coefficients = memory.gram[:, :wider, :wider], memory.coefficients[:, :wider, :wider]
-        append(gram, coefficients, products, square, memory.place(position), full)
+        append(*memory.small(wider), products, square, memory.place(position), full, memory.reads)
         memory.count += 1
         return z
 
 
 def _secant(
-    gram: Tensor, coefficients: Tensor, a: Tensor, newest: int | Tensor, here: int | Tensor
+    gram: Tensor, coefficients: Tensor, a: Tensor, newest: int | Tensor, here: int | Tensor, reads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights (B, n) of the stored steps in s, 1 - c (B,), and <s_j, s> (B, n); drop a noisy row of C.
+    """Return the weights (B, n) of the stored steps in s, 1 - c (B, 1), and <s_j, s> (B, n); drop a noisy row of C.
 
     Args:
         newest, here: the position of the newest step, and of the one to come.
@@ -162,13 +172,16 @@ def _secant(
     # a problem without a finite answer takes the plain step
     c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
     scale = 1 - _pick(c, newest)
-    size = scale.abs()
-    noise = (size >= MOST) | (size <= LEAST)
-    _drop(coefficients, newest, noise)
-    scale = scale.masked_fill(noise, 1.0)
+    # reading a few numbers costs less than the operators that would change none of them
+    if not reads or not all(2 * LEAST < abs(number) < MOST / 2 for number in scale.tolist()):
+        size = scale.abs()
+        noise = (size >= MOST) | (size <= LEAST)
+        _drop(coefficients, newest, noise)
+        scale = scale.masked_fill(noise, 1.0)
+    scale = scale.unsqueeze(1)
     # c_l weighs the step after l; the one after the newest is not there yet
-    weights = _put(c.roll(1, 1), here, 0.0) / scale[:, None]
-    return weights, scale, a / scale[:, None] + _times(gram, weights)
+    weights = _put(c.roll(1, 1), here, 0.0) / scale
+    return weights, scale, a / scale + _times(gram, weights)
 
 
 def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +190,13 @@ def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _append(
-    gram: Tensor, coefficients: Tensor, products: Tensor, square: Tensor, here: int | Tensor, full: bool
+    gram: Tensor,
+    coefficients: Tensor,
+    products: Tensor,
+    square: Tensor,
+    here: int | Tensor,
+    full: bool,
+    reads: bool,
 ) -> None:
     """Extend the small matrices by a step with these inner products (B, n) and squared length (B,)."""
     products = _put(products, here, square)
@@ -188,18 +207,26 @@ def _append(
         _fill_row(coefficients, here, zero)
         _fill_row(coefficients.mT, here, zero)
     # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
-    inverse = torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
+    least, inverse = torch.finfo(square.dtype).tiny, square.reciprocal()
+    if not reads or not all(number > least for number in square.tolist()):
+        inverse = torch.where(square > least, inverse, 0.0)
     new = _times(coefficients.mT, _put(products.roll(-1, 1), here, 0.0))
-    _fill_row(coefficients, here, _put(new, here, 1.0) * inverse[:, None])
+    _fill_row(coefficients, here, _put(new, here, 1.0) * inverse.unsqueeze(1))
 
 
 def _project(stored: Tensor, v: Tensor) -> Tensor:
     """Return <s_j, v> (B, n): a row vector times (D, n), several times faster in BLAS than the column form."""
-    return torch.bmm(v[:, None, :], stored.permute(1, 2, 0))[:, 0]
+    return torch.bmm(v.unsqueeze(1), stored.permute(1, 2, 0)).squeeze(1)
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Return `rows` (B, n) with zeros up to `width` columns."""
+    missing = width - rows.shape[1]
+    return torch.constant_pad_nd(rows, (0, missing)) if missing else rows
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix * vector[:, None, :]).sum(2)
+    return torch.linalg.vecdot(matrix, vector.unsqueeze(1), dim=2)
 
 
 # A position is a number, or in compiled code a mask (n,) that is True there alone.
