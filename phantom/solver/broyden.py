@@ -210,7 +210,7 @@ def _append(
     least, inverse = torch.finfo(square.dtype).tiny, square.reciprocal()
     if not reads or not all(number > least for number in square.tolist()):
         inverse = torch.where(square > least, inverse, 0.0)
-    new = _times(coefficients.mT, _put(products.roll(-1, 1), here, 0.0))
+    new = _times(coefficients.mT, _next(products, here, full))
     _fill_row(coefficients, here, _put(new, here, 1.0) * inverse.unsqueeze(1))
 
 
@@ -227,6 +227,13 @@ def _widened(rows: Tensor, width: int) -> Tensor:
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.linalg.vecdot(matrix, vector.unsqueeze(1), dim=2)
+
+
+def _next(rows: Tensor, here: int | Tensor, full: bool) -> Tensor:
+    """Return, for every position, the entry of `rows` (B, n) at the next one of the ring; 0 for the newest, `here`."""
+    if full or isinstance(here, Tensor):
+        return _put(rows.roll(-1, 1), here, 0.0)
+    return torch.constant_pad_nd(rows, (-1, 1))  # beyond the newest all are zero
 
 
 # A position is a number, or in compiled code a mask (n,) that is True there alone.
