@@ -23,6 +23,10 @@ threads=1` suits a machine that others use, too.
     title=<text>     of the page
     out=<file.json>  keep the numbers, and their page beside them as .md
 
+Or what a solve of a state of 8 x 64 costs per evaluation of f, without any model, against a bare loop and torchdeq:
+
+    python scripts/benchmark.py small device=cpu clock=cpu threads=1 repeats=15 peer=torchdeq
+
 Or every benchmark of a suite, one process each, into results/benchmark/<suite>/:
 
     python scripts/benchmark.py suite cpu                 # results/benchmark/cpu/study.yaml, about an hour
@@ -59,11 +63,16 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
     """Time one benchmark and return its result, or run a suite."""
     if items and items[0] == "suite":
         return run_suite(items[1:])
-    own, _, overrides = arguments.split(items, doc=__doc__, own=OWN)
+    own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=["small"])
     options = read(own)
     command = "python scripts/benchmark.py " + shlex.join(items)
+    if words and (overrides or options.device != "cpu" or options.growth is not None):
+        arguments.fail("small takes clock, threads, device=cpu, repeats, warmup, peer, title and out alone; see --help")
     try:
-        result = benchmark.take(overrides, options, command=command, say=lambda text: print(text, file=sys.stderr))
+        if words:
+            result = benchmark.take_small(options, command=command, say=_say)
+        else:
+            result = benchmark.take(overrides, options, command=command, say=_say)
     except (ConfigError, PeerError) as error:
         arguments.fail(str(error))
     print(benchmarks.render(result))
@@ -71,6 +80,10 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
         benchmark.write(result, Path(own["out"]))
         pages.write_benchmark(Path(own["out"]))
     return result
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def read(own: dict[str, str]) -> benchmark.Options:

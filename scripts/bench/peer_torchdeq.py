@@ -34,21 +34,8 @@ class TorchDEQ(nn.Module):
 
     def __init__(self, deq: DEQ) -> None:
         super().__init__()
-        try:
-            from torchdeq import get_deq
-        except ImportError as error:
-            raise PeerError(
-                "peer=torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
-                "`pip install --no-deps --target peers torchdeq`, with PYTHONPATH=peers"
-            ) from error
         self.clock = nullcontext
-        self._deq = get_deq(
-            f_solver=_name(deq.solver),
-            f_max_iter=deq.solver.max_steps,
-            f_tol=_NEVER,
-            b_tol=_NEVER,
-            **_gradient(deq.grad),
-        )
+        self._deq = counterpart(deq)
         self._solve = self._deq.f_solver
         self._deq.f_solver = self._timed_solve
 
@@ -64,6 +51,29 @@ class TorchDEQ(nn.Module):
             return self._solve(*args, **kwargs)
 
 
+def counterpart(deq: DEQ) -> nn.Module:
+    """Return torchdeq's layer with the settings of `deq`.
+
+    Raises:
+        PeerError: torchdeq is not installed, or has nothing that corresponds.
+    """
+    try:
+        from torchdeq import get_deq
+    except ImportError as error:
+        raise PeerError(
+            "peer=torchdeq needs that library: `pip install --no-deps torchdeq`, or into a folder of its own, "
+            "`pip install --no-deps --target peers torchdeq`, with PYTHONPATH=peers"
+        ) from error
+    forward = {f"f_{key}": value for key, value in stopping(deq.solver).items()}
+    return get_deq(f_solver=_name(deq.solver), **forward, **_gradient(deq.grad))
+
+
+def stopping(solver: Solver) -> dict[str, Any]:
+    """Return when a solver of torchdeq's stops where `solver` does; a fixed budget is a tolerance never met."""
+    stop = {"max_iter": solver.max_steps, "tol": _NEVER}
+    return stop if solver.tol is None else {**stop, "tol": solver.tol, "stop_mode": solver.stop[:3]}
+
+
 def has_counterpart(grad: GradientEstimator) -> bool:
     """Return whether torchdeq offers this gradient."""
     return isinstance(grad, (UPG, Implicit))
@@ -71,9 +81,10 @@ def has_counterpart(grad: GradientEstimator) -> bool:
 
 def _gradient(grad: GradientEstimator) -> dict[str, Any]:
     if isinstance(grad, UPG):
-        return {"grad": grad.k, "tau": grad.lam}
+        return {"grad": grad.k, "tau": grad.lam, "b_tol": _NEVER}
     if isinstance(grad, Implicit):
-        return {"ift": True, "b_solver": _name(grad.solver), "b_max_iter": grad.solver.max_steps}
+        backward = {f"b_{key}": value for key, value in stopping(grad.solver).items()}
+        return {"ift": True, "b_solver": _name(grad.solver), **backward}
     raise PeerError(f"torchdeq has no counterpart of {grad}; it has UPG and implicit differentiation")
 
 

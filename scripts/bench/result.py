@@ -14,7 +14,7 @@ import torch
 from phantom.engine.artifacts.records import environment, to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
-from scripts.bench import measure, ratios, variants
+from scripts.bench import measure, ratios, small, variants
 from scripts.bench.growth import measure_growth
 
 
@@ -63,19 +63,31 @@ def take(overrides: Sequence[str], options: Options, *, command: str, say: Calla
     if options.growth is not None:
         measure_growth(rows, options.growth, device)
     return {
-        "about": {
-            "title": options.title,
-            "command": command,
-            "machine": machine(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            **environment(device),
-            "clock": "cpu time of the process" if options.clock == "cpu" else f"wall ({device.type})",
-            "repeats": options.repeats,
-            "date": datetime.date.today().isoformat(),
-        },
+        "about": _about(options, device, command),
         "rows": [ratios.row_numbers(row) for row in rows],
         "ratios": ratios.ratios(rows),
+    }
+
+
+def take_small(options: Options, *, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the result of the benchmark of small states, which has no model: see scripts/bench/small.py."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    taken = small.take(clock=options.clock, repeats=options.repeats, warmup=options.warmup, peer=options.peer, say=say)
+    return {"about": _about(options, torch.device("cpu"), command), **taken}
+
+
+def _about(options: Options, device: torch.device, command: str) -> dict[str, Any]:
+    return {
+        "title": options.title,
+        "command": command,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **environment(device),
+        "clock": "cpu time of the process" if options.clock == "cpu" else f"wall ({device.type})",
+        "repeats": options.repeats,
+        "date": datetime.date.today().isoformat(),
     }
 
 

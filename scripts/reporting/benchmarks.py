@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, small
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest", "total")
 HEADS = ("variant", "solve", "attach", "backward", "optimiser", "rest", "total", "items/s")
@@ -20,6 +20,8 @@ PARTS = ("solver", "solve_f", "activations", "backward", "total")
 
 def render(result: dict[str, Any]) -> str:
     """Return the page of a benchmark's result."""
+    if result.get("kind") == "small":
+        return small.render(result)
     about = result["about"]
     blocks = [
         f"# {about['title']}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, small
 from scripts.reporting.benchmarks import growth_table, interval_cell
 
 SPEED = ("model", "variant", "torchdeq / ours", "ours / floor")
@@ -15,11 +15,14 @@ IMPLICIT = ("model", "against", "total", "backward", "total in torchdeq", "backw
 
 def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> str:
     """Return the page from (title of a row, the paper's number for it, result of its benchmark)."""
-    speed, implicit, growth = [], [], []
+    speed, implicit, apart = [], [], []
     for name, paper, result in results:
+        if result.get("kind") == "small":
+            apart += [f"## {name}", small.table(result)]
+            continue
         grown = growth_table(result)
         if grown:  # at a size chosen for that, whose times tell nothing
-            growth += [f"## {name}", grown]
+            apart += [f"## {name}", grown]
             continue
         speed += [[name, *cells] for cells in _speed(result)]
         implicit += [[name, *cells, paper] for cells in _implicit(result)]
@@ -33,7 +36,7 @@ def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> st
         markdown.table(SPEED, speed, "llrrrr"),
         "## Implicit differentiation over phantom gradients",
         markdown.table(IMPLICIT, implicit, "llrrrrl"),
-        *growth,
+        *apart,
     )
 
 

@@ -49,8 +49,12 @@ def run(study: dict[str, Any], wanted: Sequence[str], *, deadline: float | None,
 
 def items(study: dict[str, Any], row: dict[str, Any], *, rehearse: bool) -> list[str]:
     """Return what follows `python scripts/benchmark.py` for one row."""
+    words = [word for word in shlex.split(row["arguments"]) if "=" not in word]
     found = _pairs(row["arguments"])
-    if rehearse:
+    if rehearse and words:
+        found |= {"repeats": "1", "warmup": "0", "clock": "cpu", "threads": "1", "device": "cpu"}
+        found |= {"peer": "torchdeq"} if find_spec("torchdeq") else {}
+    elif rehearse:
         found |= SMALL | {"size": next(size for model, size in SMALL_SIZES.items() if found["model"].startswith(model))}
         if found["model"] == "deq_transformer":
             found |= {"model": "deq_transformer_small", "classes": "3000"}
@@ -62,8 +66,8 @@ def items(study: dict[str, Any], row: dict[str, Any], *, rehearse: bool) -> list
         out = (study["folder"] / f"{row['name']}.json").relative_to(studies.ROOT)
         found |= _pairs(study["benchmark"]["settings"]) | {"title": row["title"], "out": out.as_posix()}
         found |= {"growth": str(row["growth"])} if "growth" in row else {}
-    return [f"{key}={value}" for key, value in found.items()]
+    return [*words, *(f"{key}={value}" for key, value in found.items())]
 
 
 def _pairs(text: str) -> dict[str, str]:
-    return dict(item.split("=", 1) for item in shlex.split(text))
+    return dict(item.split("=", 1) for item in shlex.split(text) if "=" in item)

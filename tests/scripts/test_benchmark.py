@@ -8,6 +8,7 @@ import pytest
 from phantom.engine.config.overrides import expand
 from scripts import benchmark, studies
 from scripts.bench import variants
+from scripts.reporting import suites
 from scripts.running import suite
 
 SUITES = [name for name in studies.names() if "benchmark" in studies.load(name)]
@@ -23,6 +24,7 @@ ROWS = [(name, row) for name in SUITES for row in studies.load(name)["benchmark"
         (["peer=jaxopt"], "choose torchdeq"),
         (["out=page.md"], "must end in .json"),
         (["model=mdeq_tiny", "batch=0"], "batch=0 must be an integer >= 1"),
+        (["small", "k=3"], "small takes clock, threads"),
         (["suite"], "name one suite, cpu or gpu"),
         (["suite", "tpu"], "'tpu' is neither one of cpu, gpu, rehearse"),
         (["suite", "cpu", "rows=mdeq"], "cpu has no row mdeq; it has mdeq_tiny_float32, "),
@@ -49,13 +51,27 @@ def test_every_row_of_a_suite_composes(name, row):
     study = studies.load(name)
     for rehearse in (False, True):
         items = suite.items(study, row, rehearse=rehearse)
-        own, _, overrides = benchmark.arguments.split(items, doc="", own=benchmark.OWN)
-        assert all(len(job) >= 3 for job in expand(overrides))
+        own, words, overrides = benchmark.arguments.split(items, doc="", own=benchmark.OWN, words=["small"])
+        assert overrides == [] if words else all(len(job) >= 3 for job in expand(overrides))
         assert ("out" in own) is not rehearse
         if not rehearse:
             assert own["out"] == f"results/{name}/{row['name']}.json" and own["title"] == row["title"]
             assert own["repeats"] == {"benchmark/cpu": "15", "benchmark/gpu": "9"}[name]
-    assert variants.settings(overrides)
+    assert words or variants.settings(overrides)
+
+
+def test_small_states_are_timed_without_a_model(tmp_path):
+    out = tmp_path / "small.json"
+    items = ["device=cpu", "clock=cpu", "threads=1", "repeats=2", "warmup=0"]
+    result = benchmark.main(["small", *items, f"out={out}"])
+    seconds = {row["label"]: row["seconds"]["median"] for row in result["rows"]}
+    compared = {item["a"]: item["b"] for item in result["ratios"]}
+    plain, bare = "plain float64 tol=null", "bare loop float64 tol=null"
+    assert compared[plain] == bare and min(seconds.values()) > 0
+    evals = {row["label"]: row["evals"] for row in result["rows"]}
+    assert evals[plain] == evals[bare] + 1 and evals["broyden float64 tol=0.0001"] < evals[plain]
+    page = suites.render("Page", [("Small states", "", result)])
+    assert "## Small states" in page and f"| {plain} | {bare} |" in page and plain in out.with_suffix(".md").read_text()
 
 
 def test_a_suite_goes_on_after_a_failure_and_stops_at_its_deadline(monkeypatch, capsys):
