@@ -32,7 +32,7 @@ def can_ask(z: Tensor, tol: float | None) -> bool:
 
 def is_read_for_nothing(z: Tensor) -> bool:
     """Return whether Python reads and compares a number per row of `z` (B, D) in less time than operators take."""
-    return z.shape[0] <= 64 and is_on_host(z)
+    return is_on_host(z) and z.shape[0] <= 64
 
 
 def read(columns: Sequence[Tensor], *, on_host: bool) -> list[list[float]]:
