@@ -219,7 +219,8 @@ def _loop(
             together, going = True, batch
             memory = solver.start(z.reshape(1, -1), g.reshape(1, -1))
             best, rows = _join(z, best, length, residual, rows)
-        if going is not None:
+        # ranks ask each other at the same steps, whichever of them know more
+        if going is not None and (group is None or step % solver.sync_every == 0):
             done = not any_rank(going != 0, group, z.device)
     converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     converged = converged.all().expand(batch) if together else converged
