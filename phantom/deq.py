@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,8 +22,8 @@ from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
-from phantom.state import Map, Packing, State
-from phantom.validate import check_kind
+from phantom.state import FlatMap, Map, Packing, State
+from phantom.validate import check_count, check_kind
 
 SOLVER, GRAD = Broyden(), UPG()  # the defaults
 
@@ -43,6 +43,8 @@ def fixed_point(
     confirm: bool = True,
     on_failure: OnFailure = "useless",
     group: Group = None,
+    states: Sequence[int] = (),
+    unrolled: bool = False,
     debug: bool = False,
     clock: Clock = nullcontext,
 ) -> Solution:
@@ -73,6 +75,12 @@ def fixed_point(
             the same settings; a rank that has stopped evaluates f at what it holds. Costs an all-reduce of one number
             where a solve asks whether its problems have stopped. The memory of Anderson and Broyden is that of a rank's
             own problems: where f couples those of several ranks strongly, `FixedPoint` converges better.
+        states: steps t of the solve whose state shall be in `Solution.states`, in this order: z_t, the best iterate of
+            the first t steps, or z_star where the solve has ended before, with the gradient of `grad` attached to it as
+            to z_star. A loss w l(value) + sum_t w_t l(states[t]) is the sparse fixed-point correction of Bai et al.,
+            *Deep Equilibrium Optical Flow Estimation* (2022). Each costs what the `attach` and the backward of `grad`
+            cost; the iterate itself is a constant. Not with BPTT and SHINE.
+        unrolled: keep the states after each step of UPG or BPTT, with their graph, in `Solution.unrolled`.
         debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
 
@@ -88,6 +96,7 @@ def fixed_point(
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
     group = name_of(group)
+    _check_extras(states, unrolled, grad)
     if _is_compiled_around(grad):
         from phantom.compiled import outside
 
@@ -102,6 +111,8 @@ def fixed_point(
             confirm=confirm,
             on_failure=on_failure,
             group=group,
+            states=states,
+            unrolled=unrolled,
             debug=debug,
             clock=clock,
         )
@@ -116,18 +127,32 @@ def fixed_point(
     flat_f, start = Pure(packing.wrap(f)), packing.pack(z0)
     flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
+    visited: dict[int, Tensor] = {}
+
+    def watch(step: int, best: Tensor) -> None:
+        if step in states:
+            visited[step] = best.clone()
+
     with clock("solve"):
         if differentiate and not grad.needs_equilibrium:
             z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
         else:
             run = solve if not transforms.are_active() else transforms.solve
-            z_star, stats, history = run(flat_f, flat_z0, solver, in_place=in_place or packing.joins, group=group)
+            z_star, stats, history = run(
+                flat_f,
+                flat_z0,
+                solver,
+                in_place=in_place or packing.joins,
+                group=group,
+                watch=watch if states else None,
+            )
             # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
             torch.clear_autocast_cache()
-    stats.group = group
+    stats.group, stats.on_failure = group, on_failure
     keep = history if grad.needs_history else None
     del history
     flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
+    iterates = [visited.get(step, z_star) for step in states]
     unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
         with clock("attach"):
@@ -135,14 +160,16 @@ def fixed_point(
                 with torch.autocast(flat_z0.device.type, dtype=gradient_precision):
                     flat_f = Pure(packing.wrap(f), flat_f.writes)  # f keeps the autocast it is wrapped under
             confirming = Confirming(flat_f, stats, solver) if unsure and gradient_precision is None else flat_f
+            if unrolled:
+                flat.unrolled = []
             flat.value = grad.attach(confirming, flat)
+            iterates = [_attach_at(z, flat_f, flat, grad) for z in iterates]
             if not grad.needs_equilibrium:
                 flat.z_star = flat.value.detach()
     elif unsure:
         with clock("solve"):
             Confirming(flat_f, stats, solver)(z_star)
             stats.num_evals += 1
-    stats.on_failure = on_failure
     if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver.tol):
         act(stats, on_failure, of="the solve of z = f(z)")
     # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
@@ -152,11 +179,32 @@ def fixed_point(
         z_star=packing.unpack(flat.z_star),
         stats=stats,
         history=keep,
+        states=tuple(packing.unpack(z, copy=True) for z in iterates),
+        unrolled=None if flat.unrolled is None else [packing.unpack(z, copy=True) for z in flat.unrolled],
     )
     if differentiate and regularizer is not None:
         with clock("attach"):
             solution.penalty = regularizer(f, solution.z_star)
     return solution
+
+
+def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator) -> None:
+    for step in states:
+        check_count("states", step, least=1, also=", a step of the solve; value is the state at its end")
+    if states and (grad.needs_history or not grad.needs_equilibrium):
+        way = "unrolled=True gives its steps" if grad.unrolls else "use UPG, NPG or Implicit"
+        raise ValueError(f"states={tuple(states)} cannot have the gradient of {type(grad).__name__}: {way}")
+    if unrolled and not grad.unrolls:
+        raise ValueError(f"unrolled=True needs UPG or BPTT: {type(grad).__name__} unrolls no steps")
+
+
+def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimator) -> Tensor:
+    """Return the iterate `z` of the solve with the gradient attached to it, which counts in `solution.stats`."""
+    stats = Stats.of_no_solve(z)
+    stats.group, stats.on_failure = solution.stats.group, solution.stats.on_failure
+    value = grad.attach(f, Solution(value=z, z0=solution.z0, z_star=z, stats=stats))
+    solution.stats.num_evals += stats.num_evals
+    return value
 
 
 def _is_compiled_around(grad: GradientEstimator) -> bool:
@@ -214,7 +262,16 @@ class DEQ(nn.Module):
         self.group = name_of(group)
         self.clock: Clock = nullcontext
 
-    def forward(self, f: Map, z0: State, *, solver: Solver | None = None, in_place: bool = False) -> Solution:
+    def forward(
+        self,
+        f: Map,
+        z0: State,
+        *,
+        solver: Solver | None = None,
+        in_place: bool = False,
+        states: Sequence[int] = (),
+        unrolled: bool = False,
+    ) -> Solution:
         """Return the equilibrium of `f` from `z0`, by `solver` this time if one is given; see `fixed_point`."""
         if solver is None:
             solver = self.solver if self.training or self.eval_solver is None else self.eval_solver
@@ -229,6 +286,8 @@ class DEQ(nn.Module):
             confirm=self.confirm,
             on_failure=self.on_failure,
             group=self.group,
+            states=states,
+            unrolled=unrolled,
             clock=self.clock,
         )
 

@@ -86,6 +86,9 @@ class Solution(Generic[S]):
         z_star: the detached iterate whose residual is reported (the best one visited; always finite if `z0` is).
         stats: cost and quality of the solve.
         history: the solver's memory, kept only for an estimator that reuses it; None otherwise.
+        states: the iterates that `fixed_point(states=...)` asks for, each with the estimator's graph as `value` has it.
+        unrolled: the states after each of the steps that UPG or BPTT differentiates, with a graph, the last of which
+            has the value of `value`; None unless `fixed_point(unrolled=True)` asks for them, and without grad.
         penalty: () the value of the DEQ's regulariser, with a graph; None without one.
     """
 
@@ -94,6 +97,8 @@ class Solution(Generic[S]):
     z_star: S
     stats: Stats
     history: Any = None
+    states: tuple[S, ...] = ()
+    unrolled: list[S] | None = None
     penalty: Tensor | None = None
 
 

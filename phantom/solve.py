@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -35,6 +36,8 @@ SMALL = 4096
 # |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
 FLOOR = 4
 
+Watch = Callable[[int, Tensor], None]
+
 
 @torch.no_grad()
 def solve(
@@ -46,6 +49,7 @@ def solve(
     scale: Tensor | None = None,
     in_place: bool = False,
     group: str | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
@@ -63,24 +67,26 @@ def solve(
         scale: (B,) what |f(z) - z| is measured by, whatever `solver.stop` says: |g| in an adjoint equation.
         in_place: f returns memory of its own at every call, which the loop may write to.
         group: name of the process group whose ranks go on until all have stopped, because f communicates.
+        watch: called after every step with its number and the iterate that would be returned then, memory of the loop.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
     f, z, num_evals = pure(f), z0.detach(), int(fz0 is None)
     with without_autocast(z.device.type):
         if not solver.measures_residual:
-            return *solver.roll_out(f, z), None
+            return *solver.roll_out(f, z, watch), None
         fz = f(z) if fz0 is None else fz0
         start = _Start(fz, z, solver, scale)
         if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            return _loop(f, z, solver, start, num_evals, in_place, group)
+            return _loop(f, z, solver, start, num_evals, in_place, group, watch)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
+        scaled = None if watch is None else lambda step, best: watch(step, best / power)
         best, stats, memory = _loop(
-            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, in_place=True, group=group
+            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, True, group, scaled
         )
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
@@ -178,7 +184,14 @@ class _Rows:
 
 
 def _loop(
-    f: FlatMap, z: Tensor, solver: Solver, start: _Start, num_evals: int, in_place: bool, group: str | None
+    f: FlatMap,
+    z: Tensor,
+    solver: Solver,
+    start: _Start,
+    num_evals: int,
+    in_place: bool,
+    group: str | None,
+    watch: Watch | None,
 ) -> tuple[Tensor, Stats, Any]:
     observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
@@ -219,6 +232,8 @@ def _loop(
             together, going = True, batch
             memory = solver.start(z.reshape(1, -1), g.reshape(1, -1))
             best, rows = _join(z, best, length, residual, rows)
+        if watch is not None:
+            watch(step, best)
         # ranks ask each other at the same steps, whichever of them know more
         if going is not None and (group is None or step % solver.sync_every == 0):
             done = not any_rank(going != 0, group, z.device)

@@ -24,6 +24,7 @@ from torch._functorch.pyfunctorch import (
 from torch.autograd import forward_ad
 
 from phantom.solution import Stats
+from phantom.solve import Watch
 from phantom.solve import solve as solve_rows
 from phantom.solver.base import Solver
 from phantom.state import FlatMap
@@ -104,13 +105,16 @@ class Levels:
             yield f_rows
 
 
-def solve(f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None) -> tuple[Tensor, Stats, Any]:
+def solve(
+    f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None, watch: Watch | None
+) -> tuple[Tensor, Stats, Any]:
     """Return what `phantom.solve.solve` returns, the iterate as a constant of the transforms.
 
     The statistics are those of the rows: B for each instance of a vmap.
     """
     levels = Levels()
     start = levels.rows(z0)
+    wrapped = None if watch is None else lambda step, best: watch(step, levels.wrap(best))
     with levels.aside(f) as f_rows:
-        z_star, stats, history = solve_rows(f_rows, start, solver, in_place=in_place, group=group)
+        z_star, stats, history = solve_rows(f_rows, start, solver, in_place=in_place, group=group, watch=wrapped)
     return levels.wrap(z_star), stats, history

@@ -20,6 +20,7 @@ class GradientEstimator(ABC):
 
     needs_equilibrium: ClassVar[bool] = True
     needs_history: ClassVar[bool] = False
+    unrolls: ClassVar[bool] = False  # whether `attach` adds its steps to `solution.unrolled`, where that is a list
 
     @abstractmethod
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:

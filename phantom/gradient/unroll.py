@@ -29,6 +29,8 @@ class UPG(GradientEstimator):
         lam: weight of the new iterate, in (0, 1].
     """
 
+    unrolls: ClassVar[bool] = True
+
     k: int = 5
     lam: float = 0.5
     checkpoint: bool = False
@@ -50,6 +52,7 @@ class BPTT(GradientEstimator):
     """
 
     needs_equilibrium: ClassVar[bool] = False
+    unrolls: ClassVar[bool] = True
 
     num_steps: int
     lam: float = 1.0
@@ -70,5 +73,7 @@ def _unroll(f: FlatMap, z: Tensor, steps: int, lam: float, checkpoint: bool, sol
         keep = not (z.is_cuda and torch.cuda.is_current_stream_capturing())
         fz = recompute(f, z, use_reentrant=False, preserve_rng_state=keep) if checkpoint else f(z)
         z = fz if lam == 1 else z.lerp(fz, lam)
+        if solution.unrolled is not None:
+            solution.unrolled.append(z)
     solution.stats.num_evals += steps
     return z

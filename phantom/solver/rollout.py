@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,12 +35,16 @@ class Rollout(Solver):
         if self.tol is not None:
             raise ValueError(f"tol={self.tol!r} must be null: a rollout measures no residual; FixedPoint stops early")
 
-    def roll_out(self, f: FlatMap, z: Tensor) -> tuple[Tensor, Stats]:
-        """Return the last iterate (B, D) from `z` (B, D), and what it cost."""
+    def roll_out(
+        self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None
+    ) -> tuple[Tensor, Stats]:
+        """Return the last iterate (B, D) from `z` (B, D), and what it cost; `watch` sees every step."""
         stats = Stats.of_no_solve(z)
-        for _ in range(self.max_steps):
+        for step in range(1, self.max_steps + 1):
             fz = f(z)
             z = fz if self.lam == 1 else torch.lerp(z, fz, self.lam)
+            if watch is not None:
+                watch(step, z)
         stats.num_steps += self.max_steps
         stats.num_evals += self.max_steps
         return z, stats
