@@ -12,7 +12,7 @@ from phantom.gradient.base import GradientEstimator
 from phantom.gradient.one_step import OneStep
 from phantom.gradient.shine import SHINE
 from phantom.gradient.unroll import BPTT, UPG
-from phantom.layers import WeightNorm, variational_mask
+from phantom.layers import SpectralNorm, WeightNorm, variational_mask
 from phantom.regularization import JacobianRegularizer
 from phantom.report import SolveError, SolveWarning, describe
 from phantom.solution import Solution, Stats
@@ -44,6 +44,7 @@ __all__ = [
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SpectralNorm",
     "State",
     "Stats",
     "WeightNorm",

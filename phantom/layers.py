@@ -1,4 +1,4 @@
-"""Layers that models share: functional weight normalisation and the dropout mask of a whole solve."""
+"""Layers that models share: functional weight and spectral normalisation, the dropout mask of a whole solve."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class WeightNorm(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        if weight.dim() < 2:
-            raise ValueError(f"weight must have an output axis and at least one more, got shape {tuple(weight.shape)}")
+        _check_weight(weight)
         v = weight.detach().clone()
         self.weight_v = nn.Parameter(v)
         self.weight_g = nn.Parameter(_norm(v))
@@ -41,6 +40,72 @@ class WeightNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight_v.shape)}"
+
+
+class SpectralNorm(nn.Module):
+    """Scale a weight W by its largest singular value sigma: weight = W * g / sigma, or W * min(1, g / sigma).
+
+    With a fixed g = `bound` < 1 the product with it contracts in l2, so that f(z) = tanh(weight z + x) has one
+    equilibrium. sigma = u^T W v, where a weight of more axes is the matrix (out, rest): of a convolution that is its
+    reshaped kernel, not the map. In training mode every call moves u and v towards the singular vectors by one power
+    step; in evaluation they stay. Call it once per `bind` and close over the result: nothing moves during the solve.
+
+    Args:
+        weight: (out, ...) initial weight; u and v, buffers, start after 15 power steps.
+        bound: initial value of g, one number per output channel.
+        learned: g is a parameter, and the norm whatever it becomes; else it is `bound` for good.
+        capped: only scale down.
+
+    Raises:
+        ValueError: `weight` has fewer than two axes, or `bound` is not positive.
+
+    Source: Miyato et al., *Spectral Normalization for Generative Adversarial Networks* (2018); the learnt and the
+    capped form are torchdeq's.
+    """
+
+    g: Tensor
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor, *, bound: float = 1.0, learned: bool = False, capped: bool = False) -> None:
+        super().__init__()
+        _check_weight(weight)
+        check_number("bound", bound, "> 0", also=": it is the largest singular value of the result")
+        self.learned, self.capped = learned, capped
+        self.weight = nn.Parameter(weight.detach().clone())
+        g = weight.new_full((weight.shape[0], *[1] * (weight.dim() - 1)), bound)
+        if learned:
+            self.g = nn.Parameter(g)
+        else:
+            self.register_buffer("g", g)
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("u", nn.functional.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("v", torch.zeros_like(matrix[0]))
+        for _ in range(15):
+            self._power_step()
+
+    def forward(self) -> Tensor:
+        """Return the effective weight, with a graph to `weight` and a learnt `g` when grad is enabled."""
+        if self.training:
+            self._power_step()
+        # clone u and v: the next power step overwrites them, and this backward needs the present values
+        sigma = self.u.clone() @ self.weight.flatten(1) @ self.v.clone()
+        factor = self.g / sigma
+        return self.weight * (factor.clamp_max(1.0) if self.capped else factor)
+
+    @torch.no_grad()
+    def _power_step(self) -> None:
+        matrix = self.weight.flatten(1)
+        self.v.copy_(nn.functional.normalize(matrix.T @ self.u, dim=0))
+        self.u.copy_(nn.functional.normalize(matrix @ self.v, dim=0))
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}, learned={self.learned}, capped={self.capped}"
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() < 2:
+        raise ValueError(f"weight must have an output axis and at least one more, got shape {tuple(weight.shape)}")
 
 
 def _norm(v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ignn.sparse import Matrix, multiply
+from phantom import SpectralNorm
 from phantom.validate import check_number
 
 NodeMap = Callable[[Tensor], Tensor]
@@ -111,9 +112,13 @@ class SpectralGraphLayer(nn.Module):
         check_kappa(kappa)
         self.kappa = kappa
         bound = 1 / math.sqrt(features)
-        self.W = SpectralWeight(torch.empty(features, features).uniform_(-bound, bound))
-        self.omega_1 = SpectralWeight(torch.empty(features, in_features).uniform_(-bound, bound))
-        self.omega_2 = SpectralWeight(torch.empty(features, in_features).uniform_(-bound, bound))
+        self.W = SpectralNorm(torch.empty(features, features).uniform_(-bound, bound), learned=True, capped=True)
+        self.omega_1 = SpectralNorm(
+            torch.empty(features, in_features).uniform_(-bound, bound), learned=True, capped=True
+        )
+        self.omega_2 = SpectralNorm(
+            torch.empty(features, in_features).uniform_(-bound, bound), learned=True, capped=True
+        )
         if dead_parameters:
             self.bias = nn.Parameter(torch.empty(features, 1).uniform_(-bound, bound), requires_grad=False)
 
@@ -124,43 +129,6 @@ class SpectralGraphLayer(nn.Module):
     def bind(self, injection: Tensor, graph: GraphInput) -> NodeMap:
         """Return f of states (1, N, m) for `injection` (N, m)."""
         return node_map(_projected(self.W(), self.kappa / graph.radius), injection, graph)
-
-
-class SpectralWeight(nn.Module):
-    """Scale each row of a matrix W by min(1, g / sigma): sigma is its largest singular value, g is learnt per row.
-
-    sigma = u^T W v; in training mode, every forward moves u and v towards the singular vectors by one power step.
-
-    Args:
-        weight: (m, p) initial value; g starts at one.
-
-    Source: Miyato et al., *Spectral Normalization* (2018), in the capped form of torchdeq.
-    """
-
-    u: Tensor
-    v: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.g = nn.Parameter(weight.new_ones(weight.shape[0], 1))
-        self.register_buffer("u", nn.functional.normalize(torch.randn_like(weight[:, 0]), dim=0))
-        self.register_buffer("v", torch.zeros_like(weight[0]))
-        for _ in range(15):
-            self._power_step()
-
-    def forward(self) -> Tensor:
-        """Return the effective weight."""
-        if self.training:
-            self._power_step()
-        # clone u and v: the next power step overwrites them, and this backward needs the present values
-        sigma = self.u.clone() @ self.weight @ self.v.clone()
-        return self.weight * (self.g / sigma).clamp_max(1.0)
-
-    @torch.no_grad()
-    def _power_step(self) -> None:
-        self.v.copy_(nn.functional.normalize(self.weight.T @ self.u, dim=0))
-        self.u.copy_(nn.functional.normalize(self.weight @ self.v, dim=0))
 
 
 def propagate(inputs: Tensor, weight: Tensor, graph: GraphInput) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from data.graphs.graph import Graph, membership, normalized_adjacency, sparse_matrix, spectral_radius
-from models.ignn.layers import ImplicitGraphLayer, SpectralGraphLayer, SpectralWeight, project_rows
+from models.ignn.layers import ImplicitGraphLayer, SpectralGraphLayer, project_rows
 from models.ignn.model import ChainsIGNN, NodeIGNN, solve
 from models.ignn.sparse import multiply
 from models.official.load import load_reference
@@ -213,15 +213,6 @@ def test_a_graph_without_edges_and_an_isolated_node():
     alone = normalized_adjacency(none, 1, "symmetric", torch.float64)
     single = Graph(graph.features[2:], alone, 1.0, membership([1], ones(1)))
     assert logits.isfinite().all() and (graph_model()(single)[0][0] - logits[1]).abs().max() < 1e-10
-
-
-def test_the_spectral_weight_has_norm_one_at_most():
-    weight = SpectralWeight(5 * randn(6, 4))
-    for _ in range(200):
-        weight()
-    assert float(torch.linalg.matrix_norm(weight().detach(), ord=2)) == pytest.approx(1.0, abs=1e-6)
-    small = SpectralWeight(1e-3 * randn(6, 4))
-    assert torch.equal(small(), small.weight), "the factor is capped at one"
 
 
 def test_official_names_load():
