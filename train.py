@@ -16,6 +16,7 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # imports create many long-lived objects; scanning them repeatedly costs about a second
 
+from models.official.load import load_reference
 from phantom.engine import command
 from phantom.engine.build import build_trainer
 from phantom.engine.config.configs import Configs
@@ -28,7 +29,7 @@ CONFIGS = Configs(Path(__file__).resolve().parent / "configs")
 
 def job(plan: Plan) -> dict[str, Any]:
     """Train as the plan says and return the record."""
-    trainer = build_trainer(plan)
+    trainer = build_trainer(plan, load_reference)
     gc.enable()
     return run(trainer, plan)
 

@@ -25,6 +25,7 @@ FIELDS = {
         "baseline",
         "data_digests",
         "data_notes",
+        "origin",
         "num_parameters",
         "parameter_groups",
         "official_parameter_count",

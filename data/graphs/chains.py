@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.digests import digest_of_tensors
 from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_count
 
 Batch = tuple[Graph, Tensor, Tensor]  # the graph, labels (N,), the nodes to score (S,)
@@ -98,10 +98,9 @@ class Chains(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         graph, labels, nodes = self.data
-        count = self.spec.sizes[split]
-        share = nodes[split][count * shard.rank // shard.world : count * (shard.rank + 1) // shard.world]
-        if share.numel():
-            yield graph, labels, share
+        part = share(range(self.spec.sizes[split]), shard.rank, shard.world)
+        if part:
+            yield graph, labels, nodes[split][part.start : part.stop]
 
     def _generate(self) -> tuple[Graph, Tensor, dict[str, Tensor]]:
         import numpy as np

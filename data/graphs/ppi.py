@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from data.graphs.graph import (
 from data.paths import cache_folder, data_root, root_hint
 from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_count
 
 Batch = tuple[Graph, Tensor]  # a union of graphs, labels (N, 121) of zeros and ones
@@ -99,14 +100,16 @@ class LabelledGraphs(Source):
         for step in range(start, self.steps(epoch)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             parts = check_parts(shard, len(chosen))
-            yield [_join([graphs[chosen[i]] for i in part]) for part in parts]
+            yield [_join([graphs[i] for i in chosen], part) for part in parts]
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         graphs = self.graphs(split)
-        share = graphs[len(graphs) * shard.rank // shard.world : len(graphs) * (shard.rank + 1) // shard.world]
-        for begin in range(0, len(share), self.eval_batch_size):
-            yield _join(share[begin : begin + self.eval_batch_size])
+        for begin in range(0, len(graphs), self.eval_batch_size):
+            batch = graphs[begin : begin + self.eval_batch_size]
+            part = share(range(len(batch)), shard.rank, shard.world)
+            if part:
+                yield _join(batch, part)
 
 
 class PPI(LabelledGraphs):
@@ -181,7 +184,10 @@ def labelled_graph(features: Tensor, edges: Tensor, labels: Tensor) -> Batch:
     return Graph(features=features.float(), adjacency=adjacency, radius=radius), labels.float()
 
 
-def _join(items: list[Batch]) -> Batch:
+def _join(batch: list[Batch], part: range) -> Batch:
+    """Return a part of a batch, with the radius of the whole: it bounds W, which all parts and ranks must share."""
+    radius = max(graph.radius for graph, _ in batch)
+    items = [batch[i] for i in part]
     if len(items) == 1:
-        return items[0]
-    return union([graph for graph, _ in items]), torch.cat([labels for _, labels in items])
+        return replace(items[0][0], radius=radius), items[0][1]
+    return replace(union([graph for graph, _ in items]), radius=radius), torch.cat([labels for _, labels in items])

@@ -21,7 +21,7 @@ from data.graphs.refinement import merge_nodes
 from data.paths import data_root, root_hint
 from data.seeding import generator
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_choice, check_count, check_flag, check_number
 
 Adjacency = Literal["doubled", "same"]
@@ -174,9 +174,9 @@ class TUGraphs(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         ids = self.ids[split]
-        share = ids[len(ids) * shard.rank // shard.world : len(ids) * (shard.rank + 1) // shard.world]
-        for begin in range(0, len(share), self.batch_size):
-            yield self._batch(share[begin : begin + self.batch_size], "eval", keep=True)
+        part = share(range(len(ids)), shard.rank, shard.world)
+        for begin in part[:: self.batch_size]:
+            yield self._batch(ids[begin : min(begin + self.batch_size, part.stop)], "eval", keep=True)
 
     def _held_out(self, train: list[int]) -> list[int]:
         count = round(self.validation * len(train))

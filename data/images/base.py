@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.digests import digest
 from data.seeding import generator
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_choice, check_count
 
 Augment = Literal["none", "crop_flip"]
@@ -131,12 +131,10 @@ class InMemoryImages(Source):
         self.check_split(split)
         images, labels = self._sets[split]
         for start in range(0, len(labels), self.eval_batch_size):
-            stop = min(start + self.eval_batch_size, len(labels))
-            # ranks take contiguous shares of every batch; in the last batch a share may be empty
-            first = start + (stop - start) * shard.rank // shard.world
-            last = start + (stop - start) * (shard.rank + 1) // shard.world
-            if first < last:
-                yield self._normalise(images[first:last]), labels[first:last]
+            batch = range(start, min(start + self.eval_batch_size, len(labels)))
+            part = share(batch, shard.rank, shard.world)  # empty for some ranks where the last batch is short
+            if part:
+                yield self._normalise(images[part.start : part.stop]), labels[part.start : part.stop]
 
     def to(self, device: torch.device) -> None:
         """Hold the images on `device` and build the batches there; their values do not change."""

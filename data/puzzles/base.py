@@ -16,7 +16,7 @@ from torch import Tensor
 from data.digests import digest
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_count, check_flag
 
 PATIENCE = 20
@@ -148,11 +148,9 @@ class Puzzles(Source):
         puzzles = self._sets[split]
         count = len(puzzles.inputs)
         for start in range(0, count, self.eval_batch_size):
-            stop = min(start + self.eval_batch_size, count)
-            first = start + (stop - start) * shard.rank // shard.world
-            last = start + (stop - start) * (shard.rank + 1) // shard.world
-            if first < last:
-                yield _tensors(puzzles.take(slice(first, last)))
+            part = share(range(start, min(start + self.eval_batch_size, count)), shard.rank, shard.world)
+            if part:
+                yield _tensors(puzzles.take(slice(part.start, part.stop)))
 
     def _stream(self, epoch: int, begin: int) -> Iterator[PuzzleSet]:
         """Yield batches of the endless stream of passes, from its example `begin` on."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_count
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, (B, L) int64 each
@@ -103,10 +103,10 @@ class TokenStreams(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         streams = self._eval[split]
-        rows = slice(len(streams) * shard.rank // shard.world, len(streams) * (shard.rank + 1) // shard.world)
-        if rows.start < rows.stop:
+        part = share(range(len(streams)), shard.rank, shard.world)
+        if part:
             for begin in self._starts(streams):
-                yield self._segment(streams[rows], begin)
+                yield self._segment(streams[part.start : part.stop], begin)
 
     def _cut(self, split: str, count: int, name: str) -> np.ndarray:
         """Return the streams (B, n) of a split, a view."""

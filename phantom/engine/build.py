@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
 from phantom.engine.config.instantiate import instantiate
+from phantom.engine.continuation import check_continued
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
 from phantom.engine.machine.compiler import check_compiler
@@ -18,6 +21,8 @@ from phantom.engine.model import check_model, find_cell
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.training.loop import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def build_model(plan: Plan, spec: Spec, deq: nn.Module | None = None) -> nn.Module:
@@ -85,11 +90,15 @@ def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
             raise ConfigError(str(error)) from error
 
 
-def build_trainer(plan: Plan) -> Trainer:
+def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Trainer:
     """Build everything that the run needs.
+
+    Args:
+        load_reference: translates official weights for `init=<code base>:<file>`, see `load_initial`.
 
     Raises:
         ConfigError, DataError: data that cannot be found, or a model that does not fit it.
+        CheckpointError: the weights of `init`, or the run of `continue_from`, do not fit.
     """
     config: dict[str, Any] = plan.config
     device, rank, world_size = set_up_machine(plan)
@@ -97,6 +106,11 @@ def build_trainer(plan: Plan) -> Trainer:
     if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
     _check_compiler(config, device)
+    begins = config["resume"] == "never" or not any(plan.folder.glob("*.pt"))
+    init = config["init"] if begins else None  # a run that resumes has weights, and its origin in the checkpoint
+    if init is not None:
+        locate_weights(init)
+    origin = check_continued(plan) if begins else None
     source = build_source(plan)
     wanted = plan.budget.eval_splits
     if any(split not in source.splits for split in wanted):
@@ -106,12 +120,12 @@ def build_trainer(plan: Plan) -> Trainer:
     source.to(device)
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     model = build_model(plan, source.spec).to(device)
+    if init is not None:
+        origin = load_initial(model, init, load_reference)
+        log.info("the run begins with the weights of %s", ", ".join(f"{k} {v}" for k, v in origin.items()))
     if config["compile"]:
         compile_cell(model)
-    try:
-        wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = plan.folder
     return Trainer(
@@ -133,7 +147,8 @@ def build_trainer(plan: Plan) -> Trainer:
         progress=config["progress"],
         folder=folder,
         config=plan.text,
-        differences=plan.differences,
+        differences=plan.differences_to_resume,
+        origin=origin,
         make_tracker=lambda fresh: Tracker(
             fresh=fresh,
             mode=config["wandb"],

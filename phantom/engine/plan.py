@@ -79,6 +79,11 @@ class Plan:
         """The config as YAML, as checkpoints and the run folder keep it."""
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
 
+    def differences_to_resume(self, text: str) -> list[str]:
+        """Return those of `differences` that forbid to go on: of a run that continues another one, the budget may."""
+        free = () if self.config["continue_from"] is None else records.BUDGET
+        return [key for key in self.differences(text) if key not in free]
+
     def differences(self, text: str) -> list[str]:
         """Return the root keys that say another run than the config saved as `text`; see `records.CIRCUMSTANCES`."""
         return records.differences(self.config, upgrade(yaml.safe_load(text), self.defaults))

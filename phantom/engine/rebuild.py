@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import yaml
 from torch import nn
 
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.artifacts.weights import LoadReference, read_tensors
 from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import change
@@ -23,8 +23,6 @@ from phantom.engine.source import Shard, Source
 from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
 from phantom.validate import check_choice
-
-LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 
 
 class Rebuilt(NamedTuple):
@@ -133,19 +131,7 @@ def evaluate_official(
         ConfigError: the config does not compose, or the checkpoint is of another model or code base.
     """
     plan = make_plan(overrides, configs)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as tensors alone: {reason}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
+    state = read_tensors(path)
 
     def load(model: nn.Module) -> None:
         try:

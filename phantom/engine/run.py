@@ -12,6 +12,7 @@ from phantom.engine.artifacts import records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
+from phantom.engine.continuation import copy_continued
 from phantom.engine.machine import distributed
 from phantom.engine.machine.memory import peak_memory
 from phantom.engine.model import official_parameter_count, parameter_counts
@@ -37,6 +38,8 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         if not resume:
             for name in ("last.pt", "best.pt", "metrics.jsonl", "record.json"):
                 (folder / name).unlink(missing_ok=True)
+        if trainer.origin is not None and "continue_from" in trainer.origin:
+            copy_continued(plan)
         log.info("%s", _recipe_line(plan))
         log.info("run folder: %s", folder)
     distributed.barrier()
@@ -51,7 +54,8 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
     if main:
         (folder / "config.yaml").write_text(trainer.config)
     started = records.now()
-    trainer.fit(resume=resume)
+    # a run that continues another one has that one's checkpoint in its own folder by now
+    trainer.fit(resume=resume or plan.config["continue_from"] is not None)
     record = asdict(_record(trainer, plan, started))
     if main:
         records.write_json(folder / "record.json", record)
@@ -111,6 +115,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         baseline=spec.baseline,
         data_digests=dict(trainer.data.digests),
         data_notes=spec.notes,
+        origin=trainer.origin,
         num_parameters=sum(p.numel() for p in model.parameters()),
         parameter_groups=parameter_counts(model),
         official_parameter_count=official_parameter_count(model),

@@ -50,15 +50,22 @@ class Shard:
     def parts(self, count: int) -> list[range]:
         """Return this rank's index ranges of a global batch of `count` examples, one per micro-batch, none empty.
 
-        All ranks' parts together cover `range(count)` exactly once. A batch too small for every rank to get at least
-        one example yields an empty list on every rank, so that ranks never disagree on the number of steps.
+        All ranks' parts together cover `range(count)` exactly once. Ranks share every micro-batch, and the cuts between
+        micro-batches are the same for any number of ranks: so is what a norm over all ranks sees. A batch too small for
+        every rank to get at least one example yields an empty list on every rank, so that ranks never disagree on the
+        number of steps.
         """
         if count < self.world:
             return []
-        begin, end = count * self.rank // self.world, count * (self.rank + 1) // self.world
         micro = min(self.micro, count // self.world)
-        cuts = [begin + (end - begin) * i // micro for i in range(micro + 1)]
-        return [range(a, b) for a, b in pairwise(cuts)]
+        cuts = [count * i // micro for i in range(micro + 1)]
+        return [share(range(a, b), self.rank, self.world) for a, b in pairwise(cuts)]
+
+
+def share(whole: range, rank: int, world: int) -> range:
+    """Return one rank's part of a range, of which all ranks together have every index once; it may be empty."""
+    size = len(whole)
+    return range(whole.start + size * rank // world, whole.start + size * (rank + 1) // world)
 
 
 class Source(ABC):

@@ -160,9 +160,3 @@ def test_resuming_under_another_config_names_the_keys(tmp_path):
 
 def test_resuming_elsewhere_is_allowed(tmp_path):
     resumed_under(tmp_path, "seed: 0\nk: 5\nwandb: disabled\ndata: {root: b, size: 3}\n")
-
-
-def test_resuming_with_another_number_of_processes_says_so(tmp_path):
-    tiny.trainer(tmp_path).fit(resume=False)
-    with pytest.raises(CheckpointError, match=r"written by 1 process.*this run has 2: resume with 1"):
-        tiny.trainer(tmp_path, shard=tiny.Shard(rank=0, world=2)).fit(resume=True)

@@ -48,11 +48,6 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         distributed.start("cuda")
 
 
-def test_synchronised_batch_norm_needs_gpus():
-    with pytest.raises(ValueError, match=r"sync_batchnorm=true needs GPUs"):
-        distributed.wrap(nn.BatchNorm1d(2), tiny.CPU, 2, sync_batchnorm=True)
-
-
 class Normed(nn.Module):
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Two processes train as one does on the same global batches, and resume as they were."""
 
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,9 +65,22 @@ def test_resumed_ranks_are_the_unbroken_ones(folder, step):
     assert tiny.rows(folder / f"interrupted{step}") == tiny.rows(folder / "interruptedNone")
 
 
-def test_resuming_alone_says_how_many_processes_are_needed(folder):
-    run = two_ranks.trainer(folder / "exact1", 0, 1, noisy=False, count=11)
-    with pytest.raises(CheckpointError, match=r"written by 2 process.*this run has 1: resume with 2.*resume=never"):
+def test_one_process_goes_on_where_two_stopped(folder, tmp_path):
+    """As one process would have from the start; what cannot be shared is refused, and left as it is."""
+    two_ranks.exact(tmp_path / "whole", 0, 1, micro=1)
+    shutil.copytree(folder / "exact1", tmp_path / "parts")
+    for name, epochs in (("whole", 5), ("parts", 5)):
+        two_ranks.trainer(
+            tmp_path / name, 0, 1, noisy=False, count=11, budget=tiny.budget(epochs=epochs, checkpoint_every=2)
+        ).fit(resume=True)
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 15 and len(parts["ranks"]) == 1
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], weight, rtol=EQUAL, atol=EQUAL, msg=name)
+    run = two_ranks.trainer(folder / "interruptedNone", 0, 1, noisy=True, task=tiny.WarmStart(), micro=2)
+    with pytest.raises(
+        CheckpointError, match=r"written by 2 process.*this run has 1.*carry_rows\): resume with 2.*never"
+    ):
         run.fit(resume=True)
 
 
@@ -88,8 +103,12 @@ def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
             assert ranks[0]["final"][split][name] == pytest.approx(metrics[name], rel=EQUAL)
 
 
-def test_a_rank_without_a_batch_stops_all(folder):
-    assert sorted(file.name for file in (folder / "too_few").iterdir()) == ["rank0", "rank1"]
+def test_a_rank_without_an_example_knows_what_the_others_found(folder, tmp_path):
+    alone = two_ranks.trainer(tmp_path, 0, 1, noisy=False, count=1)
+    options = {"shard": alone.shard, "device": tiny.CPU, "precision": "fp32"}
+    expected = evaluate(alone.unwrapped, alone.task, alone.source, "test", **options)
+    for rank in range(2):
+        assert torch.load(folder / "one" / f"rank{rank}.pt") == pytest.approx(expected, rel=EQUAL)
 
 
 def test_ranks_drop_units_of_their_own(folder):

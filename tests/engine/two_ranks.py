@@ -78,13 +78,14 @@ def batch_statistics(folder: Path, rank: int, world: int, *, ema: float | None) 
     torch.save({"buffers": buffers, "final": run.final, "best": run.best}, folder / f"rank{rank}.pt")
 
 
-def too_few(folder: Path, rank: int, world: int) -> None:
-    """One example to evaluate on: one of the ranks has none, and both must say so."""
+def one_example(folder: Path, rank: int, world: int) -> None:
+    """One example to evaluate on, which one of the ranks has; and none at all, of which both must say so."""
     run = trainer(folder, rank, world, noisy=False, count=1)
     options = {"shard": run.shard, "device": tiny.CPU, "precision": "fp32"}
-    with pytest.raises(ConfigError, match="'test' has no batch for one of the processes"):
-        evaluate(run.unwrapped, run.task, run.source, "test", **options)
-    (folder / f"rank{rank}").touch()
+    metrics = evaluate(run.unwrapped, run.task, run.source, "test", **options)
+    torch.save(metrics, folder / f"rank{rank}.pt")
+    with pytest.raises(ConfigError, match="'test' has no batch: use another split"):
+        evaluate(run.unwrapped, run.task, tiny.Vectors(count=0), "test", **options)
 
 
 def command_line(folder: Path, world: int) -> None:
@@ -106,7 +107,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         name = folder / f"statistics{ema}"
         name.mkdir(exist_ok=True)
         batch_statistics(name, rank, world, ema=ema)
-    (folder / "too_few").mkdir(exist_ok=True)
-    too_few(folder / "too_few", rank, world)
+    (folder / "one").mkdir(exist_ok=True)
+    one_example(folder / "one", rank, world)
     command_line(folder / "command_line", world)
     dist.destroy_process_group()

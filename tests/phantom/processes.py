@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120
 
 
-def run_ranks(module: str, folder: Path, *, world: int = 2) -> list[dict]:
-    """Run `python -m module RANK WORLD FOLDER` for every rank; return the contents of FOLDER/RANK.pt."""
+def run_ranks(module: str, folder: Path, *more: str, world: int = 2, seconds: float = 120) -> list[dict]:
+    """Run `python -m module RANK WORLD FOLDER MORE` for every rank; return the contents of FOLDER/RANK.pt.
+
+    They end after `seconds` at most.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", module]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)],
+            [*command, str(rank), str(world), str(folder), *more],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
@@ -28,7 +30,7 @@ def run_ranks(module: str, folder: Path, *, world: int = 2) -> list[dict]:
         for rank in range(world)
     ]
     try:
-        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -25,6 +25,10 @@ CIRCUMSTANCES = (
     *("runs", "resume", "progress", "wandb", "wandb_project"),
     *("data.root", "data.download", "data.cache"),
 )
+# keys that came later: a run that does not use them is the run that it was before
+LATER = ("init", "continue_from")
+# keys that may change where a run goes on from another one, see `continue_from`
+BUDGET = ("epochs", "steps", "smoke_steps", "schedule", "eval_every", "eval_splits", "scale", "repeats", *LATER)
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
 
 
@@ -61,6 +65,7 @@ class Record:
         metric: the headline metric; `baseline` holds, per split, its value for a model that ignores its input.
         data_digests: per split, a short hash of the examples that were read.
         data_notes: what the data set says of its splits.
+        origin: where the run began, if not with drawn weights: `init` or `continue_from`, with a digest or step.
         parameter_groups: number of parameters of every part of the model.
         official_parameter_count: where the original counts otherwise, such as a shared weight twice; else None.
         folder: the run folder, relative to the folder of all runs.
@@ -84,6 +89,7 @@ class Record:
     baseline: dict[str, float]
     data_digests: dict[str, str]
     data_notes: dict[str, str | int]
+    origin: dict[str, Any] | None = None
     num_parameters: int
     parameter_groups: dict[str, int]
     official_parameter_count: int | None
@@ -175,6 +181,7 @@ def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in CIRCUMSTANCES or key == "seed"}
+    kept = {key: value for key, value in kept.items() if key not in LATER or value is not None}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in CIRCUMSTANCES}
     return _without(kept, "compile")  # solvers have the key, too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,11 +19,11 @@ from phantom.engine.errors import ConfigError
 
 ANY = "++"  # Hydra's mark of a key that need not be there
 # keys that hold a path, which is taken as it is typed: Hydra's grammar has no umlauts and no brackets in a name
-PATHS = ("runs", "data.root", "data.cache")
+PATHS = ("runs", "data.root", "data.cache", "init", "continue_from")
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Return the parsed items; a path is taken as it is typed, unless it has a comma, which separates jobs.
+    """Return the parsed items; a path is taken as it is typed. A comma separates jobs, unless such a path is there.
 
     Raises:
         ConfigError: an item is not of the form key=value, or its value needs quotes.
@@ -50,8 +51,11 @@ def _parse(parser: OverridesParser, line: str) -> Override:
 def _as_typed(line: str) -> str:
     """Return the item with its path in quotes, unless it is more than a path: null, quoted, or with a reference."""
     key, _, value = line.partition("=")
-    plain_value = value in ("", "null") or value[0] in "'\"" or "," in value or "${" in value
-    return line if key not in PATHS or plain_value else _quoted(key, value)
+    if key not in PATHS or value in ("", "null") or value[0] in "'\"" or "${" in value:
+        return line
+    # the folders of runs have commas in their names
+    there = any(path and Path(path).expanduser().exists() for path in (value, value.partition(":")[2]))
+    return line if "," in value and not there else _quoted(key, value)
 
 
 def _quoted(key: str, value: str) -> str:

@@ -24,7 +24,9 @@ COUNTS = ("epochs", "accumulate", "log_every", "smoke_steps", "repeats")
 OPTIONAL_COUNTS = ("steps", "eval_every", "checkpoint_every", "subset", "test_subset")
 SWITCHES = ("compile", "cuda_graph", "deterministic", "sync_batchnorm", "progress")
 TEXTS = ("runs", "wandb_project")
+OPTIONAL_TEXTS = ("init", "continue_from")
 OTHERS = ("seed", "ema", "eval_splits")
+KEYS = (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *TEXTS, *OPTIONAL_TEXTS, *OTHERS)
 
 
 def check_root(config: dict[str, Any]) -> None:
@@ -33,7 +35,7 @@ def check_root(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key, the value got and what is allowed.
     """
-    missing = [k for k in (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *TEXTS, *OTHERS) if k not in config]
+    missing = [k for k in KEYS if k not in config]
     if missing:
         raise ConfigError(f"the config has no {', '.join(missing)}: it was written by another version of this program")
     try:
@@ -54,6 +56,13 @@ def check_root(config: dict[str, Any]) -> None:
     for key in TEXTS:
         if not isinstance(config[key], str) or not config[key]:
             raise ConfigError(f"{key}={config[key]!r} must be a name")
+    for key in OPTIONAL_TEXTS:
+        if config[key] is not None and (not isinstance(config[key], str) or not config[key]):
+            raise ConfigError(f"{key}={config[key]!r} must be a path or null")
+    if config["init"] is not None and config["continue_from"] is not None:
+        raise ConfigError(
+            "init and continue_from exclude each other: the run that continue_from names has weights of its own"
+        )
     splits = config["eval_splits"]
     if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
         raise ConfigError(f"eval_splits={splits!r} must be a list of splits of the data, such as [test]")

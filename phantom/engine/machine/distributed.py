@@ -16,6 +16,7 @@ from torch import nn
 
 from phantom.deq import deqs_of
 from phantom.engine.machine.allocator import keep_freed_memory
+from phantom.engine.machine.batch_norm import SumBatchNorm, synchronise
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -56,9 +57,10 @@ def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: 
     if world == 1:
         return model
     if sync_batchnorm:
-        if device.type != "cuda":
-            raise ValueError("sync_batchnorm=true needs GPUs: torch has no synchronised batch norm on the CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            synchronise(model)
         stop_together(model)
     return nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
@@ -67,8 +69,8 @@ def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: 
 
 def stop_together(model: nn.Module) -> None:
     """Let the solves of all ranks stop together where the module `cell`, which computes f, has a norm over ranks."""
-    cell = getattr(model, "cell", None)
-    if isinstance(cell, nn.Module) and any(isinstance(part, nn.SyncBatchNorm) for part in cell.modules()):
+    cell, norms = getattr(model, "cell", None), (nn.SyncBatchNorm, SumBatchNorm)
+    if isinstance(cell, nn.Module) and any(isinstance(part, norms) for part in cell.modules()):
         for deq in deqs_of(model):
             deq.group = "world"
 

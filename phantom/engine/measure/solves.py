@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class SolveMeter:
         as `residual/0`, `residual/1`.
         """
         own = [self._counts, *({name: float(v) for name, v in sums.items()} for sums in (self._extra, *self._sums))]
-        counts, extra, *rows = (_total(parts) for parts in zip(*distributed.gather(own), strict=True))
+        # a rank without a batch has no solves
+        counts, extra, *rows = (_total(parts) for parts in zip_longest(*distributed.gather(own), fillvalue={}))
         if not counts:
             return {}
         result = {name: counts[name] / counts["batches"] for name in ("num_evals", "num_vjps") if name in counts}

@@ -76,6 +76,8 @@ class Task(ABC):
     kind: its name; a data set is of one kind, a model lists the kinds that it serves.
     unit: the plural of what `Tally.count` counts, as in "images" per second.
     metric, mode: the headline number of a report, and whether more or less of it is better.
+    carry_rows: the tensors of a carry have the rows of the batch in dimension 0, so that another number of processes
+        can go on with them.
     fixed_shapes: all batches but the last of an epoch have the same shapes, and no batch carries anything to the next.
     """
 
@@ -83,6 +85,7 @@ class Task(ABC):
     unit: ClassVar[str] = "items"
     metric: ClassVar[str]
     mode: ClassVar[Literal["max", "min"]]
+    carry_rows: ClassVar[bool] = False
     fixed_shapes: ClassVar[bool] = False
 
     @abstractmethod

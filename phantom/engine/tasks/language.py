@@ -19,6 +19,7 @@ class LanguageModelling(Task):
 
     kind: ClassVar[str] = "language_modelling"
     unit: ClassVar[str] = "tokens"
+    carry_rows: ClassVar[bool] = True
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
 

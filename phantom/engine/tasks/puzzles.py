@@ -21,6 +21,7 @@ class PuzzleSolving(Task):
 
     kind: ClassVar[str] = "puzzle_solving"
     unit: ClassVar[str] = "puzzles"
+    carry_rows: ClassVar[bool] = True
     metric: ClassVar[str] = "exact_match"
     mode: ClassVar[Literal["max", "min"]] = "max"
 

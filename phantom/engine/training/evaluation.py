@@ -33,7 +33,7 @@ def evaluate(
     The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
 
     Raises:
-        ConfigError: the split has no batch for one of the ranks; every rank raises.
+        ConfigError: the split has no batch; every rank raises.
     """
     was_training = model.training
     model.eval()
@@ -51,6 +51,10 @@ def evaluate(
                 meter.add(score.solutions)
     finally:
         model.train(was_training)
-    if not all(distributed.gather(total is not None)) or total is None:
-        raise ConfigError(f"the split {split!r} has no batch for one of the processes: use fewer of them, or more data")
+    names = [own for own in distributed.gather(None if total is None else list(total.sums)) if own is not None]
+    if not names:
+        raise ConfigError(f"the split {split!r} has no batch: use another split, or more data")
+    if total is None:  # a split with fewer examples than there are ranks
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        total = Tally(zero, 0, dict.fromkeys(names[0], zero))
     return {**task.report(total.all_reduce()), **meter.report()}

@@ -21,8 +21,9 @@ from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import MetricsLog
+from phantom.engine.artifacts.redistribution import carries_to_resume
 from phantom.engine.artifacts.tracking import Tracker
-from phantom.engine.errors import CheckpointError, DivergenceError
+from phantom.engine.errors import DivergenceError
 from phantom.engine.machine import distributed
 from phantom.engine.machine.memory import peak_memory
 from phantom.engine.measure.monitor import Monitor
@@ -34,6 +35,8 @@ from phantom.engine.training.evaluation import batch_to, evaluate
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
 from phantom.engine.training.step import Step
+
+NEW_RANK = 7919  # a prime, so that the seeds of new ranks at different steps are different
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class Trainer:
         progress: show a bar and a line per evaluation.
         cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
         config: the resolved configuration as text, stored in every checkpoint.
+        origin: what the run began with, for the record; a checkpoint that is resumed has its own.
         make_tracker: opens the tracker; True begins a curve of its own.
     differences: returns the root keys in which a checkpoint's config, as text, is another run's.
 
@@ -98,6 +102,7 @@ class Trainer:
     config: str
     differences: Callable[[str], list[str]]
     make_tracker: Callable[[bool], Tracker]
+    origin: dict[str, Any] | None = None
 
     step: int = 0
     seconds: float = 0.0
@@ -307,6 +312,7 @@ class Trainer:
             "train_report": self.train_report,
             "ranks": ranks,
             "data_digests": dict(self.data.digests),
+            "origin": self.origin,
             "config": self.config,
         }
         checkpoints.save(self.folder / name, state)
@@ -316,12 +322,6 @@ class Trainer:
         checkpoints.check_config(state, self.differences, path)
         # early checkpoints do not know their data
         check_same_data(Data(state.get("data_digests", {}), state["config"]), self.data, path)
-        world = len(state["ranks"])
-        if world != self.shard.world:
-            raise CheckpointError(
-                f"the checkpoint {path} was written by {world} process(es), this run has {self.shard.world}: resume "
-                f"with {world}, or start from the beginning with resume=never"
-            )
         checkpoints.load_weights(self.unwrapped, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self._take_step.average is not None:
@@ -329,6 +329,11 @@ class Trainer:
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
         self.seconds = state.get("seconds", 0.0)  # which early checkpoints do not know
-        own = state["ranks"][self.shard.rank]
-        self._take_step.carries = batch_to(own["carries"], self.device)
-        checkpoints.set_rng_state(own["rng"], self.device)
+        self.origin = state.get("origin", self.origin) or self.origin
+        ranks, rank = state["ranks"], self.shard.rank
+        carries = carries_to_resume(ranks, self.shard, by_rows=self.task.carry_rows, path=path)
+        self._take_step.carries = batch_to(carries, self.device)
+        if rank < len(ranks):
+            checkpoints.set_rng_state(ranks[rank]["rng"], self.device)
+        else:  # a new rank begins with numbers of its own
+            torch.manual_seed(torch.initial_seed() + NEW_RANK * self.step)

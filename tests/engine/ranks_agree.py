@@ -1,0 +1,159 @@
+"""One rank of `test_ranks_agree.py`: python -m tests.engine.ranks_agree RANK WORLD FOLDER. All runs are in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phantom.engine.build import build_trainer
+from phantom.engine.source import Source
+from phantom.engine.training.loop import Trainer
+from tests.configs.tiny_data import tiny
+from tests.plans import plan
+from tests.tiny_run import MODEL
+
+STEPS = 20
+# budgets without a tolerance: the iterates of a problem then do not depend on the others of its batch
+BUDGETS = ("solver.tol=null", "solver.max_steps=5")
+ADJOINT = ("grad=implicit", "adjoint_solver.tol=null", "adjoint_solver.max_steps=6")
+ESTIMATORS = {
+    "upg": ("grad=upg", "k=3", "lam=0.5"),
+    "npg": ("grad=npg", "k=3", "lam=0.5"),
+    "implicit": ADJOINT,
+    "one_step": ("grad=one_step",),
+    "shine": ("grad=shine", "solver=broyden"),
+    "bptt": ("grad=bptt",),
+}
+COMMON = (
+    *(f"steps={STEPS}", "epochs=50", "eval_every=10", "log_every=1", "wandb=disabled", "progress=false", "device=cpu"),
+    # plain descent: Adam makes steps of the rounding in a gradient of zero, as of a bias in front of a batch norm
+    *("optimizer=sgd", "optimizer.lr=0.05", "schedule=constant"),
+)
+# no rank count divides the sizes; last batches are short
+FAMILIES = {
+    "mdeq": (*MODEL, "subset=34", "test_subset=23", "data.batch_size=10", "data.eval_batch_size=7"),
+    "transformer": (
+        *(
+            "model=deq_transformer_small",
+            "data=wikitext103",
+            "model.d_model=8",
+            "model.num_heads=2",
+            "model.d_inner=12",
+        ),
+        *("model.cutoffs=[4]", "model.div_val=1", "model.dropout=0", "model.mem_len=6", "model.eval_mem_len=6"),
+        *("data.streams=5", "data.eval_streams=3"),
+    ),
+    "ignn": (
+        *("model=ignn", "data=ppi_synthetic", "data.scale=0.005", "data.batch_size=5", "data.eval_batch_size=2"),
+        *("model.node_labelling.widths=[8,6]", "solver=fixed_point"),
+    ),
+    "reasoner": (
+        *("experiment=reasoners/sudoku4_upg", "model.d_model=8", "model.supervision.steps=3", "data.num_train=60"),
+        *("model.supervision.halting=fixed", "data.num_test=21", "data.batch_size=9", "data.eval_batch_size=10"),
+        *("data.passes=2", "optimizer.weight_decay=0"),
+    ),
+}
+
+
+class Doubled(Source):
+    """The batches of another source in float64."""
+
+    kind = "any"
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.spec, self.splits = source, source.spec, source.splits
+
+    def steps(self, epoch: int) -> int:
+        return self.source.steps(epoch)
+
+    def train(self, **options: Any) -> Iterator[list[Any]]:
+        yield from map(doubled, self.source.train(**options))
+
+    def evaluate(self, split: str, **options: Any) -> Iterator[Any]:
+        yield from map(doubled, self.source.evaluate(split, **options))
+
+
+def doubled(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, (list, tuple)):
+        make = getattr(type(batch), "_make", type(batch))
+        return make(doubled(item) for item in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{field.name: doubled(getattr(batch, field.name)) for field in fields(batch)})
+    return batch
+
+
+def trainer(family: str, estimator: str, folder: Path, *more: str) -> Trainer:
+    """Return a float64 trainer of the family, alone or in the group of processes that is there."""
+    data = folder / f"text{os.environ.get('RANK', '0')}-{os.environ.get('WORLD_SIZE', '1')}"
+    items = [*FAMILIES[family]]
+    if family == "transformer":
+        data.mkdir(parents=True, exist_ok=True)
+        items += [item for item in tiny("wikitext103", data) if "streams" not in item]
+    budgets = () if family == "reasoner" else BUDGETS
+    estimators = () if (family, estimator) == ("reasoner", "upg") else ESTIMATORS[estimator]
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = plan([*items, *COMMON, *budgets, *estimators, *more, f"runs={folder}"])
+        result = build_trainer(made)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result.unwrapped.double()
+    result.source = Doubled(result.source)
+    return result
+
+
+def outcome(family: str, estimator: str, folder: Path, *more: str, resume: bool = False) -> dict[str, Any]:
+    """Train, and return the weights at the start and at the end, the metrics and the rows."""
+    run = trainer(family, estimator, folder, *more)
+    start = copy.deepcopy(run.unwrapped.state_dict())
+    torch.set_default_dtype(torch.float64)
+    try:
+        run.fit(resume=resume)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return {
+        "start": start,
+        "end": run.unwrapped.state_dict(),
+        "final": run.final,
+        "step": run.step,
+        "rows": [json.loads(line) for line in lines],
+    }
+
+
+def _cases() -> dict[str, tuple[str, ...]]:
+    found = {f"{family}-{grad}": (family, grad) for family in FAMILIES for grad in ("upg", "npg", "implicit")}
+    found = {name: case for name, case in found.items() if name not in ("reasoner-npg", "reasoner-implicit")}
+    found |= {f"mdeq-{grad}": ("mdeq", grad) for grad in ("one_step", "shine", "bptt")}
+    found["mdeq-accumulated"] = ("mdeq", "upg", "accumulate=2", "subset=30")
+    return {name: (*case, "sync_batchnorm=true") for name, case in found.items()}
+
+
+# family, estimator and further overrides
+CASES = _cases()
+
+
+def main(rank: int, world: int, folder: Path, names: list[str]) -> None:
+    """Train the named cases in a group of `world` processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    found = {name: outcome(*CASES[name][:2], folder / name, *CASES[name][2:]) for name in names}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
