@@ -2,6 +2,8 @@
 
     python scripts/report.py                  # every page of results/, and its index results/README.md
     python scripts/report.py table1 chains    # these studies, and print their pages
+    python scripts/report.py html             # all of it as one page, with charts and filters: report.html
+    python scripts/report.py html runs=runs out=page.html     # and the run folders below runs/, with their curves
     python scripts/report.py sweep=<folder>   # a sweep of train.py -m, which names its folder when it ends
 
 A study is a folder of results/ with a study.yaml; see scripts/studies.py. A cell of a table is mean ± std (n), a
@@ -25,6 +27,9 @@ except ModuleNotFoundError as error:
 def main(names: Sequence[str]) -> None:
     """Render a sweep, the named studies, or all of them."""
     known = studies.names()
+    if names and names[0] == "html":
+        _write_html(names[1:])
+        return
     own = arguments.split(
         [name for name in names if name.startswith("-") or "=" in name], doc=__doc__, own=("sweep",)
     ).own
@@ -45,6 +50,21 @@ def main(names: Sequence[str]) -> None:
         if "figure" in study and not (study["folder"] / "curves.json").exists():
             print(f"{study['name']} has no curve to draw yet: python scripts/reproduce.py {study['name']}")
     pages.write_index()
+
+
+def _write_html(items: Sequence[str]) -> None:
+    try:
+        from scripts.reporting.html import page
+    except ModuleNotFoundError as error:
+        arguments.fail(f"{error}: the page needs `pip install -e '.[report]'`, or bash scripts/setup.sh")
+    own, _, others = arguments.split(items, doc=__doc__, own=("runs", "out"))
+    runs = Path(own["runs"]) if "runs" in own else None
+    if others or (runs is not None and not runs.is_dir()):
+        wrong = others[0] if others else f"runs={runs}, which is no folder"
+        arguments.fail(f"html has runs=<folder> and out=<file>, not {wrong}")
+    path = Path(own.get("out", page.DEFAULT))
+    page.write(path, runs)
+    print(path)
 
 
 if __name__ == "__main__":

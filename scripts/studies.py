@@ -44,6 +44,12 @@ def load(name: str) -> dict[str, Any]:
     return {"name": name, "folder": folder, **yaml.safe_load((folder / "study.yaml").read_text())}
 
 
+def leaf(group: str, name: str) -> dict[str, Any]:
+    """Return a leaf of configs/ as it stands in its file; nothing where there is none of that name."""
+    path = ROOT / "configs" / group / f"{name}.yaml"
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+
+
 class Point(NamedTuple):
     """A point of a grid: the name of its experiment in the figure, the experiment, and what differs from it."""
 

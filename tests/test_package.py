@@ -48,9 +48,9 @@ def third_party(folder: str) -> dict[str, set[str]]:
 
 def test_requirements_txt_says_what_pyproject_says():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    listed = [line for extra, names in EXTRAS.items() if extra not in ("dev", "docs") for line in names]
+    listed = [line for extra, names in EXTRAS.items() if extra not in ("dashboard", "dev", "docs") for line in names]
     assert parsed(lines) == parsed([*PROJECT["dependencies"], *listed]) and len(parsed(lines)) == len(lines)
-    assert set(EXTRAS) == {"train", "graphs", "text", "test", "dev", "docs"}
+    assert set(EXTRAS) == {"train", "report", "dashboard", "graphs", "text", "test", "dev", "docs"}
 
 
 def test_the_workflow_is_the_test_script_with_the_oldest_and_the_newest_torch():
@@ -77,7 +77,12 @@ def test_the_hooks_are_those_of_the_test_script():
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("phantom", ["train"]), ("models", ["graphs"]), ("data", ["train", "graphs", "text"]), ("scripts", ["train"])],
+    [
+        ("phantom", ["train"]),
+        ("models", ["graphs"]),
+        ("data", ["train", "graphs", "text"]),
+        ("scripts", ["train", "report", "dashboard"]),
+    ],
 )
 def test_every_import_is_listed(folder, extras):
     listed = parsed([*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])])

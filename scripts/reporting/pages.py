@@ -105,7 +105,7 @@ def index() -> str:
     rows = []
     for study in map(studies.load, studies.names()):
         files = [f"[{path.stem}]({path.relative_to(studies.results()).as_posix()})" for path in _front(study)]
-        rows.append([study["name"], study["title"], ", ".join(files), f"`{_command(study)}`"])
+        rows.append([study["name"], study["title"], ", ".join(files), f"`{command(study)}`"])
     return markdown.page(
         "# Results",
         "A folder with a `study.yaml` is a study: its definition, its records (`.json`), and its pages, which "
@@ -121,7 +121,8 @@ def _front(study: dict[str, Any]) -> list[Path]:
     return [path for path in pages if path.stem == "summary"] or pages
 
 
-def _command(study: dict[str, Any]) -> str:
+def command(study: dict[str, Any]) -> str:
+    """Return the command that runs what a study lacks."""
     if "benchmark" in study:
         return f"python scripts/benchmark.py suite {study['name'].removeprefix('benchmark/')}"
     if "explore" in study:

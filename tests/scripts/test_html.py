@@ -1,0 +1,191 @@
+"""The report page: every number on it lies in the record that it names, and it needs nothing from outside."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts import report, studies
+from scripts.reporting import markdown, pages
+from scripts.reporting.html.chosen import chosen, command
+from tests.tiny_run import tiny_run
+
+pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
+
+from scripts.reporting.html import page
+from scripts.reporting.html.payload import at
+
+
+class Reader(HTMLParser):
+    """Collect the text of table cells by section, what is loaded, and the payload."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: dict[str, list[str]] = {}
+        self.text: dict[str, list[str]] = {}
+        self.sources, self.payload, self._section, self._cell, self._script = [], "", "", False, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.sources += [found[key] for key in ("src", "href") if key in found]
+        self._script = found.get("id", "script") if tag == "script" else ""
+        if tag == "section":
+            self._section = found["id"]
+        if tag in ("td", "th"):
+            self._cell = True
+            self.cells.setdefault(self._section, []).append("")
+
+    def handle_endtag(self, tag):
+        self._cell = self._cell and tag not in ("td", "th")
+        self._script = "" if tag == "script" else self._script
+
+    def handle_data(self, data):
+        if self._script == "payload":
+            self.payload += data
+        elif self._cell:
+            self.cells[self._section][-1] += data
+        elif not self._script:
+            self.text.setdefault(self._section, []).append(data)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for k in (1, 2):
+        tiny_run(folder, "steps=3", "eval_every=3", f"k={k}", "subset=8", "test_subset=4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    report.main(["html", f"runs={runs}", f"out={out}"])
+    return out.read_text()
+
+
+@pytest.fixture(scope="module")
+def reader(text):
+    return Reader(text)
+
+
+def record_of(name: str):
+    path = studies.ROOT / name
+    lines = path.read_text()
+    return [json.loads(line) for line in lines.splitlines()] if name.endswith(".jsonl") else json.loads(lines)
+
+
+def numbers(payload):
+    """Yield (record, place, value) of every number that the page draws or lists."""
+    for run in payload["runs"]:
+        for found in run["numbers"].values():
+            yield run["record"], found["place"], found["value"]
+    for curve in payload["curves"]:
+        for place, value in zip(curve["places"], curve["y"], strict=True):
+            yield curve["record"], place, value
+    for benchmark in payload["benchmarks"]:
+        for bar in benchmark["bars"]:
+            for found in bar["phases"].values():
+                yield benchmark["record"], found["place"], found["value"]
+    for exploration in payload["explorations"]:
+        for point in exploration["points"]:
+            for key in ("seconds", "cosine"):
+                yield exploration["record"], point[key]["place"], point[key]["value"]
+
+
+def test_every_number_of_the_charts_lies_in_its_record(reader):
+    found = list(numbers(json.loads(reader.payload)))
+    records = {name: record_of(name) for name in {name for name, _, _ in found}}
+    assert len(found) > 1000 and len(records) > 30
+    for name, place, value in found:
+        assert at(records[name], place) == value, (name, place)
+
+
+def test_every_committed_run_is_there_with_its_command(reader):
+    kept = {
+        path.relative_to(studies.ROOT).as_posix()
+        for path in studies.results().rglob("*.json")
+        if isinstance(content := json.loads(path.read_text()), dict) and {"metric", "commit"} <= set(content)
+    }
+    shown = {run["record"]: run for run in json.loads(reader.payload)["runs"]}
+    assert kept and kept <= set(shown)
+    assert all(run["command"].startswith("python ") for run in shown.values())
+
+
+def test_every_table_is_that_of_the_rendered_pages(reader):
+    """Those are rendered from records, which tests/scripts/test_pages.py holds them to."""
+    for study in map(studies.load, studies.names()):
+        cells = [
+            plain(cell)
+            for text in pages.of(study).values()
+            for table in markdown.tables(text)
+            for row in (table.heads, *table.rows)
+            for cell in row
+        ]
+        assert [plain(cell) for cell in reader.cells.get(study["name"].replace("/", "-"), [])] == cells, study["name"]
+
+
+def plain(cell: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[*`\\]|\[|\]\([^)]*\)", "", cell)).strip()
+
+
+def test_every_study_names_its_command_and_its_records(reader):
+    for study in map(studies.load, studies.names()):
+        said = " ".join(reader.text[study["name"].replace("/", "-")])
+        assert pages.command(study) in said and study["title"] in said
+        for path in study["folder"].rglob("*.json"):
+            assert path.relative_to(studies.ROOT).as_posix() in said
+
+
+def test_the_curves_of_run_folders(reader, runs):
+    payload = json.loads(reader.payload)
+    mine = [curve for curve in payload["curves"] if curve["record"].startswith(str(runs))]
+    names = {curve["name"] for curve in mine}
+    assert {"train/loss", "train/accuracy", "train/residual", "train/num_steps"} <= names
+    assert {curve["run"] for curve in mine} == {run["record"] for run in payload["runs"] if str(runs) in run["record"]}
+    assert {run["k"] for run in payload["runs"] if str(runs) in run["record"]} == {"1", "2"}
+
+
+def test_nothing_is_loaded_from_outside(text, reader):
+    assert all(source.startswith(("#", "data:", "https://")) for source in reader.sources)
+    loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?!data:)', text)
+    assert not loaded and "@import" not in text
+    assert len(text) < 6e6
+
+
+def test_what_a_record_was_made_with():
+    upg = {"model": "ignn", "data": "cox2", "grad": "upg", "k": "5", "lam": "0.8", "scale": "paper"}
+    assert chosen({"experiment": "table4/cox2_upg_k5_lam0.8"}) == upg, "the recipe has model and data"
+    changed = chosen({"experiment": "table4/cox2_upg_k5_lam0.8", "overrides": ["k=9", "data.fold=3"], "scale": "smoke"})
+    assert changed == upg | {"k": "9", "scale": "smoke"}
+    assert chosen({"label": "x", "choices": {"model": "m", "data": "d", "grad": "implicit"}, "overrides": ["k=3"]}) == {
+        **{"model": "m", "data": "d", "grad": "implicit", "scale": "paper"},
+        **{"k": "--", "lam": "--"},
+    }
+    leaf = yaml.safe_load((studies.ROOT / "configs/grad/upg.yaml").read_text())
+    default = chosen({"label": "x", "choices": {"grad": "upg"}, "overrides": []})
+    assert (default["k"], default["lam"]) == (f"{leaf['k']:g}", f"{leaf['lam']:g}")
+
+
+def test_the_command_of_a_record():
+    folds = {
+        "folds": [],
+        "experiment": "table4/cox2_implicit",
+        "overrides": ["data.x=1", "experiment=table4/cox2_implicit"],
+    }
+    assert command(folds) == "python scripts/reproduce.py table4 rows=cox2_implicit data.x=1"
+    assert command({"overrides": ["experiment=a/b"], "seed": 2}) == "python train.py experiment=a/b seed=2"
+
+
+def test_text_of_a_record_is_no_markup():
+    assert "<script>" not in page.as_html("# <script>alert(1)</script>")
+
+
+@pytest.mark.parametrize("items", [["runs=no-such-folder"], ["model=mdeq_tiny"]])
+def test_mistakes_are_one_sentence(items, tmp_path):
+    with pytest.raises(SystemExit, match="html has runs=<folder> and out=<file>, not"):
+        report.main(["html", *items, f"out={Path(tmp_path) / 'x.html'}"])
