@@ -102,7 +102,7 @@ def test_a_study_is_one_of_the_known_kinds(name):
     assert (
         {"title"}
         < set(study) - {"name", "folder"}
-        <= {*("title", "tables", "figure", "measures", "benchmark", "explore")}
+        <= {*("title", "tables", "grids", "figure", "measures", "benchmark", "explore")}
     )
     parts = [*study.get("tables", {}).values(), *([study["figure"]] if "figure" in study else [])]
     rows = [row for part in parts for row in part.get("rows", part.get("lines"))]
