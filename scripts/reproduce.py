@@ -84,13 +84,14 @@ def main(items: Sequence[str]) -> None:
     deadline = arguments.count(own, "deadline", None)
     if gpus is not None and jobs is not None:
         arguments.fail(f"gpus={gpus} takes all of them for one run after the other: leave jobs= out")
-    parts = []
+    stop, parts = Stop(deadline), []
     try:
         for study in _studies(known if name == ALL else [name], overrides):
-            # of all studies those that measure do so on one thread, without a GPU
+            # of all studies those that measure do so on one thread, without a GPU, and know the scale alone
             training = name != ALL or "measures" not in study
             asked, on = (own, gpus) if training else ({}, None)
-            found = running.works(study, asked, overrides, again="again" in words, gpus=on)
+            items = overrides if training else [item for item in overrides if item.startswith("scale=")]
+            found = running.works(study, asked, items, again="again" in words, gpus=on)
             parts += [Part(study["name"], work, jobs if training else None) for work in found]
     except UserError as error:
         arguments.fail(str(error))
@@ -103,7 +104,7 @@ def main(items: Sequence[str]) -> None:
     for part in parts:
         of = f" of {part.study}" if name == ALL else ""
         print(f"to run{of}: {len(part.work.runs)}. {part.work.cost}.", file=sys.stderr)
-    _run(parts, deadline, others_go_on=name == ALL)
+    _run(parts, stop, others_go_on=name == ALL)
 
 
 def _studies(names: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,9 +118,9 @@ def _studies(names: Sequence[str], overrides: Sequence[str]) -> list[dict[str, A
     return [study for study in found if study not in without]
 
 
-def _run(parts: Sequence[Part], deadline: int | None, *, others_go_on: bool) -> None:
+def _run(parts: Sequence[Part], stop: Stop, *, others_go_on: bool) -> None:
     """Run the parts, and say what failed and what is left."""
-    stop, failed = Stop(deadline), []
+    failed = []
     left: list[Run] = []
     with stop.listening():
         for study, work, jobs in parts:

@@ -152,9 +152,16 @@ def test_of_all_studies_one_that_fails_does_not_stop_the_others(ran, tmp_path, c
     study = tmp_path / "results/table2/study.yaml"
     study.write_text(study.read_text().split("measures")[0] + "tables: {one: {rows: [{experiment: chains/one_step}]}}")
     with pytest.raises(SystemExit, match="runs failed in table1: see above"):
-        reproduce.main(["all", "repeats=1"])
+        reproduce.main(["all", "repeats=1", "precision=tf32"])
     assert "error: table1: that run failed" in capsys.readouterr().err
-    assert ran[-1][0] == "experiment=chains/one_step"
+    assert ran[-1] == ["experiment=chains/one_step", "precision=tf32", "seed=0"]
+
+
+def test_of_all_studies_those_that_measure_know_the_scale_alone(ran, tmp_path, capsys):
+    for name in ("table1", "table3", "table4"):
+        (tmp_path / "results" / name / "study.yaml").unlink()
+    reproduce.main(["all", "scale=smoke", "wandb=disabled", "jobs=2", "list"])
+    assert capsys.readouterr().out == "python scripts/reproduce.py table2 rows=table scale=smoke\n"
 
 
 @pytest.mark.parametrize(
