@@ -11,6 +11,10 @@ from scripts import studies
 from scripts.reporting import markdown
 
 DIFFERENCE = ["difference", "in spread"]
+TIMED = (
+    " Training time is the median step times the steps; speed is relative to the first row. `by timed steps` is the "
+    "ratio of single steps in a record of benchmark/gpu, on the card that it names; unrolled pretraining is not in it."
+)
 COMPARED = "`difference`: ours less the paper's; `in spread`: whether it is at most the ± that the paper prints."
 
 SCALES = ("paper", "gpu", "cpu", "smoke")
@@ -30,7 +34,7 @@ def _seeds(table: dict[str, Any]) -> str:
     timed = list(groups) != [None]
     compared = any(row["paper"] != "--" for row in table["rows"])
     heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
-    heads[7:7] = ["training h", "speed", "paper's speed"] if timed else []
+    heads[7:7] = ["training h", "speed", "by timed steps", "paper's speed"] if timed else []
     heads[3:3] = DIFFERENCE if compared else []
     about = (
         f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
@@ -38,7 +42,7 @@ def _seeds(table: dict[str, Any]) -> str:
         "uncommitted changes; -- means not run. "
         + (COMPARED + " " if compared else "")
         + "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
-        + (" Training time is the median step times the steps; speed is relative to the first row." if timed else "")
+        + (TIMED if timed else "")
     )
     rows = []
     for row in table["rows"]:
@@ -49,7 +53,8 @@ def _seeds(table: dict[str, Any]) -> str:
         if timed:
             seconds = training_seconds(records)
             hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
-            cells[3:3] = [hours, speed(row, groups[row["group"]]), row["speed"]]
+            first = groups[row["group"]]
+            cells[3:3] = [hours, speed(row, first), timed_speed(row, first), row["speed"]]
         label = label_of(scale, records)
         shown = [cell(best, std, label), cell(last, std, label)]
         shown[1:1] = difference(row["paper"], best if scale == "paper" else []) if compared else []
@@ -118,6 +123,21 @@ def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
     if len({(record["device"], precision(record)) for record in (*records, *reference)}) > 1:
         return "--"
     return f"{theirs / mine:.1f}x"
+
+
+def timed_speed(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """Return the step time of the `first` row of a group over that of `row`, and the card; -- unless both were timed.
+
+    The times are medians of a benchmark, of one record: never of two machines.
+    """
+    if "timed" not in row or "timed" not in first or row["timed"][0] != first["timed"][0]:
+        return "--"
+    path = studies.results() / "benchmark" / "gpu" / f"{row['timed'][0]}.json"
+    if not path.exists():
+        return "--"
+    result = json.loads(path.read_text())
+    seconds = {found["label"]: found["seconds"]["total"]["median"] for found in result["rows"]}
+    return f"{seconds[first['timed'][1]] / seconds[row['timed'][1]]:.1f}x on {result['about']['machine']}"
 
 
 def precision(record: dict[str, Any]) -> str:

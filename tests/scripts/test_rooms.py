@@ -106,7 +106,8 @@ def test_a_study_is_one_of_the_known_kinds(name):
     )
     parts = [*study.get("tables", {}).values(), *([study["figure"]] if "figure" in study else [])]
     rows = [row for part in parts for row in part.get("rows", part.get("lines"))]
-    assert len(rows_of(study)) == len(rows) + len(study.get("measures", ())), "two rows have one name"
+    points = [name for grid in study.get("grids", {}).values() for name in grid["experiments"]]
+    assert len(rows_of(study)) == len(rows) + len(points) + len(study.get("measures", ())), "two rows have one name"
 
 
 def test_every_folder_of_configs_is_a_group():

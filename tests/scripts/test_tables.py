@@ -143,6 +143,19 @@ def test_no_speed_between_runs_that_differ_in_more_than_their_method(keep, other
     assert [row["speed"] for row in rows] == ["1.0x", "--", "--", "--"]
 
 
+def test_the_speed_of_timed_steps_names_its_card(keep, tmp_path):
+    def variant(label: str, seconds: float) -> dict:
+        return {"label": label, "seconds": {"total": {"median": seconds}}}
+
+    content = {"about": {"machine": "card"}, "rows": [variant("implicit", 0.3), variant("upg", 0.2)]}
+    records.write_json(tmp_path / "results/benchmark/gpu/m.json", content)
+    implicit, upg, untimed = grouped("t/a1", "t/a2", "t/a3")
+    rows = table(implicit | {"timed": ["m", "implicit"]}, upg | {"timed": ["m", "upg"]}, untimed)
+    assert [row["by timed steps"] for row in rows] == ["1.0x on card", "1.5x on card", "--"]
+    rows = table(implicit | {"timed": ["n", "implicit"]}, upg | {"timed": ["m", "upg"]})
+    assert [row["by timed steps"] for row in rows] == ["--", "--"], "another record, and one that is not there"
+
+
 def test_unknown_tables_are_refused():
     with pytest.raises(SystemExit, match=r"no study table9; choose from .*table1"):
         report.main(["table9"])
