@@ -44,7 +44,7 @@ def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, pane
 
     def keep(run: Run, record: dict[str, Any]) -> None:
         panel, line = places[run.folder]
-        entry = {"panel": panel, "line": line, **{key: record[key] for key in KEPT}}
+        entry = {"panel": panel, "line": line, **{key: record.get(key) for key in KEPT}}
         epochs, values = curve(run.folder, figure["split"], figure["metric"])
         entry |= {"metric": figure["metric"], "split": figure["split"], "epochs": epochs, "values": values}
         entries = {(old["panel"], old["line"]): old for old in studies.curves(run.kept)}

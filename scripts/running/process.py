@@ -212,12 +212,13 @@ def train(
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
-    if process.returncode and stop is not None and stop.told:
+    path = folder / "record.json"
+    ended = stop is not None and stop.told
+    if process.returncode and ended and not path.exists():
         raise Stopped(shlex.join(["train.py", *items]))
-    if process.returncode:
+    if process.returncode and not ended:
         shown = "\n" + "".join(output[-15:]) if output else " see above; start again to resume there"
         raise RuntimeError(f"{shlex.join(['train.py', *items])} failed:{shown}")
-    path = folder / "record.json"
     record = json.loads(path.read_text())
     if new:
         record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)

@@ -60,7 +60,14 @@ def test_upg_on_top(name):
 def test_takes_a_step(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = name.split("/")[1].split("_")[0]
-    leaf = {"table1": "cifar10", "reasoners": "sudoku", "table3": first, "table4": first}
+    leaf = {
+        "table1": "cifar10",
+        "fig2": "cifar10",
+        "fig3": "cifar10",
+        "reasoners": "sudoku",
+        "table3": first,
+        "table4": first,
+    }
     (tmp_path / "data").mkdir()
     small = tiny(leaf.get(name.split("/")[0], name.split("/")[0]), tmp_path / "data")
     job = [f"experiment={name}", "scale=smoke", "smoke_steps=1", *small, f"runs={tmp_path}", "wandb=disabled"]

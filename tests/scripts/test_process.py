@@ -12,7 +12,7 @@ import pytest
 from phantom.engine.errors import ConfigError
 from scripts import studies
 from scripts.running import process
-from scripts.running.stopping import Stop
+from scripts.running.stopping import Stop, Stopped
 
 FAKE = """
 import json, sys, time
@@ -142,6 +142,20 @@ def test_at_the_deadline_runs_are_told_to_end_and_the_next_time_they_resume(tmp_
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     again = process.Work(runs[:jobs], lambda run, record: kept.append(record["resumed"]), small=True)
     assert process.execute(again, jobs, Stop()) == [] and kept == [True] * jobs
+
+
+def test_a_run_that_is_told_to_end_when_it_has_finished_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    end = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "train.py").write_text(f"{FAKE}\n{end}\n")
+    stop = Stop()
+    stop.now()
+    # the process that is told at once leaves no record, and one that had one by then is done
+    with pytest.raises(Stopped):
+        process.train([f"folder={tmp_path / 'none' / 'none'}"], tmp_path / "none" / "none", stop=stop)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "record.json").write_text("{}")
+    assert process.train([f"folder={tmp_path / 'run'}"], tmp_path / "run", stop=stop) == {}
 
 
 def test_after_so_many_seconds_nothing_begins(tmp_path, monkeypatch):
