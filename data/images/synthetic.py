@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from data.images.base import Augment, ImageSet, InMemoryImages
 from data.seeding import generator
-from phantom.validate import check_counts
+from phantom.validate import check_count
 
 
 class SyntheticImages(InMemoryImages):
@@ -43,7 +43,9 @@ class SyntheticImages(InMemoryImages):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        check_counts(least=1, num_classes=num_classes, size=size, num_train=num_train, num_test=num_test)
+        numbers = {"num_classes": num_classes, "size": size, "num_train": num_train, "num_test": num_test}
+        for name, value in numbers.items():
+            check_count(name, value, least=1)
         self.num_classes, self._size, self._generation_seed = num_classes, size, generation_seed
         self._counts = (num_train, num_test)
         super().__init__(
