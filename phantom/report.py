@@ -75,11 +75,11 @@ def is_useless(stats: Stats) -> bool:
 
     Waits for the device.
     """
-    if len(stats.trace) < 2 or len(stats.residual) == 0 or not bool(_missed(stats).any() | stats.dependent):
+    if stats.trace.shape[0] < 2 or stats.residual.shape[0] == 0:
         return False
-    stuck = (stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & ~stats.converged
-    stuck = stuck & stats.diverged if stats.tol is None else stuck  # a fixed budget promises nothing
-    return bool(stuck.all() | (stats.dependent & ~stats.converged.all()))
+    # a fixed budget promises nothing, so that only what diverged has missed something there
+    stuck = ((stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & _missed(stats)).all()
+    return bool(stuck | stats.dependent) and bool(stuck | ~stats.converged.all())
 
 
 def has_failed(stats: Stats) -> bool:

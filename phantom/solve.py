@@ -174,6 +174,7 @@ class _Rows:
         woken: who had converged, and does not any more; None where nobody was held.
         counts: how many go on, and how many of those that did have improved, which is all of them; None where the host
             has not looked.
+        seen: the numbers of `active` and `residual`, where the host has them already.
     """
 
     residual: Tensor
@@ -181,6 +182,7 @@ class _Rows:
     active: Tensor
     woken: Tensor | None = None
     counts: tuple[int, int] | None = None
+    seen: tuple[list[bool], list[float]] | None = None
 
 
 def _loop(
@@ -212,7 +214,7 @@ def _loop(
                 z = solver.propose(memory, z, g)
         held = stops_early and (stopped or going != batch)
         if held:
-            z = torch.where(rows.active[:, None], z, best)
+            z = torch.where(rows.active.unsqueeze(1), z, best)
         moved.append(rows.active)
         before, going, improved, woken, stopped = going, None, None, 0, False  # unknown to the host
         g, length, residual, rows = observe(f(z), z, rows, start, held=held, together=together, in_place=in_place)
@@ -297,10 +299,11 @@ def _as_expected(
     The rule of `_observe` is a dozen operators on a few numbers, which costs more than reading these. None where the
     step is another one, and where rounding could decide.
     """
-    on, residuals, lengths, going = rows.active.tolist(), residual.tolist(), length.tolist(), 0
+    on, bests = rows.seen or (rows.active.tolist(), rows.residual.tolist())
+    residuals, lengths, going = residual.tolist(), length.tolist(), 0
     margin, tol = 2 * start.rounding, start.stop_at
     scales = scale.tolist() if scale is not None and start.relative else [0.0] * len(on)
-    known = zip(on, residuals, rows.residual.tolist(), lengths, scales, start.lengths, strict=True)
+    known = zip(on, residuals, bests, lengths, scales, start.lengths, strict=True)
     for goes_on, now, best, size, divisor, first in known:
         if goes_on:
             if not (now < best and size + margin * (size + divisor) < first):
@@ -309,8 +312,9 @@ def _as_expected(
         elif not held or not (now <= tol or (tol < best and now < inf)):
             return None
     improved = sum(on)
-    active = rows.active if going == improved else rows.active & (residual > start.tol)
-    return _Rows(residual, rows.active, active, counts=(going, improved))
+    if going == improved:
+        return _Rows(residual, rows.active, rows.active, counts=(going, improved), seen=(on, residuals))
+    return _Rows(residual, rows.active, rows.active & (residual > start.tol), counts=(going, improved))
 
 
 def _observe_together(length: Tensor, residual: Tensor, rows: _Rows, start: _Start) -> _Rows:

@@ -68,8 +68,8 @@ class Packing:
 
     def unpack(self, flat: Tensor, *, copy: bool = False) -> State:
         """Return the (B, D) tensor in the form and dtype of `z0`, as views where the dtype is the same or as copies."""
-        if self._is_flat and not copy:
-            return flat
+        if self._is_flat:
+            return flat.clone(memory_format=torch.contiguous_format) if copy else flat
         parts = []
         # the backward of a split copies, even of one into one
         pieces = (flat,) if len(self._sizes) == 1 else flat.split(self._sizes, dim=1)
