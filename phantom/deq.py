@@ -16,7 +16,7 @@ from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
 from phantom.ranks import Group, name_of
-from phantom.report import OnFailure, act, check_on_failure
+from phantom.report import SOLVE, OnFailure, act, check_on_failure
 from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
@@ -68,7 +68,9 @@ def fixed_point(
             the estimator; under `torch.no_grad()` it is one more. False where they are known not to.
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
-            called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU.
+            called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU. Another
+            solve is read by `phantom.report.act_where_nobody_did(solution.stats)`, to be called after backward, where
+            you wait yourself.
         group: the process group whose ranks stop together, here and in the backward: a `ProcessGroup`, its name, or
             "world". Needed where f communicates (`SyncBatchNorm`, `fully_shard`) and a solver has a `tol`: every rank
             must evaluate f equally often, else they wait for each other for ever. All ranks of it must call this with
@@ -171,7 +173,7 @@ def fixed_point(
             Confirming(flat_f, stats, solver)(z_star)
             stats.num_evals += 1
     if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver.tol):
-        act(stats, on_failure, of="the solve of z = f(z)")
+        act(stats, on_failure, of=SOLVE)
     # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
     solution = Solution(
         value=packing.unpack(flat.value, copy=True),

@@ -14,6 +14,8 @@ from phantom.solution import Stats
 # what to do about a failed solve; a function is called with the statistics
 OnFailure = Literal["useless", "ignore", "warn", "raise"] | Callable[[Stats], None]
 CHOICES = ("useless", "ignore", "warn", "raise")
+# what has failed, in the sentence about it
+SOLVE, ADJOINT = "the solve of z = f(z)", "the adjoint solve of u = J^T u + g"
 
 
 class SolveWarning(UserWarning):
@@ -91,6 +93,19 @@ def _missed(stats: Stats) -> Tensor:
     return stats.diverged if stats.tol is None else ~stats.converged
 
 
+def act_where_nobody_did(stats: Stats) -> None:
+    """Act on a solve, and on its backward, that did not wait for the device, by the policy that they were given.
+
+    Call it where the host waits anyway.
+
+    Raises:
+        SolveError: see `act`.
+    """
+    for found, of in ((stats, SOLVE), (stats.adjoint, ADJOINT)):
+        if found is not None and found.trace.shape[0] > 0 and not found.acted:
+            act(found, stats.on_failure, of=of)
+
+
 def act(stats: Stats, on_failure: OnFailure, *, of: str = "solve") -> None:
     """Warn, raise or call back where a solve has failed, as `on_failure` says. Waits for the device.
 
@@ -100,6 +115,7 @@ def act(stats: Stats, on_failure: OnFailure, *, of: str = "solve") -> None:
     Raises:
         SolveError: the solve has failed, and `on_failure="raise"`.
     """
+    stats.acted = True
     if on_failure == "ignore" or not (is_useless(stats) if on_failure == "useless" else has_failed(stats)):
         return
     if callable(on_failure):

@@ -37,6 +37,7 @@ class Stats:
         tol: the tolerance of the solver; None for a fixed budget.
         on_failure: the policy of `fixed_point`, which the backward solve follows.
         group: name of the process group of `fixed_point`, whose ranks stop together in the backward solve, too.
+        acted: whether the policy has been followed, which waits for the device.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
         fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual 1 is reported,
             and u = g was returned, the one-step gradient; None of a forward solve.
@@ -55,6 +56,7 @@ class Stats:
     tol: float | None = None
     on_failure: Any = "useless"
     group: str | None = None
+    acted: bool = False
     num_vjps: int = 0
     adjoint: Stats | None = None
     fallback: Tensor | None = None

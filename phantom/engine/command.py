@@ -21,6 +21,7 @@ from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError
 from phantom.engine.plan import Plan, make_plan
+from phantom.report import SolveError
 
 Job = Callable[[Plan], Any]
 
@@ -152,7 +153,7 @@ def _attempt(job: Callable[..., Any], *arguments: Any, one_of_many: bool) -> str
 
 def is_user_error(error: Exception) -> bool:
     """Return whether the message alone tells the user what to do."""
-    return isinstance(error, UserError) or _of_disk(error) is not None
+    return isinstance(error, (UserError, SolveError)) or _of_disk(error) is not None
 
 
 def message_of(error: Exception) -> str:

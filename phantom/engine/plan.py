@@ -145,7 +145,14 @@ def _deq(config: dict[str, Any]) -> DEQ:
     eval_solver: Solver | None = instantiate(config["eval_solver"], "eval_solver")
     dtype = torch.bfloat16 if config["gradient_precision"] == "bf16" else None
     try:
-        deq = DEQ(solver=solver, grad=grad, eval_solver=eval_solver, gradient_precision=dtype, confirm=False)
+        deq = DEQ(
+            solver=solver,
+            grad=grad,
+            eval_solver=eval_solver,
+            gradient_precision=dtype,
+            confirm=False,
+            on_failure=config["on_failure"],
+        )
     except TypeError as error:
         raise ConfigError(str(error)) from error
     for name, found in (("solver", solver), ("eval_solver", eval_solver)):

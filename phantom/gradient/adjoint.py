@@ -20,7 +20,7 @@ from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
-from phantom.report import act
+from phantom.report import ADJOINT, act
 from phantom.residual import vector_norm
 from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
@@ -280,5 +280,5 @@ class Implicit(AdjointEstimator):
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint
         if stats.on_failure != "ignore" and can_ask(g, self.solver.tol):
-            act(adjoint, stats.on_failure, of="the adjoint solve of u = J^T u + g")
+            act(adjoint, stats.on_failure, of=ADJOINT)
         return replace_rows(u, g, adjoint.fallback)

@@ -82,6 +82,7 @@ BEFORE_DATA = [
     ("log_every=true", "log_every=True must be an integer >= 1"),
     ("precision=fp8", "precision='fp8' is not known; choose one of fp32, tf32, bf16"),
     ("gradient_precision=fp16", "choose one of null, bf16"),
+    ("on_failure=loud", "choose one of useless, ignore, warn, raise"),
     ("device=tpu", "device='tpu' is not known; choose one of auto, cpu, cuda"),
     ("progress=maybe", "progress='maybe' must be true or false"),
     ("deterministic=2", "deterministic=2 must be true or false"),

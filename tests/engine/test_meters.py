@@ -1,9 +1,13 @@
 """Means of what solves report: per problem, however the problems were cut into batches."""
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from phantom import DEQ, FixedPoint, Implicit, Solution
+from phantom import DEQ, FixedPoint, Implicit, Solution, SolveError, fixed_point
 from phantom.engine.measure.solves import SolveMeter
 from phantom.solution import Stats
 from tests.phantom.problems import DTYPE, TanhMap, randn
@@ -101,3 +105,44 @@ def test_real_solves_in_any_batches(sizes):
     assert whole["num_steps"] > 5 and 0 < whole["adjoint_residual"] < 1e-8
     for name in ("residual", "num_steps", "converged", "diverged", "adjoint_residual"):
         assert found[name] == pytest.approx(whole[name], rel=1e-6), name
+
+
+def unread(f, z0: torch.Tensor, *, policy: str, backward: bool = True) -> Solution:
+    """Return a solution by fixed budgets, and its backward, that nobody has looked at: as on a GPU."""
+    grad = Implicit(solver=FixedPoint(max_steps=20, tol=None))
+    with UnreadNumbers():
+        found = fixed_point(f, z0, solver=FixedPoint(max_steps=20, tol=None), grad=grad, on_failure=policy)
+        if backward:
+            found.value.sum().backward()
+    return found
+
+
+class UnreadNumbers(TorchDispatchMode):
+    """Let operators pass; a solve inside does not read what it computes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_row_notices_a_backward_that_diverged_once():
+    """f = 3 z - 2 b at its own solution b: the forward stays there, u = 3 u + g grows, and is u = g instead."""
+    b = torch.ones(4, 3, dtype=DTYPE, requires_grad=True)  # f(b) = b without a rounding
+    meter = SolveMeter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = unread(lambda z: 3 * z - 2 * b, b.detach(), policy="warn")
+            assert found.stats.adjoint.fallback.all() and not caught
+        meter.add([found])
+        meter.report()
+        meter.report()
+    assert len(caught) == 1 and "adjoint solve" in str(caught[0].message) and "4 diverged" in str(caught[0].message)
+
+
+def test_a_row_follows_the_policy_of_the_solve():
+    b = randn(4, 3, seed=1).requires_grad_()
+    for policy, fails in (("raise", True), ("ignore", False)):
+        meter = SolveMeter()
+        meter.add([unread(lambda z: 3 * z + b, torch.zeros(4, 3, dtype=DTYPE), policy=policy, backward=False)])
+        with pytest.raises(SolveError, match="the solve of z = f") if fails else nullcontext():
+            meter.report()

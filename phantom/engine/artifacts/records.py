@@ -22,7 +22,7 @@ import torch
 # results.
 CIRCUMSTANCES = (
     *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every"),
-    *("runs", "resume", "progress", "wandb", "wandb_project"),
+    *("runs", "resume", "progress", "on_failure", "wandb", "wandb_project"),
     *("data.root", "data.download", "data.cache"),
 )
 # keys that came later: a run that does not use them is the run that it was before

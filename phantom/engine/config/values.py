@@ -9,6 +9,7 @@ from phantom.engine.errors import ConfigError
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
 from phantom.engine.tasks import Task
+from phantom.report import CHOICES as ON_FAILURE
 from phantom.validate import check_choice, check_count, check_flag, check_number
 
 # root keys that hold one of a few words
@@ -16,6 +17,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "precision": PRECISIONS,
     "gradient_precision": (None, "bf16"),
     "device": DEVICES,
+    "on_failure": ON_FAILURE,
     "wandb": MODES,
     "resume": ("auto", "never"),
 }

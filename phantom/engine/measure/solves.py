@@ -9,8 +9,9 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from phantom import Solution
+from phantom import Solution, Stats
 from phantom.engine.machine import distributed
+from phantom.report import act_where_nobody_did
 
 
 class SolveMeter:
@@ -23,10 +24,12 @@ class SolveMeter:
         self._counts: dict[str, int] = defaultdict(int)
         self._sums: list[dict[str, Tensor]] = []
         self._extra: dict[str, Tensor | float] = defaultdict(float)
+        self._last: list[Stats] = []
 
     def add(self, solutions: Sequence[Solution]) -> None:
         """Add the solves of one batch."""
         self._counts["batches"] += 1
+        self._last = [solution.stats for solution in solutions]
         for i, solution in enumerate(solutions):
             stats = solution.stats
             self._counts["num_evals"] += stats.num_evals
@@ -56,12 +59,20 @@ class SolveMeter:
 
         Synchronises with the device. With several solves per batch the per-problem numbers are also given per solve,
         as `residual/0`, `residual/1`.
+
+        Where a solve did not wait for the device, a failure is noticed here: those of the last batch are acted upon as
+        their `on_failure` says.
+
+        Raises:
+            SolveError: one of them has failed, with `on_failure="raise"`.
         """
         own = [self._counts, *({name: float(v) for name, v in sums.items()} for sums in (self._extra, *self._sums))]
         # a rank without a batch has no solves
         counts, extra, *rows = (_total(parts) for parts in zip_longest(*distributed.gather(own), fillvalue={}))
         if not counts:
             return {}
+        for stats in self._last:
+            act_where_nobody_did(stats)
         result = {name: counts[name] / counts["batches"] for name in ("num_evals", "num_vjps") if name in counts}
         result |= {name: value / counts[name] for name, value in extra.items()}
         for name in ("residual", "num_steps", "converged", "diverged"):
