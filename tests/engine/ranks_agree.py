@@ -19,6 +19,7 @@ from phantom.engine.build import build_trainer
 from phantom.engine.source import Source
 from phantom.engine.training.loop import Trainer
 from tests.configs.tiny_data import tiny
+from tests.engine.tiny import Killed
 from tests.plans import plan
 from tests.tiny_run import MODEL
 
@@ -35,9 +36,10 @@ ESTIMATORS = {
     "bptt": ("grad=bptt",),
 }
 COMMON = (
-    *(f"steps={STEPS}", "epochs=50", "eval_every=10", "log_every=1", "wandb=disabled", "progress=false", "device=cpu"),
+    *(f"steps={STEPS}", "epochs=50", "eval_every=10", "log_every=1", "checkpoint_every=11", "wandb=disabled"),
+    *("progress=false", "device=cpu", "schedule=constant"),
     # plain descent: Adam makes steps of the rounding in a gradient of zero, as of a bias in front of a batch norm
-    *("optimizer=sgd", "optimizer.lr=0.05", "schedule=constant"),
+    "optimizer=sgd",
 )
 # no rank count divides the sizes; last batches are short
 FAMILIES = {
@@ -66,18 +68,23 @@ FAMILIES = {
 
 
 class Doubled(Source):
-    """The batches of another source in float64."""
+    """The batches of another source in float64; the run ends, as if killed, before the training step `stop`."""
 
     kind = "any"
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.spec, self.splits = source, source.spec, source.splits
+    def __init__(self, source: Source, stop: int | None = None) -> None:
+        self.source, self.spec, self.splits, self.left = source, source.spec, source.splits, stop
 
     def steps(self, epoch: int) -> int:
         return self.source.steps(epoch)
 
     def train(self, **options: Any) -> Iterator[list[Any]]:
-        yield from map(doubled, self.source.train(**options))
+        for batches in self.source.train(**options):
+            if self.left is not None:
+                if self.left == 0:
+                    raise Killed
+                self.left -= 1
+            yield doubled(batches)
 
     def evaluate(self, split: str, **options: Any) -> Iterator[Any]:
         yield from map(doubled, self.source.evaluate(split, **options))
@@ -114,13 +121,23 @@ def trainer(family: str, estimator: str, folder: Path, *more: str) -> Trainer:
     return result
 
 
-def outcome(family: str, estimator: str, folder: Path, *more: str, resume: bool = False) -> dict[str, Any]:
-    """Train, and return the weights at the start and at the end, the metrics and the rows."""
+def outcome(
+    family: str, estimator: str, folder: Path, *more: str, resume: bool = False, stop: int | None = None
+) -> dict[str, Any]:
+    """Train, and return the weights at the start and at the end, the metrics and the rows.
+
+    Args:
+        resume: go on from the checkpoint that is there.
+        stop: end as if killed before this step.
+    """
     run = trainer(family, estimator, folder, *more)
+    run.source = Doubled(run.source.source, stop)
     start = copy.deepcopy(run.unwrapped.state_dict())
     torch.set_default_dtype(torch.float64)
     try:
         run.fit(resume=resume)
+    except Killed:
+        assert run.step == stop
     finally:
         torch.set_default_dtype(torch.float32)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
@@ -137,23 +154,26 @@ def _cases() -> dict[str, tuple[str, ...]]:
     found = {f"{family}-{grad}": (family, grad) for family in FAMILIES for grad in ("upg", "npg", "implicit")}
     found = {name: case for name, case in found.items() if name not in ("reasoner-npg", "reasoner-implicit")}
     found |= {f"mdeq-{grad}": ("mdeq", grad) for grad in ("one_step", "shine", "bptt")}
-    found["mdeq-accumulated"] = ("mdeq", "upg", "accumulate=2", "subset=30")
-    return {name: (*case, "sync_batchnorm=true") for name, case in found.items()}
+    found |= {f"{name}-accumulated": (name, "upg", "accumulate=2") for name in ("mdeq", "reasoner")}
+    found["mdeq-accumulated"] += ("subset=30",)  # a short batch of four is one micro-batch for three ranks
+    # at 0.05 the recursion of a reasoner multiplies every rounding by 1e9 in 20 steps
+    rates = {name: 0.005 if name.startswith("reasoner") else 0.05 for name in found}
+    return {name: (*case, "sync_batchnorm=true", f"optimizer.lr={rates[name]}") for name, case in found.items()}
 
 
 # family, estimator and further overrides
 CASES = _cases()
 
 
-def main(rank: int, world: int, folder: Path, names: list[str]) -> None:
-    """Train the named cases in a group of `world` processes."""
+def main(rank: int, world: int, folder: Path, names: list[str], *, resume: bool) -> None:
+    """Train the named cases in a group of `world` processes, or go on with them."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    found = {name: outcome(*CASES[name][:2], folder / name, *CASES[name][2:]) for name in names}
+    found = {name: outcome(*CASES[name][:2], folder / name, *CASES[name][2:], resume=resume) for name in names}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[5:], resume=sys.argv[4] == "resume")

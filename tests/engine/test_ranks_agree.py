@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from phantom.engine.artifacts import checkpoint
 from tests.engine import ranks_agree
 from tests.engine.ranks_agree import CASES
 from tests.phantom.processes import run_ranks
@@ -24,15 +25,19 @@ def numbers(outcome: dict, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 
-def assert_same_training(found: dict, expected: dict, case: str) -> None:
+def assert_same_weights(found: dict, expected: dict) -> None:
     assert found["step"] == expected["step"] == ranks_agree.STEPS
     moved = 0
     for name, weight in expected["end"].items():
-        assert torch.equal(found["start"][name], expected["start"][name]), name
         difference = float((found["end"][name] - weight).abs().max())
         assert difference <= EQUAL * float(weight.abs().max()), (name, difference)
-        moved += bool((weight - expected["start"][name]).abs().max() > 1e-3)
+        moved += bool((weight - expected["start"][name]).abs().max() > 1e-4)
     assert moved > len(expected["end"]) / 3, "a training that goes nowhere shows nothing"
+
+
+def assert_same_training(found: dict, expected: dict, case: str) -> None:
+    assert_same_weights(found, expected)
+    assert all(torch.equal(found["start"][name], weight) for name, weight in expected["start"].items())
     for a, b in zip(numbers(found, case), numbers(expected, case), strict=True):
         assert a == pytest.approx(b, rel=EQUAL, abs=1e-12, nan_ok=True)
     for split, values in expected["final"].items():
@@ -41,7 +46,7 @@ def assert_same_training(found: dict, expected: dict, case: str) -> None:
 
 
 def check(folder, world: int, names) -> None:
-    found = run_ranks("tests.engine.ranks_agree", folder, *names, world=world, seconds=600)
+    found = run_ranks("tests.engine.ranks_agree", folder, "train", *names, world=world, seconds=600)
     for name in names:
         expected = ranks_agree.outcome(*CASES[name][:2], folder / f"{name} alone", *CASES[name][2:])
         for rank in found:
@@ -56,3 +61,23 @@ def test_two_ranks_agree_with_one_process(tmp_path):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_agree_with_one_process(tmp_path, world):
     check(tmp_path, world, CASES)
+
+
+def test_two_ranks_go_on_with_what_one_process_carried(tmp_path):
+    """Eleven steps of one process and nine of two are twenty of one: with other memories they would not be.
+
+    The eleventh step is in the middle of an epoch of the text, and of the supervision of a puzzle.
+    """
+    names = ("transformer-upg", "reasoner-accumulated")
+    for name in names:
+        family, estimator, *items = CASES[name]
+        stopped = ranks_agree.outcome(family, estimator, tmp_path / name, *items, stop=11)
+        (last,) = (tmp_path / name).rglob("last.pt")
+        carries = checkpoint.load(last)["ranks"][0]["carries"]
+        assert stopped["step"] == checkpoint.load(last)["step"] == 11 and all(carry is not None for carry in carries)
+    found = run_ranks("tests.engine.ranks_agree", tmp_path, "resume", *names, world=2, seconds=600)
+    for name in names:
+        family, estimator, *items = CASES[name]
+        expected = ranks_agree.outcome(family, estimator, tmp_path / f"{name} alone", *items)
+        for rank in found:
+            assert_same_weights(rank[name], expected)
