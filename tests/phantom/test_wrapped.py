@@ -22,7 +22,7 @@ def check(folder, kind: str, names) -> None:
 
 
 def test_static_graph_serves_every_estimator(tmp_path):
-    """One backward a step: torch refuses `no_sync` with it, so that accumulation needs the ordinary wrapper."""
+    """With one backward pass a step."""
     check(tmp_path, "static_graph", GRADS)
 
 
