@@ -101,7 +101,7 @@ def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
         if script.endswith("reproduce.py"):
             reproduce.main([*items, *([] if "list" in items else ["list"])])
         elif script.endswith("report.py"):
-            assert set(items) <= {*studies.names(), "html"}
+            assert set(items) <= {*studies.names(), "html", "runs=runs"}
         elif script.endswith("explore.py"):
             _, _, others = split(items, doc="", own=explore.OWN)
             assert explore.explore.estimators(explore.explore.split(others)[0], 0.5, Broyden())

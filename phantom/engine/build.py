@@ -154,6 +154,8 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
             mode=config["wandb"],
             project=config["wandb_project"],
             name=f"{plan.label}/{folder.parent.name}",
+            group=plan.group or plan.label,
+            tags=[str(leaf) for group in ("model", "data", "grad", "scale") if (leaf := plan.choices.get(group))],
             folder=folder,
             config=config,
         ),

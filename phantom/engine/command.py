@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,7 @@ def run(job: Job, configs: Configs) -> None:
     if flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
         _show([item for item in items if item != "job"], configs)
         return
-    sweep: Sweep | None = None
+    sweep, group = None, ""
     if flags <= SWEEP:
         try:
             hydras = [item for item in items if HYDRA_KEY.match(item)]
@@ -58,14 +59,17 @@ def run(job: Job, configs: Configs) -> None:
             plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
             for plan in plans:
                 _make_folder(plan.root)
-            sweep = Sweep.of(own, plans) if flags else None
+            if flags:
+                sweep = Sweep.of(own, plans)
+                group = sweep.folder.relative_to(plans[0].root / "sweeps").as_posix()
+                plans = [replace(plan, group=group) for plan in plans]
             sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
         except (ConfigError, OSError) as error:
             refuse(error)
         if not hydras:
             _run_here(job, plans, sweep)
             return
-    _run_by_hydra(job, configs, sweep)
+    _run_by_hydra(job, configs, sweep, group)
 
 
 def refuse(error: Exception) -> NoReturn:
@@ -114,7 +118,7 @@ def _recipe(plans: list[Plan], items: list[str]) -> list[str]:
     return [f"recipe={name}" for name in names if len(names) == 1 and name is not None and not typed]
 
 
-def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None) -> None:
+def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None, group: str) -> None:
     reasons: dict[int, str | None] = {}
     configs.mount()
 
@@ -123,7 +127,9 @@ def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None) -> None:
         overrides = from_hydra(HydraConfig.get().overrides.task)
         number = HydraConfig.get().job.num if sweep is not None else 0
         # made again from the command line, because a recipe follows from the job's own model and data
-        reasons[number] = _attempt(lambda: job(make_plan(overrides, configs)), one_of_many=sweep is not None)
+        reasons[number] = _attempt(
+            lambda: job(replace(make_plan(overrides, configs), group=group)), one_of_many=sweep is not None
+        )
 
     main()
     _end(reasons, sweep)

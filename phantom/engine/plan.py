@@ -42,6 +42,7 @@ class Plan:
         overrides: the `key=value` items behind the config.
         make_optimizer: returns the optimiser of some parameters.
         defaults: the root keys of train.yaml, for comparing with configs that lack some.
+        group: the sweep that the run is a job of; empty for a run on its own.
     """
 
     config: dict[str, Any]
@@ -58,6 +59,7 @@ class Plan:
     budget: Budget
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     defaults: dict[str, Any]
+    group: str = ""
 
     @property
     def folder(self) -> Path:

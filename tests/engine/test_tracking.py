@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import train
 from phantom import FixedPoint
+from phantom.engine import command
 from phantom.engine.artifacts import tracking
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.measure.monitor import Monitor
 from tests.engine import tiny
+from tests.tiny_run import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"seed": 3, "solver": {"tol": 1e-3}}
@@ -58,7 +61,7 @@ def wandb(monkeypatch):
     return module
 
 
-def tracker(folder: Path, mode: str = "offline", **options: bool) -> Tracker:
+def tracker(folder: Path, mode: str = "offline", **options) -> Tracker:
     return Tracker(mode=mode, project="phantom", name="row/seed3", folder=folder, config=CONFIG, **options)
 
 
@@ -94,6 +97,31 @@ def test_what_a_run_is_begun_with(wandb, tmp_path):
     options = wandb.runs[0].options
     assert options["config"] == CONFIG and options["mode"] == "offline" and options["resume"] == "allow"
     assert (options["project"], options["name"], options["dir"]) == ("phantom", "row/seed3", str(tmp_path))
+    assert (options["group"], options["tags"], options["job_type"]) == (None, [], "train")
+
+
+def test_group_and_tags_have_the_length_that_wandb_takes(wandb, tmp_path):
+    tracker(tmp_path, group="g" * 200, tags=("short", "t" * 100))
+    options = wandb.runs[0].options
+    assert (options["group"], options["tags"]) == ("g" * 128, ["short", "t" * 64])
+
+
+@pytest.mark.parametrize(
+    ("items", "groups"),
+    [
+        (["-m", "grad=upg,npg", "k=2"], {"mdeq_tiny-digits/": 2}),
+        (["grad=npg"], {"mdeq_tiny-digits-npg": 1}),
+    ],
+    ids=["the jobs of a sweep are one group", "the seeds of an experiment are one group"],
+)
+def test_what_belongs_together_is_one_group(wandb, tmp_path, monkeypatch, items, groups):
+    online = [item for item in TINY if not item.startswith(("wandb=", "steps="))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *online, "steps=1", "wandb=offline", f"runs={tmp_path}", *items])
+    command.run(train.job, train.CONFIGS)
+    ((start, count),) = groups.items()
+    begun = [run.options for run in wandb.runs]
+    assert len(begun) == count and len({options["group"] for options in begun}) == 1
+    assert begun[0]["group"].startswith(start) and begun[-1]["tags"] == ["mdeq_tiny", "digits", "npg", "paper"]
 
 
 def test_a_resumed_run_continues_its_own_curve(wandb, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from scripts import arguments
 
-COMMANDS = ("report", "reproduce", "benchmark", "explore", "compare")
+COMMANDS = ("report", "reproduce", "benchmark", "explore", "compare", "dashboard")
 
 
 def test_a_command_line_is_taken_apart():

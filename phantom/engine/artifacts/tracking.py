@@ -7,11 +7,12 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MODES = ("auto", "online", "offline", "disabled")
+LONGEST, LONGEST_TAG = 128, 64  # characters that wandb takes
 log = logging.getLogger(__name__)
 
 
@@ -20,11 +21,22 @@ class Tracker:
 
     Args:
         mode: one of `MODES`; "auto" logs online when the user is logged in and offline otherwise.
+        group: of runs that belong together: the seeds of an experiment, or the jobs of a sweep.
+        tags: words to find the run by.
         fresh: begin a curve of its own; otherwise continue that of the folder's last start.
     """
 
     def __init__(
-        self, *, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any], fresh: bool = False
+        self,
+        *,
+        mode: str,
+        project: str,
+        name: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        fresh: bool = False,
     ) -> None:
         self._run: Any = None  # wandb is imported only where it is used
         if mode == "auto":
@@ -40,6 +52,9 @@ class Tracker:
             "mode": mode,
             "project": project,
             "name": name,
+            "group": None if group is None else group[:LONGEST],
+            "job_type": "train",
+            "tags": [tag[:LONGEST_TAG] for tag in tags],
             "id": _identifier(folder, fresh=fresh),
             "resume": "allow",
             "dir": str(folder),

@@ -8,6 +8,7 @@ const VALUES = {
 const COUNTS = { seed: "seed", steps: "steps", parameters: "parameters" };
 const COLORS = ["#3b82d0", "#e07b22", "#2fa35a", "#d2484b", "#8b62c9", "#a06a52", "#d873b8", "#8a8f98", "#a9a92c", "#27a9b8"];
 const DASHES = ["solid", "dash", "dot", "dashdot"]; // for more lines than there are colours
+const TICKS = [1, 10, 100, 1e3, 1e4].flatMap((power) => [power, 2 * power, 5 * power]); // of a logarithmic axis
 const SETTINGS = { displayModeBar: false, responsive: true };
 const runs = new Map(payload.runs.map((run) => [run.record, run]));
 const byId = (id) => document.getElementById(id);
@@ -189,7 +190,7 @@ function showFront() {
       x: points.map((point) => 1e3 * point.seconds.value), y: points.map((point) => point.cosine.value),
       hovertemplate: "%{text}<br>%{x:.0f} ms, cosine %{y:.3f}<extra></extra>" };
   });
-  const axes = { xaxis: { title: { text: "attach and backward, ms" }, type: "log", dtick: "D2" },
+  const axes = { xaxis: { title: { text: "attach and backward, ms" }, type: "log", tickvals: TICKS, ticktext: TICKS.map(String) },
     yaxis: { title: { text: "cosine to the exact gradient" } } };
   draw("front", traces, axes, `Cosine against milliseconds of ${found.points.length} estimators: ${found.title}`);
   legend("front", traces);
