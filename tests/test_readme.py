@@ -24,7 +24,10 @@ from train import CONFIGS
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 # docs/extending.md has a test of its own
-NAMES = ("README.md", *(f"docs/{name}.md" for name in ("start", "choosing", "method", "failures", "data", "results")))
+NAMES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("start", "choosing", "method", "failures", "migration", "data", "results")),
+)
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall(TEXT)
