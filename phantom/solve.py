@@ -154,7 +154,7 @@ class _Start:
 
 def _finite_or_infinite(residual: Tensor) -> Tensor:
     """Return `residual` (B,), infinite where it is NaN: such a one is the worst."""
-    return residual.nan_to_num(inf, inf)
+    return residual.nan_to_num(inf, inf, -inf)  # not the largest number, which ONNX has in float32 alone
 
 
 def _limit(length: Tensor) -> Tensor:
