@@ -197,10 +197,10 @@ def _folds_cells(record: dict[str, Any], protocols: list[str], paper: str) -> li
     first, *others = (
         "--" if result is None else f"{result['mean']:.2f} ± {result['std']:.2f}{label}" for result in results
     )
-    compared = results[0] is not None and record["scale"] == "paper"
+    top = results[0] if record["scale"] == "paper" else None
     return [
         first,
-        *difference(paper, [results[0]["mean"]] if compared else []),
+        *difference(paper, [] if top is None else [top["mean"]]),
         *others,
         str(len(record["folds"])),
         f"{record['num_parameters']:,}",

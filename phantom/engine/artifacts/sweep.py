@@ -66,7 +66,7 @@ class Sweep:
     def of(cls, items: Sequence[str], plans: Sequence[Plan]) -> Sweep:
         """Return the sweep of `train.py -m <items>`, whose jobs have these plans."""
         swept = [item.get_key_element() for item in parse(items) if item.is_sweep_override()]
-        every = [dict(item.partition("=")[::2] for item in job) for job in expand(items)]
+        every = [{key: value for key, _, value in (item.partition("=") for item in job)} for job in expand(items)]
         jobs = [
             Job({key: values[key] for key in swept}, plan.folder) for values, plan in zip(every, plans, strict=True)
         ]

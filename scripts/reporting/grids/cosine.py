@@ -90,6 +90,6 @@ def _cell(rows: list[dict[str, Any]], key: str) -> str:
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:
     if len(values) < 2:
-        return (values[0],) * 3
+        return values[0], values[0], values[0]
     tenths = quantiles(values, n=10, method="inclusive")
     return tenths[0], median(values), tenths[-1]
