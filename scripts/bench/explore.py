@@ -118,8 +118,9 @@ def measure(run: Rebuilt, grid: dict[str, str], batches: int) -> dict[str, Any]:
     def mean(name: str) -> float:
         return statistics.fmean(quality[name] for quality in qualities)
 
+    batch = "batch" if len(data) == 1 else "batches"
     return {
-        "examples": f"{len(data)} training batches of {costs[''].pop('items')} {task.unit}",
+        "examples": f"{len(data)} training {batch} of {costs[''].pop('items')} {task.unit}",
         "residual": float(torch.cat([out.stats.residual for _, out in calls]).median()),
         "radius": {f"{value:g}": float(damped_radius(spectrum, value).mean()) for value in (0.25, 0.5, lam, 1.0)},
         "best_lam": lam,

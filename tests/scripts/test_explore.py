@@ -171,7 +171,7 @@ def test_of_a_run_the_page_and_the_figure_are_kept(folder, capsys):
     grid = ["grad=upg,npg,shine", "k=2", "lam=0.5"]
     explore.main([f"run={folder}", "batches=1", "solver.max_steps=12", *grid, "cosine=0.999", f"out={out}"])
     found = json.loads(out.read_text())
-    assert found["step"] == 1 and found["examples"] == "1 training batches of 8 images"
+    assert found["step"] == 1 and found["examples"] == "1 training batch of 8 images"
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     text = out.with_suffix(".md").read_text()
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
