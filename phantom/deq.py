@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from phantom.solve import solve
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
 from phantom.state import FlatMap, Map, Packing, State
-from phantom.validate import check_count, check_kind
+from phantom.validate import check_choice, check_count, check_kind
 
+Returns = Literal["best", "last"]
 SOLVER, GRAD = Broyden(), UPG()  # the defaults
 
 Clock = Callable[[str], AbstractContextManager]
@@ -43,6 +45,7 @@ def fixed_point(
     confirm: bool = True,
     on_failure: OnFailure = "useless",
     group: Group = None,
+    returns: Returns = "best",
     states: Sequence[int] = (),
     unrolled: bool = False,
     debug: bool = False,
@@ -77,6 +80,9 @@ def fixed_point(
             the same settings; a rank that has stopped evaluates f at what it holds. Costs an all-reduce of one number
             where a solve asks whether its problems have stopped. The memory of Anderson and Broyden is that of a rank's
             own problems: where f couples those of several ranks strongly, `FixedPoint` converges better.
+        returns: "best", the iterate of the smallest residual, or "last", the one that was evaluated last, which need
+            not be finite; its residual is then the one reported. A problem that has met `tol` or diverged stays where
+            it was best.
         states: steps t of the solve whose state shall be in `Solution.states`, in this order: z_t, the best iterate of
             the first t steps, or z_star where the solve has ended before, with the gradient of `grad` attached to it as
             to z_star. A loss w l(value) + sum_t w_t l(states[t]) is the sparse fixed-point correction of Bai et al.,
@@ -98,6 +104,7 @@ def fixed_point(
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
     group = name_of(group)
+    check_choice("returns", returns, get_args(Returns))
     _check_extras(states, unrolled, grad)
     if _is_compiled_around(grad):
         from phantom.compiled import outside
@@ -113,6 +120,7 @@ def fixed_point(
             confirm=confirm,
             on_failure=on_failure,
             group=group,
+            returns=returns,
             states=states,
             unrolled=unrolled,
             debug=debug,
@@ -147,6 +155,7 @@ def fixed_point(
                 in_place=in_place or packing.joins,
                 group=group,
                 watch=watch if states else None,
+                last=returns == "last",
             )
             # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
             torch.clear_autocast_cache()
@@ -231,6 +240,7 @@ class DEQ(nn.Module):
         confirm: measure the residual of the returned state where its problems stopped apart; see `fixed_point`.
         on_failure: what to do about a solve that failed; see `fixed_point`.
         group: the process group whose ranks stop together, because f communicates; see `fixed_point`.
+        returns: the best iterate or the last one; see `fixed_point`.
     """
 
     def __init__(
@@ -244,6 +254,7 @@ class DEQ(nn.Module):
         confirm: bool = True,
         on_failure: OnFailure = "useless",
         group: Group = None,
+        returns: Returns = "best",
     ) -> None:
         super().__init__()
         solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
@@ -262,6 +273,8 @@ class DEQ(nn.Module):
         self.confirm = confirm
         self.on_failure: OnFailure = on_failure
         self.group = name_of(group)
+        check_choice("returns", returns, get_args(Returns))
+        self.returns: Returns = returns
         self.clock: Clock = nullcontext
 
     def forward(
@@ -288,6 +301,7 @@ class DEQ(nn.Module):
             confirm=self.confirm,
             on_failure=self.on_failure,
             group=self.group,
+            returns=self.returns,
             states=states,
             unrolled=unrolled,
             clock=self.clock,

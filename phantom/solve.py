@@ -50,6 +50,7 @@ def solve(
     in_place: bool = False,
     group: str | None = None,
     watch: Watch | None = None,
+    last: bool = False,
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
@@ -67,7 +68,8 @@ def solve(
         scale: (B,) what |f(z) - z| is measured by, whatever `solver.stop` says: |g| in an adjoint equation.
         in_place: f returns memory of its own at every call, which the loop may write to.
         group: name of the process group whose ranks go on until all have stopped, because f communicates.
-        watch: called after every step with its number and the iterate that would be returned then, memory of the loop.
+        watch: called after every step with its number and the best iterate until then, memory of the loop.
+        last: return the last iterate in the place of the best one; of a problem that has stopped it is the best one.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
@@ -79,14 +81,14 @@ def solve(
         start = _Start(fz, z, solver, scale)
         if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            return _loop(f, z, solver, start, num_evals, in_place, group, watch)
+            return _loop(f, z, solver, start, num_evals, in_place, group, watch, last)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         scaled = None if watch is None else lambda step, best: watch(step, best / power)
         best, stats, memory = _loop(
-            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, True, group, scaled
+            rescaled(f, power), z, solver, _Start(fz, z, solver, scale), num_evals, True, group, scaled, last
         )
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
@@ -194,6 +196,7 @@ def _loop(
     in_place: bool,
     group: str | None,
     watch: Watch | None,
+    last: bool,
 ) -> tuple[Tensor, Stats, Any]:
     observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
@@ -239,9 +242,11 @@ def _loop(
         # ranks ask each other at the same steps, whichever of them know more
         if going is not None and (group is None or step % solver.sync_every == 0):
             done = not any_rank(going != 0, group, z.device)
+    if last:
+        best, rows.residual, confirmed = z, _finite_or_infinite(residual), True
     converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     converged = converged.all().expand(batch) if together else converged
-    if not stops_early and start.is_on_host:
+    if not stops_early and not last and start.is_on_host:
         confirmed = bool(rows.better.all())
     confirmed = confirmed or together
     if group is not None and can_ask(z, solver.tol):

@@ -106,7 +106,7 @@ class Levels:
 
 
 def solve(
-    f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None, watch: Watch | None
+    f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None, watch: Watch | None, last: bool
 ) -> tuple[Tensor, Stats, Any]:
     """Return what `phantom.solve.solve` returns, the iterate as a constant of the transforms.
 
@@ -116,5 +116,7 @@ def solve(
     start = levels.rows(z0)
     wrapped = None if watch is None else lambda step, best: watch(step, levels.wrap(best))
     with levels.aside(f) as f_rows:
-        z_star, stats, history = solve_rows(f_rows, start, solver, in_place=in_place, group=group, watch=wrapped)
+        z_star, stats, history = solve_rows(
+            f_rows, start, solver, in_place=in_place, group=group, watch=wrapped, last=last
+        )
     return levels.wrap(z_star), stats, history

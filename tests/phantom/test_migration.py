@@ -98,7 +98,9 @@ def test_the_final_iterate(problem):
     z0 = problem[1]
     solve = torchdeq.get_deq(f_solver="fixed_point_iter", f_max_iter=7, f_tol=NEVER).eval()
     with torch.no_grad():
-        same(fixed_point(f, z0, solver=Rollout(max_steps=7)).value, solve(f, z0, {"return_final": True})[0][-1])
+        theirs = solve(f, z0, {"return_final": True})[0][-1]
+        same(fixed_point(f, z0, solver=Rollout(max_steps=7)).value, theirs)
+        same(fixed_point(f, z0, solver=FixedPoint(max_steps=7, tol=None), returns="last").value, theirs)
 
 
 @pytest.mark.parametrize("settings", [{"indexing": [2, 5]}, {"n_states": 3}])
