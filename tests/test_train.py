@@ -46,7 +46,7 @@ def record(tmp_path_factory):
 def test_the_files(record):
     folder = record["path"]
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "record.json"}
+    assert names == {"config.yaml", "metrics.jsonl", "last.pt", "last-1.pt", "best.pt", "record.json", "run.lock"}
     config = plan([*TINY, f"runs={folder.parents[2]}"]).config
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
     for name in ("last.pt", "best.pt"):
@@ -183,7 +183,8 @@ def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, monkeypatch):
         checkpoint.save(folder / "last.pt", content)
         before = saved(folder)
         assert message in command_line(monkeypatch, f"runs={tmp_path}") and saved(folder) == before
-    (folder / "last.pt").write_bytes(before["last.pt"][:1000])
+    for name in ("last.pt", "last-1.pt", "best.pt"):
+        (folder / name).write_bytes(before["last.pt"][:1000])
     before = saved(folder)
     line = command_line(monkeypatch, f"runs={tmp_path}")
     assert line.startswith(f"error: the checkpoint {folder / 'last.pt'} is damaged") and "resume=never" in line

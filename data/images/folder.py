@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.images.base import ImageSet
+from data.images.tree import list_classes, list_pictures
 from data.paths import cache_folder
 from phantom.engine.errors import DataError
 
@@ -28,7 +29,7 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
     Raises:
         DataError: a class folder is missing, unknown or empty; a picture is damaged or of another size.
     """
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = list_classes(folder)
     if found != sorted(classes):
         raise DataError(
             f"{folder} must hold one folder for each of {', '.join(classes)}; it holds {', '.join(found) or 'none'}"
@@ -36,7 +37,7 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        pictures = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        pictures = list_pictures(folder / name, SUFFIXES)
         if not pictures:
             raise DataError(f"{folder / name} holds no picture ({', '.join(SUFFIXES)})")
         files += pictures

@@ -6,7 +6,9 @@ Images are (B, 3, H, W) float32, normalised per channel.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.digests import fingerprint_of_tree
+from data.images.tree import list_classes, list_pictures
 from data.paths import data_root, root_hint
 from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 log = logging.getLogger(__name__)
 
@@ -67,24 +71,21 @@ class ImageNet(Source):
                     f"no ImageNet in {folder}: {folder / split} is missing. Expected train/<wnid>/*.JPEG and "
                     f"val/<wnid>/*.JPEG. {root_hint('imagenet')}; request the images at https://image-net.org"
                 )
-        from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
 
         normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         (least, most), (narrow, wide) = scale, ratio
         augment = v2.RandomResizedCrop(crop, scale=(least, most), ratio=(narrow, wide), antialias=True)
-        try:
-            train, test = ImageFolder(str(folder / "train")), ImageFolder(str(folder / "val"))
-        except FileNotFoundError as error:
-            raise DataError(f"the tree in {folder} has an empty or unknown class folder: {error}") from error
-        if train.classes != test.classes:
-            unmatched = sorted(set(train.classes) ^ set(test.classes))
+        classes, test_classes = (list_classes(folder / split) for split in ("train", "val"))
+        if classes != test_classes:
+            unmatched = sorted(set(classes) ^ set(test_classes))
             raise DataError(
                 f"train and val in {folder} differ in the classes {', '.join(unmatched[:5])} ({len(unmatched)} in all)"
             )
-        self._train = Pictures(train.samples, v2.Compose([augment, v2.RandomHorizontalFlip(), *normalise]), seed)
+        train, test = (_samples(folder / split, classes) for split in ("train", "val"))
+        self._train = Pictures(train, v2.Compose([augment, v2.RandomHorizontalFlip(), *normalise]), seed)
         plain = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), *normalise])
-        self._evaluated = {"train": Pictures(train.samples, plain, seed), "test": Pictures(test.samples, plain, seed)}
+        self._evaluated = {"train": Pictures(train, plain, seed), "test": Pictures(test, plain, seed)}
         self._indices = {"train": _first(len(train), subset), "test": _first(len(test), test_subset)}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.workers, self.seed = workers, seed
@@ -92,14 +93,14 @@ class ImageNet(Source):
         sizes = {name: len(indices) for name, indices in self._indices.items()}
         self.spec = Spec(
             kind=self.kind,
-            inputs={"in_channels": 3, "num_classes": len(train.classes)},
+            inputs={"in_channels": 3, "num_classes": len(classes)},
             sizes=sizes,
             digests={
-                name: fingerprint_of_tree(folder, (path for path, _ in found.samples))
+                name: fingerprint_of_tree(folder, (path for path, _ in found))
                 for name, found in (("train", train), ("test", test))
             },
         )
-        log.info("ImageNet in %s: %s images of %d classes", folder, sizes, len(train.classes))
+        log.info("ImageNet in %s: %s images of %d classes", folder, sizes, len(classes))
 
     def steps(self, epoch: int) -> int:
         return -(-self.spec.sizes["train"] // self.batch_size)
@@ -125,7 +126,11 @@ class ImageNet(Source):
         yield from self._batches(self._evaluated[split], shares)
 
     def _batches(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
-        options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        options = {
+            "num_workers": self.workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _leave_signals,
+        }
         try:
             # without this generator, DataLoader draws its workers' seeds from torch's global one
             yield from DataLoader(pictures, batch_sampler=shares, generator=torch.Generator(), **options)
@@ -154,6 +159,26 @@ class Pictures(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(f"augment/{self.seed}/{epoch}/{index}"))
             return self.transform(picture), label
+
+
+def _leave_signals(worker: int) -> None:
+    """Leave signals to the parent: a scheduler sends them to every process, and the parent saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _samples(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """Return (file, label) of every picture of a split, by classes.
+
+    Raises:
+        DataError: there is no class, or one has no picture.
+    """
+    files = [list_pictures(folder / name, SUFFIXES) for name in classes]
+    empty = [str(folder / name) for name, found in zip(classes, files, strict=True) if not found]
+    if empty or not classes:
+        what = f"no picture ({', '.join(SUFFIXES)}) in the class folder {empty[0]}" if empty else f"{folder} is empty"
+        raise DataError(f"{what}: every folder of train/ and val/ is a class, and holds its pictures")
+    return [(str(path), label) for label, found in enumerate(files) for path in found]
 
 
 def _first(total: int, count: int | None) -> Tensor:

@@ -69,12 +69,12 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
     """Set torch's global switches, join the other processes; return (this process's device, rank, world size).
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or another process is not.
     """
     precision.set_up(plan.config["precision"], deterministic=plan.config["deterministic"])
     try:
         device, rank, world_size = distributed.start(plan.config["device"])
-    except ValueError as error:
+    except (ValueError, TimeoutError) as error:
         raise ConfigError(str(error)) from error
     return device, rank, world_size
 

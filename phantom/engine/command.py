@@ -21,6 +21,7 @@ from phantom.engine.artifacts.sweep import Sweep
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError
+from phantom.engine.machine import signals
 from phantom.engine.plan import Plan, make_plan
 from phantom.report import SolveError
 
@@ -31,7 +32,7 @@ SHOW = {"-c", "--cfg", "--cfg=job", "--resolve"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
 # errors of the disk or its permissions; not bugs, so they are reported in one line
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DISK = (
     *(*FULL, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -45,6 +46,11 @@ def run(job: Job, configs: Configs) -> None:
     keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job. A
     sweep ends with its table; a job that fails does not stop the others, whatever the reason.
     """
+    with signals.end_at_once():
+        _run(job, configs)
+
+
+def _run(job: Job, configs: Configs) -> None:
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     items = [argument for argument in arguments if argument not in flags]

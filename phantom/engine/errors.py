@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class DivergenceError(UserError):
     """The loss or the gradient stopped being finite."""
+
+
+class LockedError(UserError):
+    """A run folder that another process writes to."""

@@ -24,8 +24,8 @@ from phantom.engine.config.values import check_cuda_graph, check_rates, check_ro
 from phantom.engine.errors import ConfigError
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks import Task
+from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping
-from phantom.engine.training.loop import Budget
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
 
@@ -177,7 +177,7 @@ def _rules(config: dict[str, Any], deq: DEQ) -> Rules:
 
 
 def _budget(config: dict[str, Any]) -> Budget:
-    names = ("epochs", "steps", "eval_every", "log_every", "checkpoint_every")
+    names = ("epochs", "steps", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
     return Budget(**{name: config[name] for name in names}, eval_splits=tuple(config["eval_splits"]))
 
 

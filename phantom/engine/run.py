@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import files, lock, records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
 from phantom.engine.continuation import copy_continued
-from phantom.engine.machine import distributed
+from phantom.engine.machine import distributed, launcher
 from phantom.engine.machine.memory import peak_memory
+from phantom.engine.machine.signals import Interrupted
 from phantom.engine.model import official_parameter_count, parameter_counts
 from phantom.engine.plan import Plan
 from phantom.engine.training.loop import Trainer
 
+# what resume=never removes
+_LEAVES = ("last*.pt", "last.damaged", "best.pt", "metrics.jsonl", "record.json")
 log = logging.getLogger(__name__)
 
 
 def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
     """Train, write record.json and print the closing table; return the record.
 
-    A run whose folder holds the record of the same config is finished, and not trained again under resume=auto.
+    A run whose folder holds the record of the same config is finished, and not trained again under resume=auto. Under
+    resume=never the folder is emptied first; where torchrun starts its processes again, it is not, and they resume.
 
     Raises:
         CheckpointError: the folder holds a run of other data, or a checkpoint that cannot be resumed.
+        LockedError: another process writes to the folder.
+        Interrupted: a signal asked for the end; see `Trainer.fit`.
     """
-    resume = plan.config["resume"] == "auto"
-    main = trainer.shard.rank == 0
-    folder = trainer.folder
+    main, folder = trainer.shard.rank == 0, trainer.folder
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for name in ("last.pt", "best.pt", "metrics.jsonl", "record.json"):
-                (folder / name).unlink(missing_ok=True)
-        if trainer.origin is not None and "continue_from" in trainer.origin:
-            copy_continued(plan)
         log.info("%s", _recipe_line(plan))
         log.info("run folder: %s", folder)
-    distributed.barrier()
-    finished = _finished_record(plan, plan.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    anew = plan.config["resume"] == "never" and not launcher.has_begun(folder)
+    finished = distributed.gather(_finished_record(plan, plan.folder) if main and not anew else None)[0]
     if finished is not None:
         config = (plan.folder / "config.yaml").read_text()
         check_same_data(Data(finished["data_digests"], config), trainer.data, plan.folder / "record.json")
@@ -51,11 +50,27 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         if main:
             print(summary_table(finished), flush=True)
         return finished
+    with lock.hold(folder) if main else nullcontext():
+        try:
+            return _train(trainer, plan, anew=anew)
+        except Interrupted:
+            distributed.stop()
+            raise
+
+
+def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:
+    main, folder = trainer.shard.rank == 0, trainer.folder
     if main:
-        (folder / "config.yaml").write_text(trainer.config)
+        for path in [path for name in (_LEAVES if anew else ()) for path in folder.glob(name)]:
+            path.unlink()
+        if trainer.origin is not None and "continue_from" in trainer.origin:
+            copy_continued(plan)
+        launcher.note_begun(folder)
+        with files.whole(folder / "config.yaml") as file:
+            file.write(trainer.config.encode())
     started = records.now()
     # a run that continues another one has that one's checkpoint in its own folder by now
-    trainer.fit(resume=resume or plan.config["continue_from"] is not None)
+    trainer.fit(resume=not anew or plan.config["continue_from"] is not None)
     record = asdict(_record(trainer, plan, started))
     if main:
         records.write_json(folder / "record.json", record)
@@ -91,12 +106,12 @@ def finished_folder(plan: Plan, root: Path | None = None) -> Path | None:
 
 
 def _finished_record(plan: Plan, folder: Path) -> dict[str, Any] | None:
-    record, config = folder / "record.json", folder / "config.yaml"
-    if not record.exists() or not config.exists():
+    found = records.read(folder)
+    if found is None:
         return None
-    found = json.loads(record.read_text())
-    other = found["seed"] != plan.config["seed"] or plan.differences(config.read_text())
-    return None if other else found
+    record, config = found
+    other = record["seed"] != plan.config["seed"] or plan.differences(config)
+    return None if other else record
 
 
 def _record(trainer: Trainer, plan: Plan, started: str) -> Record:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from phantom.engine.errors import DataError
+
 if TYPE_CHECKING:
     import torch
 
@@ -109,3 +111,14 @@ class Source(ABC):
         """Raise ValueError when this source has no such split."""
         if split not in self.splits:
             raise ValueError(f"split={split!r} does not exist here; choose one of {', '.join(self.splits)}")
+
+
+def dead_worker(error: BaseException, step: int) -> DataError | None:
+    """Return the sentence for a process of torch's DataLoader that has died before `step`; None for other errors."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return DataError(
+        f"a process that loads data died before step {step} ({str(error).splitlines()[0]}): most often the memory is "
+        "full. Use a smaller data.workers, or data.workers=0, which shows an error of the data itself; the same "
+        "command goes on from the last checkpoint"
+    )

@@ -79,6 +79,7 @@ BEFORE_DATA = [
     ("epochs=0", "epochs=0 must be an integer >= 1"),
     ("steps=0", "steps=0 must be an integer >= 1 or null"),
     ("accumulate=0", "accumulate=0 must be an integer >= 1"),
+    ("keep_checkpoints=0", "keep_checkpoints=0 must be an integer >= 1"),
     ("log_every=true", "log_every=True must be an integer >= 1"),
     ("precision=fp8", "precision='fp8' is not known; choose one of fp32, tf32, bf16"),
     ("gradient_precision=fp16", "choose one of null, bf16"),

@@ -15,8 +15,10 @@ from phantom import FixedPoint
 from phantom.engine import command
 from phantom.engine.artifacts import tracking
 from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.errors import ConfigError
 from phantom.engine.measure.monitor import Monitor
 from tests.engine import tiny
+from tests.plans import plan
 from tests.tiny_run import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +172,27 @@ def test_without_a_network_the_run_is_logged_offline(wandb, tmp_path, caplog):
     (run,) = wandb.runs
     assert run.options["mode"] == "offline" and run.rows == [{"train/step": 1, "train/loss": 0.5, "step": 1}]
     assert wandb.torn_down == 1  # or wandb would say that the id is in use
+
+
+@pytest.mark.parametrize("where", ["init", "define_metric", "log", "finish"])
+def test_whatever_wandb_raises_costs_its_curve_alone(wandb, tmp_path, monkeypatch, caplog, where):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(wandb if where == "init" else FakeRun, where, fail)
+    with caplog.at_level(logging.WARNING):
+        run = tiny.trainer(tmp_path, make_tracker=lambda _: tracker(tmp_path))
+        run.fit(resume=False)
+        run.finish({"steps": 6})
+    assert run.step == 6 and caplog.text.count("wandb failed (PermissionError") == 1
+    assert sum(row["kind"] == "train" for row in tiny.rows(tmp_path)) == 6
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_first(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(ConfigError, match=r"WANDB_MODE='bogus' is not known; choose one of online, offline"):
+        plan([])
+    assert plan(["wandb=disabled"]).config["wandb"] == "disabled"
 
 
 def test_a_failed_run_is_closed_as_failed(wandb, tmp_path):

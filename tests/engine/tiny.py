@@ -15,7 +15,8 @@ from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks.base import Score, Tally, Task
 from phantom.engine.tasks.images import ImageClassification
-from phantom.engine.training.loop import Budget, Trainer
+from phantom.engine.training.budget import Budget
+from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Cosine
 from tests.phantom.problems import DTYPE, TanhMap, randn
@@ -132,6 +133,7 @@ class WarmStart(Task):
 def budget(**changes: Any) -> Budget:
     """Return two epochs, evaluated at their ends, with a row for every step, but for `changes`."""
     usual = {"epochs": 2, "steps": None, "eval_every": None, "log_every": 1, "checkpoint_every": None}
+    usual["keep_checkpoints"] = 2
     return Budget(**(usual | {"eval_splits": ("valid", "test")} | changes))
 
 

@@ -77,7 +77,7 @@ def test_only_markdown_py_writes_tables():
 def test_only_running_and_bench_write_numbers(path):
     if path.startswith("scripts/reporting/"):
         assert not called(path) & {"write_json", "dump", "dumps"}, "a renderer only reads records"
-    elif not path.startswith(("scripts/running/", "scripts/bench/")):
+    elif not path.startswith(("scripts/running/", "scripts/bench/", "scripts/drilling/")):  # the last breaks files
         assert not called(path) & (WRITES | {"open"}), "commands are thin"
 
 

@@ -6,6 +6,8 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
 import struct
@@ -18,11 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from phantom.engine.artifacts import files
 from phantom.engine.errors import CheckpointError
 
 # 2: one entry of random state and carries per rank; 3: averaged weights named as those of the model
 FORMAT = 3
-
+LAST = "last.pt"
+log = logging.getLogger(__name__)
 
 # exceptions that a corrupt checkpoint can raise in zipfile, pickle and torch
 UNREADABLE = (
@@ -31,30 +35,82 @@ UNREADABLE = (
 )
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is missing or cannot be read; an older one may do."""
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(
-        ".tmp"
-    )  # always the same name, so that the next save overwrites the file of a killed run
+    with files.whole(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def shift(folder: Path, count: int) -> None:
+    """Make room for a new last.pt: the one there stays as last-1.pt, that one as last-2.pt, `count` files in all.
+
+    last.pt itself stays until `save` replaces it.
+    """
+    names = [_older(i) for i in range(count)]
+    for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+        if not (folder / newer).exists():
+            continue
+        if newer != LAST:
+            os.replace(folder / newer, folder / older)
+            continue
+        (folder / older).unlink(missing_ok=True)
+        try:
+            os.link(folder / newer, folder / older)
+        except OSError:  # a file system without hard links
+            os.replace(folder / newer, folder / older)
+
+
+def _older(number: int) -> str:
+    return f"last-{number}.pt" if number else LAST
+
+
+def newest(folder: Path) -> str | None:
+    """Return the name of the checkpoint that a run goes on from, or None where there is none.
+
+    That is last.pt. Where it is missing or damaged, it is the intact one of the latest step, and the log says so; a
+    damaged last.pt is kept as last.damaged.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none that is intact; nothing is changed.
+    """
+    others = sorted(path.name for path in (*folder.glob("last-*.pt"), *folder.glob("best.pt")))
+    if not others and not (folder / LAST).exists():
+        return None
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        load(folder / LAST)
+    except DamagedError as error:
+        problem = error
+    else:
+        return LAST
+    steps = {}
+    for name in others:
+        with contextlib.suppress(DamagedError):
+            steps[name] = load(folder / name)["step"]
+    if not steps:
+        raise CheckpointError(f"{problem}. Of {', '.join(others) or 'any other'}, none is intact either") from problem
+    name = max(steps, key=steps.__getitem__)
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / "last.damaged")
+        log.warning("%s. It is kept as last.damaged", problem)
+    else:
+        log.warning("%s is missing", folder / LAST)
+    log.warning("the newest intact checkpoint is %s, of step %d: going on from there", name, steps[name])
+    return name
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of an older format, or not one of ours.
+        DamagedError: the file is missing or damaged.
+        CheckpointError: it is of an older format, or not one of ours.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}: train first, or name an existing run folder")
+        raise DamagedError(f"there is no checkpoint {path}: train first, or name an existing run folder")
     try:
         # torch.load does not look at the checksums in its files: a flipped bit would pass as another weight
         with zipfile.ZipFile(path) as archive:
@@ -64,9 +120,9 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged and cannot be read ({reason}). Use the other one of last.pt and best.pt "
-            "in that folder, or start from the beginning with resume=never"
+        raise DamagedError(
+            f"the checkpoint {path} is damaged and cannot be read ({reason}). Use another one of that folder "
+            "(last.pt, last-1.pt, best.pt), or start from the beginning with resume=never"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int):

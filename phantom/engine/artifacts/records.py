@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -18,10 +19,14 @@ from typing import Any
 
 import torch
 
+from phantom.engine.artifacts import files
+
+log = logging.getLogger(__name__)
+
 # Keys that say where or how to run, not what to train: they change neither a run's folder nor, beyond rounding, its
 # results.
 CIRCUMSTANCES = (
-    *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every"),
+    *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("runs", "resume", "progress", "on_failure", "wandb", "wandb_project"),
     *("data.root", "data.download", "data.cache"),
 )
@@ -121,30 +126,34 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, keep_until: int) -> None:
         """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists() and keep_until > 0:
-            for line in path.read_text().splitlines():
-                row = _parse(line)  # the last line of a killed run may be cut short
-                if row is not None and row["step"] <= keep_until:
-                    kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        lines = path.read_bytes().splitlines() if path.exists() and keep_until > 0 else []
+        steps = [_step_of(line) for line in lines]
+        if None in steps[:-1]:  # the last line of a killed run may be cut short
+            log.warning("%s: damaged lines are left out (%d)", path, steps[:-1].count(None))
+        with files.whole(path) as file:
+            file.writelines(
+                line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= keep_until
+            )
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._file.write(to_json(row) + "\n")
 
+    def sync(self) -> None:
+        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _step_of(line: bytes) -> int | None:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        row = json.loads(line)
+    except ValueError:  # neither JSON nor UTF-8
         return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
@@ -162,10 +171,23 @@ def _finite(node: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path` atomically, readable by a person."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_json(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    text = to_json(content, indent=2) + "\n"
+    with files.whole(path) as file:
+        file.write(text.encode())
+
+
+def read(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """Return the record of a run folder and its config as text; None where there is none that is whole."""
+    try:
+        record = json.loads((folder / "record.json").read_bytes())
+        config = (folder / "config.yaml").read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:  # cut short by a crash, or not UTF-8
+        log.warning("the record in %s is damaged and does not count (%s)", folder, error)
+        return None
+    whole = isinstance(record, dict) and {"seed", "final", "best"} <= record.keys()
+    return (record, config) if whole else None
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -7,12 +7,14 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MODES = ("auto", "online", "offline", "disabled")
 LONGEST, LONGEST_TAG = 128, 64  # characters that wandb takes
+VARIABLE = "WANDB_MODE"
+VARIABLE_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wandb itself takes there
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Tracker:
     ) -> None:
         self._run: Any = None  # wandb is imported only where it is used
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+            mode = os.environ.get(VARIABLE) or ("online" if _logged_in() else "offline")
         if mode == "disabled":
             return
         try:
@@ -62,33 +64,49 @@ class Tracker:
             "settings": wandb.Settings(silent=True, init_timeout=30),
         }
         try:
-            self._run = wandb.init(**options)
-        except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
-            log.warning("wandb cannot log %s (%s): logging offline, `wandb sync` uploads it later", mode, error)
-            wandb.teardown()  # the failed attempt still holds the run's id
-            options["mode"] = "offline"
-            self._run = wandb.init(**options)
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+            self._run = _begin(wandb, options)
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # a folder that it may not write to, a setting that it does not know
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without wandb, whose process may fail at any time: no reason not to train."""
+        self._run = None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("wandb failed (%s: %s): metrics go to metrics.jsonl only", type(error).__name__, reason)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Send the numbers of `row`, grouped under its kind (and split) as `train/loss`, `test/accuracy`."""
-        if self._run is None:
-            return
         prefix = row.get("split", row["kind"])
         panels = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
-        self._run.log({**panels, "step": row["step"]})
+        self._tell(lambda run: run.log({**panels, "step": row["step"]}))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Store the final numbers and close."""
-        if self._run is not None:
-            self._run.summary.update(dict(summary))
-            self._run.finish()
+        self._tell(lambda run: run.summary.update(dict(summary)))
+        self._tell(lambda run: run.finish())
 
     def abort(self) -> None:
         """Close a run that failed, so that the next one of a sweep does not continue its curve."""
-        if self._run is not None:
-            self._run.finish(exit_code=1)
+        self._tell(lambda run: run.finish(exit_code=1))
+
+    def _tell(self, call: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:
+            self._give_up(error)
+
+
+def _begin(wandb: Any, options: dict[str, Any]) -> Any:
+    try:
+        return wandb.init(**options)
+    except wandb.errors.Error as error:  # no network, a wrong key
+        log.warning("wandb cannot log %s (%s): logging offline, `wandb sync` uploads it later", options["mode"], error)
+        wandb.teardown()  # the failed attempt still holds the run's id
+        return wandb.init(**options | {"mode": "offline"})
 
 
 def _logged_in() -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from phantom.engine.artifacts.tracking import MODES
+from phantom.engine.artifacts import tracking
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
@@ -18,11 +19,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "gradient_precision": (None, "bf16"),
     "device": DEVICES,
     "on_failure": ON_FAILURE,
-    "wandb": MODES,
+    "wandb": tracking.MODES,
     "resume": ("auto", "never"),
 }
 # root keys that count something; the second may be null
-COUNTS = ("epochs", "accumulate", "log_every", "smoke_steps", "repeats")
+COUNTS = ("epochs", "accumulate", "log_every", "keep_checkpoints", "smoke_steps", "repeats")
 OPTIONAL_COUNTS = ("steps", "eval_every", "checkpoint_every", "subset", "test_subset")
 SWITCHES = ("compile", "cuda_graph", "deterministic", "sync_batchnorm", "progress")
 TEXTS = ("runs", "wandb_project")
@@ -48,6 +49,9 @@ def check_root(config: dict[str, Any]) -> None:
         for key in OPTIONAL_COUNTS:
             if config[key] is not None:
                 check_count(key, config[key], least=1, also=" or null")
+        variable = os.environ.get(tracking.VARIABLE)
+        if variable and config["wandb"] != "disabled":
+            check_choice(f"the environment's {tracking.VARIABLE}", variable, tracking.VARIABLE_MODES)
         check_count("seed", config["seed"], least=0)
         for key in SWITCHES:
             check_flag(key, config[key])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from phantom.deq import deqs_of
+from phantom.engine.machine import launcher
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.machine.batch_norm import SumBatchNorm, synchronise
 
@@ -32,6 +33,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
 
     Raises:
         ValueError: device=cuda without a GPU.
+        TimeoutError: names the ranks that have not come.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +50,16 @@ def start(device: str) -> tuple[torch.device, int, int]:
         # Adam leaves weights of 1e-40 where a gradient has vanished, and a few of them triple the time of a product
         torch.set_flush_denormal(True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        launcher.leave_with()
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=launcher.fresh_store(rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=launcher.TIMEOUT,
+            device_id=place if device == "cuda" else None,
+        )
     return place, (dist.get_rank() if world > 1 else 0), world
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ class SolveMeter:
     def _add_extra(self, name: str, value: Tensor, problems: int) -> None:
         self._extra[name] = self._extra[name] + value
         self._counts[name] += problems
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums so far, for a checkpoint."""
+        return {"counts": dict(self._counts), "sums": self._sums, "extra": dict(self._extra)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Add to the sums in `state`, in the place of those so far."""
+        self._counts, self._extra = defaultdict(int, state["counts"]), defaultdict(float, state["extra"])
+        self._sums = state["sums"]
 
     def report(self) -> dict[str, float]:
         """Return means per batch (num_evals, num_vjps) and per problem (the rest) over all ranks, which must all call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,28 @@ def batch_to(batch: Any, device: torch.device) -> Any:
     return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
 
 
+class StoppedError(Exception):
+    """An evaluation was asked to stop before its end."""
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, source: Source, split: str, *, shard: Shard, device: torch.device, precision: str
+    model: nn.Module,
+    task: Task,
+    source: Source,
+    split: str,
+    *,
+    shard: Shard,
+    device: torch.device,
+    precision: str,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Return, over all ranks, the task's metrics on `split` and the cost and quality of the solves.
 
     The model is put in evaluation mode for the call and back afterwards; the carry starts empty.
+
+    Args:
+        stop: asked after every batch; where it says yes on any rank, all ranks raise StoppedError.
 
     Raises:
         ConfigError: the split has no batch; every rank raises.
@@ -40,6 +56,7 @@ def evaluate(
     total: Tally | None = None
     carry = None
     meter = SolveMeter()
+    stopped = False
     try:
         with distributed.stopping_apart(model):
             for batch in source.evaluate(split, shard=shard):
@@ -49,9 +66,14 @@ def evaluate(
                 tally = score.tally.detach()
                 total = tally if total is None else total + tally
                 meter.add(score.solutions)
+                if stopped := stop():
+                    break
     finally:
         model.train(was_training)
-    names = [own for own in distributed.gather(None if total is None else list(total.sums)) if own is not None]
+    stops, sums = zip(*distributed.gather((stopped, None if total is None else list(total.sums))), strict=True)
+    if any(stops):
+        raise StoppedError
+    names = [own for own in sums if own is not None]
     if not names:
         raise ConfigError(f"the split {split!r} has no batch: use another split, or more data")
     if total is None:  # a split with fewer examples than there are ranks

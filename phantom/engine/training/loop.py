@@ -6,11 +6,12 @@ device-to-host synchronisations are at log rows, evaluations and checkpoints, ma
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,42 +24,24 @@ from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import MetricsLog
 from phantom.engine.artifacts.redistribution import carries_to_resume
 from phantom.engine.artifacts.tracking import Tracker
-from phantom.engine.errors import DivergenceError
+from phantom.engine.errors import CheckpointError, DivergenceError
 from phantom.engine.machine import distributed
+from phantom.engine.machine.lateness import LateRanks
 from phantom.engine.machine.memory import peak_memory
+from phantom.engine.machine.signals import Interrupted, Interruption, name_of
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.measure.timing import StepTimer
-from phantom.engine.source import Shard, Source
+from phantom.engine.source import Shard, Source, dead_worker
 from phantom.engine.tasks import Task
+from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping
-from phantom.engine.training.evaluation import batch_to, evaluate
+from phantom.engine.training.evaluation import StoppedError, batch_to, evaluate
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
 from phantom.engine.training.step import Step
 
 NEW_RANK = 7919  # a prime, so that the seeds of new ranks at different steps are different
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long to train, and how often to look.
-
-    Args:
-        epochs: passes over the training data.
-        steps: stop after this number of optimiser steps, if it comes before the last epoch ends.
-        eval_every: steps between evaluations; None evaluates at the end of each epoch.
-        log_every: steps between training rows.
-        checkpoint_every: steps between checkpoints, besides those of evaluations.
-        eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint, and `best`
-            in the record is what that checkpoint gives on all of them.
-    """
-
-    epochs: int
-    steps: int | None
-    eval_every: int | None
-    log_every: int
-    checkpoint_every: int | None
-    eval_splits: tuple[str, ...]
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -133,6 +116,10 @@ class Trainer:
             timer=self.timer,
         )
         self._started = 0.0
+        self._interruption = Interruption()
+        self._late_ranks = LateRanks()
+        # the epoch of a step whose evaluation a signal cut short
+        self._evaluation_due: int | None = None
         # opened by fit, which knows where the run stands, and on the first rank alone
         self._log: MetricsLog | None = None
         self._tracker: Tracker | None = None
@@ -141,26 +128,36 @@ class Trainer:
     def fit(self, *, resume: bool) -> None:
         """Train to the end of the budget. A second call finds the budget spent, and does nothing.
 
+        SIGTERM, SIGINT and SIGUSR2 end it after the step, or in the evaluation, that they reach on any rank, with a
+        checkpoint that continues to the same numbers.
+
         Raises:
             DivergenceError: the loss or the gradient stopped being finite; the last good checkpoint is kept.
-            CheckpointError: the checkpoint to resume from is damaged, or of another model or other data.
+            CheckpointError: no checkpoint to resume from is intact, or it is of another model or other data.
+            DataError: a process that loads data has died.
+            Interrupted: a signal asked for the end; a SystemExit with status 128 + its number.
         """
         if self._progress is not None and self.step >= self.total:
             return
-        if resume and (self.folder / "last.pt").exists():
-            self._load(self.folder / "last.pt")
+        if resume:
+            self._resume()
         self._started = time.monotonic() - self.seconds
         main = self.shard.rank == 0
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker(not resume) if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
+        self._late_ranks.start(self.shard.rank, self.shard.world)
         try:
-            self._epochs()
-        except BaseException:
+            with self._interruption:
+                self._epochs()
+        except BaseException as error:
             if self._tracker is not None:
                 self._tracker.abort()
+            if (dead := dead_worker(error, self.step + 1)) is not None:
+                raise dead from error
             raise
         finally:
+            self._late_ranks.stop()
             self._progress.stop()
             if self._log is not None:
                 self._log.close()
@@ -190,6 +187,8 @@ class Trainer:
 
     def _epochs(self) -> None:
         self.model.train()
+        if self._evaluation_due is not None:
+            self._look(self._evaluation_due, evaluates=True)
         before = 0
         for epoch, length in enumerate(self._lengths()):
             start, before = self.step - before, before + length
@@ -203,11 +202,15 @@ class Trainer:
                 self._after_step(micro_batches, epoch, end_of_epoch=self.step == before)
                 if self.step >= self.total:
                     return
+                if self._signalled() if self.shard.world == 1 else self._take_step.vote.passed:
+                    self._stop()
 
     def _train_step(self, micro_batches: list[Any], epoch: int) -> None:
         penalty_weight = self.rules.apply(self._deqs, self.step, self.total)
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = self.schedule.rate(self.step, base=base, total=self.total, epoch=epoch)
+        self._late_ranks.step = self.step + 1
+        self._take_step.vote.own = int(self._signalled())
         if micro_batches:  # none where there are too few examples for every rank to have one
             self._take_step(micro_batches, number=self.step + 1, penalty_weight=penalty_weight)
 
@@ -224,10 +227,31 @@ class Trainer:
             self._write({"kind": "monitor", **measured}, epoch)
         if saves or self.step % budget.log_every == 0:
             self._flush(epoch)  # device-to-host sync
-        if evaluates:
-            self._evaluate(epoch)  # device-to-host sync
         if saves:
-            self._save("last.pt")
+            self._look(epoch, evaluates=evaluates)  # device-to-host sync
+
+    def _look(self, epoch: int, *, evaluates: bool) -> None:
+        """Evaluate if asked to, and save."""
+        if evaluates:
+            self._evaluate(epoch)
+        self._save(checkpoints.LAST)
+
+    def _signalled(self) -> bool:
+        return self._interruption.number > 0
+
+    def _stop(self) -> NoReturn:
+        """Save between two steps, or before an evaluation, and end; every rank must call this."""
+        number = max(distributed.gather(self._interruption.number))
+        self._check_finite(self._evaluation_due or 0)
+        self._save(checkpoints.LAST)
+        log.warning(
+            "%s: stopped after step %d of %d. The same command goes on from there, as if nothing had happened: %s",
+            name_of(number),
+            self.step,
+            self.total,
+            self.folder / checkpoints.LAST,
+        )
+        raise Interrupted(number)
 
     # ------------------------------------------------------------------------------------------- rows and evaluations
 
@@ -259,12 +283,20 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> None:
         model = self.evaluated_model
+        before = checkpoints.rng_state(self.device)
+        self._evaluation_due = epoch
         distributed.share_buffers(model)
         self.rules.restore(self._deqs)
-        for split in self.budget.eval_splits:
-            metrics = evaluate(
-                model, self.task, self.source, split, shard=self.shard, device=self.device, precision=self.precision
-            )
+        found: dict[str, dict[str, float]] = {}
+        options = {"shard": self.shard, "device": self.device, "precision": self.precision}
+        try:
+            for split in self.budget.eval_splits:
+                found[split] = evaluate(model, self.task, self.source, split, stop=self._signalled, **options)
+        except StoppedError:
+            checkpoints.set_rng_state(before, self.device)
+            self._stop()
+        self._evaluation_due = None
+        for split, metrics in found.items():
             self._write({"kind": "eval", "split": split, **metrics}, epoch)
             self._shown.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
             self.final[split] = metrics
@@ -297,10 +329,12 @@ class Trainer:
         """Write a checkpoint; every rank must call this."""
         # the weights are the same on all ranks, random state and carries are not
         carries = batch_to(self._take_step.carries, torch.device("cpu"))
-        ranks = distributed.gather({"rng": checkpoints.rng_state(self.device), "carries": carries})
+        window = batch_to(self._take_step.window.state(), torch.device("cpu"))
+        ranks = distributed.gather({"rng": checkpoints.rng_state(self.device), "carries": carries, "window": window})
         self.seconds = time.monotonic() - self._started
-        if self.shard.rank > 0:
+        if self._log is None:  # not the first rank
             return
+        self._log.sync()
         state = {
             "model": self.unwrapped.state_dict(),
             "ema": None if self._take_step.average is None else self._take_step.average.module.state_dict(),
@@ -313,9 +347,24 @@ class Trainer:
             "ranks": ranks,
             "data_digests": dict(self.data.digests),
             "origin": self.origin,
+            "evaluation_due": self._evaluation_due,
             "config": self.config,
         }
+        if name == checkpoints.LAST:
+            checkpoints.shift(self.folder, self.budget.keep_checkpoints)
         checkpoints.save(self.folder / name, state)
+
+    def _resume(self) -> None:
+        """Load the newest intact checkpoint, if there is one: the first rank chooses it."""
+        chosen = checkpoints.newest(self.folder) if self.shard.rank == 0 else None
+        name = distributed.gather(chosen)[0]
+        if name is not None and not (self.folder / name).exists():
+            raise CheckpointError(
+                f"rank {self.shard.rank} finds no {self.folder / name}, which the first rank has: runs=<folder> must "
+                "be on a file system that all machines share"
+            )
+        if name is not None:
+            self._load(self.folder / name)
 
     def _load(self, path: Path) -> None:
         state = checkpoints.load(path)
@@ -337,3 +386,8 @@ class Trainer:
             checkpoints.set_rng_state(ranks[rank]["rng"], self.device)
         else:  # a new rank begins with numbers of its own
             torch.manual_seed(torch.initial_seed() + NEW_RANK * self.step)
+        self._evaluation_due = state.get("evaluation_due")
+        # fewer ranks leave out a part of the row that the interruption cut; the weights do not depend on it
+        window = ranks[rank].get("window") if rank < len(ranks) else None
+        if window is not None:
+            self._take_step.window.load(batch_to(window, self.device))

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
 from phantom.engine.machine.precision import autocast
+from phantom.engine.machine.vote import Vote
 from phantom.engine.measure.solves import SolveMeter
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.source import Shard
@@ -44,6 +45,19 @@ class Window:
         self.norm_sum: Tensor | float = 0.0
         self.updates = 0
 
+    def state(self) -> dict[str, Any] | None:
+        """Return what a checkpoint in the middle of a window keeps of it; None for an empty window."""
+        if self.tally is None:
+            return None
+        tally = {"loss_sum": self.tally.loss_sum, "count": self.tally.count, "sums": self.tally.sums}
+        return {"tally": tally, "solves": self.solves.state(), "norm_sum": self.norm_sum, "updates": self.updates}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue the window that `state` is of."""
+        self.tally = Tally(**state["tally"])
+        self.solves.load(state["solves"])
+        self.norm_sum, self.updates = state["norm_sum"], state["updates"]
+
 
 class Step:
     """Take optimiser steps.
@@ -56,6 +70,7 @@ class Step:
         timer: times the phases `step`, `backward` and `optimizer`; a DEQ adds its own where its clock is the timer's.
 
     carries: what the task carries from one batch to the next, per micro-batch.
+    vote: whether a rank wants to stop, which all ranks learn with the sums of a step.
     first_bad: () number of the first step whose loss or gradient was not finite, -1 before one is; on the device.
     """
 
@@ -77,6 +92,7 @@ class Step:
         self.model, self.unwrapped, self.task, self.optimizer = model, unwrapped, task, optimizer
         self.clipping, self.shard, self.device, self.precision, self.timer = clipping, shard, device, precision, timer
         self.window = Window()
+        self.vote = Vote(device)
         self.first_bad = torch.full((), -1, device=device)
         self.carries: list[Any] = []
         self.reset_carries()
@@ -149,9 +165,10 @@ class Step:
         """Divide the summed gradients by the global count, check, clip and step."""
         loss = tally.loss_sum
         if self.shard.world > 1:
-            sums = torch.stack((loss, loss.new_full((), tally.count)))
+            sums = torch.stack((loss, loss.new_full((), tally.count), loss.new_full((), self.vote.own)))
             dist.all_reduce(sums)
-            loss, count = sums
+            loss, count, votes = sums
+            self.vote.count(votes)
             scale_gradients(self._parameters, self.shard.world / count)  # DDP has averaged over ranks already
         else:
             scale_gradients(self._parameters, 1 / tally.count)

@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all, and that survive a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the body ends: a reader sees the old one or the new one.
+
+    The new content is on the disk, and not only in the system's memory, before it replaces the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # always the same name, so that the next writer overwrites the file of a killed run
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in `folder` on the disk: a rename is an entry of the folder, not of the file."""
+    with contextlib.suppress(OSError):  # some systems cannot sync a folder
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

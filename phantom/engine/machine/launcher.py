@@ -1,0 +1,91 @@
+"""What a rank knows of the launcher that started it: torchrun, or anything else that speaks its environment."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)
+GRACE = 60.0  # seconds that a rank without launcher has to save and leave
+
+
+def is_there() -> bool:
+    """Return whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leave_with() -> None:
+    """Interrupt this process when its launcher dies: nobody would end it, and it would hold its run folder for ever."""
+    if not is_there():
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        print(f"the launcher, process {parent}, is gone: this rank saves and ends", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+@functools.cache
+def store() -> dist.Store:
+    """Return the store of keys that all ranks of this launch share, as MASTER_ADDR and MASTER_PORT name it.
+
+    torchrun keeps one store over all its restarts.
+    """
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+
+
+def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> dist.Store:
+    """Return the shared store under a prefix of its own: what a dead attempt left there is not read.
+
+    Without it, ranks that torchrun starts again read the addresses of dead ones, and wait for those. The number of the
+    restart will not do as a prefix: torchrun counts it per machine. So every rank shows a new ticket, and rank 0
+    answers tickets, with the prefix, until every other rank has confirmed it: a ticket of a dead rank is answered, too,
+    and never confirmed.
+
+    Raises:
+        TimeoutError: names the ranks that have not come.
+    """
+    shared, own = store(), uuid.uuid4().hex
+    if rank > 0:
+        shared.set(f"ticket/{rank}", own)
+        prefix = shared.get(f"answer/{own}").decode()
+        shared.set(f"confirmed/{prefix}/{rank}", "")
+        return dist.PrefixStore(prefix, shared)
+    missing, end = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"ranks {sorted(missing)} of {world} have not come within {timeout}: see what they print"
+            )
+        for other in missing:
+            if shared.check([f"ticket/{other}"]):
+                shared.set(f"answer/{shared.get(f'ticket/{other}').decode()}", own)
+        time.sleep(0.01)
+        missing = {other for other in missing if not shared.check([f"confirmed/{own}/{other}"])}
+    return dist.PrefixStore(own, shared)
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether this launch has begun its run in `folder` before: torchrun has restarted its processes since."""
+    return is_there() and store().check([f"begun/{folder}"])
+
+
+def note_begun(folder: Path) -> None:
+    """Note for `has_begun`, on one rank, that what another launch left in `folder` is dealt with."""
+    if is_there():
+        store().set(f"begun/{folder}", "")

@@ -1,0 +1,29 @@
+"""How long a run is, and how often it looks and saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train, and how often to look.
+
+    Args:
+        epochs: passes over the training data.
+        steps: stop after this number of optimiser steps, if it comes before the last epoch ends.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        log_every: steps between training rows.
+        checkpoint_every: steps between checkpoints, besides those of evaluations.
+        keep_checkpoints: number of these to keep: last.pt, then last-1.pt, ...
+        eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint, and `best`
+            in the record is what that checkpoint gives on all of them.
+    """
+
+    epochs: int
+    steps: int | None
+    eval_every: int | None
+    log_every: int
+    checkpoint_every: int | None
+    keep_checkpoints: int
+    eval_splits: tuple[str, ...]
