@@ -124,7 +124,7 @@ def test_the_data_is_shared_exactly_and_resumes(configs):
     assert [len(batch[0][1]) for batch in whole] == [8, 8, 6] and len(whole) == source.steps(1)
     ranks = [list(source.train(epoch=1, start=1, shard=Shard(rank=rank, world=2, micro=2))) for rank in (0, 1)]
     for step, batch in enumerate(whole[1:]):
-        parts = [part for rank in ranks for part in rank[step]]
+        parts = [part for micro in zip(*(rank[step] for rank in ranks), strict=True) for part in micro]
         assert torch.equal(torch.cat([images for images, _ in parts]), batch[0][0])
     shares = [list(source.evaluate("test", shard=Shard(rank=rank, world=2))) for rank in (0, 1)]
     seen = torch.cat([images for share in shares for images, _ in share])

@@ -59,7 +59,8 @@ def test_ranks_share_the_nodes():
     assert source.steps(0) == 1 and list(source.train(epoch=0, start=1, shard=Shard())) == []
     nodes = source.data[2]
     shards = [Shard(rank=rank, world=3, micro=2) for rank in range(3)]
-    trained = [part[2] for shard in shards for parts in source.train(epoch=0, start=0, shard=shard) for part in parts]
+    ranks = [next(source.train(epoch=0, start=0, shard=shard)) for shard in shards]
+    trained = [part[2] for micro in zip(*ranks, strict=True) for part in micro]
     assert len(trained) == 6 and torch.equal(torch.cat(trained), nodes["train"])
     tested = [batch[2] for shard in shards for batch in source.evaluate("test", shard=shard)]
     assert torch.equal(torch.cat(tested), nodes["test"])

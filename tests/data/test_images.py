@@ -81,7 +81,7 @@ def test_ranks_and_micro_batches_together_are_the_global_batch(world, micro):
     source = make(augment="crop_flip")
     ranks = [epoch_of(source, shard=Shard(rank=r, world=world, micro=micro)) for r in range(world)]
     for step, [whole] in enumerate(epoch_of(source)):
-        parts = [part for rank in ranks for part in rank[step]]
+        parts = [part for micro in zip(*(rank[step] for rank in ranks), strict=True) for part in micro]
         assert len(parts) == world * micro
         assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
         assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
@@ -152,6 +152,16 @@ def test_impossible_settings_are_named(change, words):
 def test_a_batch_too_small_for_all_ranks_is_empty_on_every_rank():
     assert [Shard(r, 4).parts(3) for r in range(4)] == [[], [], [], []]
     assert [len(Shard(r, 4, 5).parts(9)) for r in range(4)] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_cuts_between_micro_batches_are_those_of_one_process(world):
+    """So that a norm over all ranks sees the same images."""
+    ranks = [Shard(rank, world, 3).parts(14) for rank in range(world)]
+    whole = Shard(0, 1, 3).parts(14)
+    assert [sorted(i for part in micro for i in part) for micro in zip(*ranks, strict=True)] == [list(m) for m in whole]
+    sizes = [len(part) for own in ranks for part in own]
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 2
 
 
 def test_digits_are_the_real_set_with_a_fixed_stratified_split():

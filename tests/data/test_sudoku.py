@@ -155,7 +155,7 @@ def test_training_batches():
     resumed = [batch for (batch,) in source.train(epoch=1, start=20, shard=Shard())]
     assert all(torch.equal(a, b) for x, y in zip(whole[20:], resumed, strict=True) for a, b in zip(x, y, strict=True))
     ranks = [next(source.train(epoch=1, start=0, shard=Shard(rank=r, world=2, micro=2))) for r in range(2)]
-    assert torch.equal(torch.cat([inputs for parts in ranks for inputs, _ in parts]), whole[0][0])
+    assert torch.equal(torch.cat([inputs for micro in zip(*ranks, strict=True) for inputs, _ in micro]), whole[0][0])
     inputs, labels = whole[3]
     assert inputs.dtype == labels.dtype == torch.int64 and inputs.shape == labels.shape == (16, 16)
     for puzzle, answer in zip(inputs - 1, labels - 1, strict=True):

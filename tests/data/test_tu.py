@@ -147,7 +147,8 @@ def test_every_training_graph_once_and_resumable(toy):
 def test_ranks_and_micro_batches_share_a_batch(toy):
     s = toy_source(toy)
     whole = next(iter(s.train(epoch=0, start=0, shard=Shard())))
-    parts = [p for r in (0, 1) for p in next(iter(s.train(epoch=0, start=0, shard=Shard(rank=r, world=2, micro=2))))]
+    ranks = [next(iter(s.train(epoch=0, start=0, shard=Shard(rank=r, world=2, micro=2)))) for r in (0, 1)]
+    parts = [part for micro in zip(*ranks, strict=True) for part in micro]
     assert len(parts) == 4 and graph_sizes([parts]) == graph_sizes([whole])
     tested = [
         int(y) for r in range(3) for _, labels in s.evaluate("test", shard=Shard(rank=r, world=3)) for y in labels
