@@ -76,7 +76,9 @@ def test_filters_choose_runs_curves_and_maps(opened):
     page.select_option("[name=grad]", "upg")
     assert rows.count() == 2 and page.locator("#maps figure").count() == 1
     page.select_option("#curve", label="train/residual")
-    assert page.locator("#curves-legend li").count() == 2
+    lines = page.locator("#curves-legend li").all_text_contents()
+    assert [line.split(" ", 1)[1] for line in lines] == ["k=1 lam=0.5 seed 0", "k=2 lam=0.5 seed 0"]
+    assert page.locator("#curves-caption summary").text_content() == "From 2 records"
     page.select_option("[name=k]", "2")
     assert rows.count() == 1 and page.locator("#maps figure").count() == 0
     record = rows.first.get_attribute("data-record")

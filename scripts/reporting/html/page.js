@@ -124,16 +124,30 @@ function showCurves() {
     .map((curve) => ({ ...curve, ...(runs.get(curve.run) ?? {}), record: curve.record }))
     .filter((curve) => curve.name === name && fits(curve));
   const traces = found.map((curve, i) => ({
-    x: curve.x, y: curve.y, type: "scatter", mode: "lines", name: curve.label,
+    x: curve.x, y: curve.y, type: "scatter", mode: "lines", name: lineName(curve),
     line: { color: COLORS[i % COLORS.length], dash: DASHES[Math.floor(i / COLORS.length) % DASHES.length], width: 1.5 },
-    hovertemplate: `%{y}<br>${curve.record}<extra>${curve.label}</extra>`,
+    hovertemplate: `%{y}<br>${curve.record}<extra></extra>`,
   }));
   const axis = name && name.endsWith("by epoch") ? "epoch" : "step";
   draw("curves", traces, { xaxis: { title: { text: axis } }, yaxis: { title: { text: name } } },
     `${name}: ${found.length} curves against the ${axis}`);
   legend("curves", traces);
   const records = unique(found.map((curve) => curve.record));
-  byId("curves-caption").textContent = records.length ? `From ${records.join(", ")}` : "No run here has this curve.";
+  const caption = byId("curves-caption");
+  caption.textContent = ["No run here has this curve.", `From ${records[0]}`][records.length] ?? "";
+  if (records.length > 1) {
+    const details = add(caption, "details");
+    add(details, "summary", `From ${records.length} records`);
+    const list = add(details, "ul");
+    for (const record of records) add(list, "li", record);
+  }
+}
+
+// a run's label has its estimator, but neither k, lam nor seed
+function lineName(curve) {
+  if (!curve.run) return curve.label;
+  const numbers = ["k", "lam"].filter((key) => curve[key] !== "--").map((key) => `${key}=${curve[key]}`);
+  return [curve.label, ...numbers, `seed ${curve.numbers.seed.value}`].join(" ");
 }
 
 // a map per model, data, estimator and scale that has several points; seeds are averaged
