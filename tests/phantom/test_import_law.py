@@ -73,7 +73,7 @@ def test_models_import_torch_and_the_method(path):
 # the engine's contract with data, and the checks of arguments
 KNOWN_TO_DATA = {
     *("phantom.engine.source", "phantom.engine.errors", "phantom.engine.errors.DataError", "phantom.validate"),
-    *(f"phantom.engine.source.{name}" for name in ("Source", "Spec", "Shard")),
+    *(f"phantom.engine.source.{name}" for name in ("Source", "Spec", "Shard", "share")),
     *(f"phantom.validate.{name}" for name in ("check_count", "check_number", "check_choice", "check_flag")),
 }
 
