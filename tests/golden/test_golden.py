@@ -8,8 +8,9 @@ from tests.golden.runs import FILE, RUNS, difference, numbers
 
 KEPT = json.loads(FILE.read_text())
 # Equal bit for bit on one machine. Without vector instructions (ATEN_CPU_CAPABILITY=default), which round in another
-# order, the numbers differ by up to 1e-5, and by 2e-3 for a reasoner: untrained, it expands, and rounding grows.
-TOLERANCES = {"mdeq": 1e-4, "deq_transformer": 1e-4, "ignn": 1e-4, "reasoner": 1e-2}
+# order, the numbers differ by up to 1e-5, and by 2e-3 for a reasoner: untrained, it expands, and rounding grows. Losses
+# of an MDEQ on the CPUs of two makers have differed by 4e-5 after eight steps; gradient norms differ by more.
+TOLERANCES = {"mdeq": 2e-3, "deq_transformer": 1e-3, "ignn": 1e-3, "reasoner": 2e-2}
 
 
 def test_every_run_is_kept_and_no_two_are_alike():

@@ -65,7 +65,8 @@ def test_the_method_imports_torch_alone(path):
 
 @pytest.mark.parametrize("path", MODELS)
 def test_models_import_torch_and_the_method(path):
-    allowed = {"torch", "phantom", "models"} | ({"torch_geometric"} if path.startswith("models/ignn") else set())
+    more = {"models/ignn": "torch_geometric", "models/mdeq": "triton"}
+    allowed = {"torch", "phantom", "models"} | {name for folder, name in more.items() if path.startswith(folder)}
     assert roots(imports(path)) <= allowed
     assert not any(within(name, "phantom.engine") for name in imports(path))
 
