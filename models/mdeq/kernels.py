@@ -8,6 +8,9 @@ so that the 27 passes of the block around its convolutions are gone.
 Shapes: B images, C channels, I = E C inner channels, H x W pixels, G norm groups.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# (a decorated function is Triton's language, not Python's)
+
 from __future__ import annotations
 
 from typing import Any

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from phantom.residual import Norm, Stop
+from phantom.state import FlatMap
 from phantom.validate import check_choice, check_count, is_number
 
 
@@ -61,6 +62,10 @@ class Solver(ABC):
         The next iterate is memory of the solver's own: f may reuse what it returns, and the loop writes to iterates.
         `z` may be the best one so far and is not written to; `g` is not needed afterwards, and may be.
         """
+
+    def roll_out(self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Any]:
+        """Return the last iterate (B, D) from `z` (B, D), and its statistics; a solver without residuals has this."""
+        raise NotImplementedError(f"{type(self).__name__} measures residuals, and is run by phantom.solve.solve")
 
 
 @cache

@@ -96,7 +96,7 @@ def check_overrides(overrides: Sequence[str], configs: Configs) -> None:
     """
     for item in parse(overrides):
         if item.is_sweep_override():
-            hint = f"; a comma of a name goes in two pairs of quotes, {_quoted(*item.input_line.split('=', 1))!r}"
+            hint = f"; a comma of a name goes in two pairs of quotes, {_quoted(*str(item.input_line).split('=', 1))!r}"
             more = hint if item.key_or_group in PATHS else ""
             raise ConfigError(f"{item.input_line} has several values: add -m to run them all, or keep one{more}")
         if item.is_delete():

@@ -12,7 +12,7 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 TIMEOUT = timedelta(minutes=10)
 GRACE = 60.0  # seconds that a rank without launcher has to save and leave
@@ -41,15 +41,15 @@ def leave_with() -> None:
 
 
 @functools.cache
-def store() -> dist.Store:
+def store() -> Store:
     """Return the store of keys that all ranks of this launch share, as MASTER_ADDR and MASTER_PORT name it.
 
     torchrun keeps one store over all its restarts.
     """
-    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    return next(rendezvous("env://", timeout=TIMEOUT))[0]
 
 
-def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> dist.Store:
+def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> Store:
     """Return the shared store under a prefix of its own: what a dead attempt left there is not read.
 
     Without it, ranks that torchrun starts again read the addresses of dead ones, and wait for those. The number of the
@@ -65,7 +65,7 @@ def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> dist.
         shared.set(f"ticket/{rank}", own)
         prefix = shared.get(f"answer/{own}").decode()
         shared.set(f"confirmed/{prefix}/{rank}", "")
-        return dist.PrefixStore(prefix, shared)
+        return PrefixStore(prefix, shared)
     missing, end = set(range(1, world)), time.monotonic() + timeout.total_seconds()
     while missing:
         if time.monotonic() > end:
@@ -77,7 +77,7 @@ def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> dist.
                 shared.set(f"answer/{shared.get(f'ticket/{other}').decode()}", own)
         time.sleep(0.01)
         missing = {other for other in missing if not shared.check([f"confirmed/{own}/{other}"])}
-    return dist.PrefixStore(own, shared)
+    return PrefixStore(own, shared)
 
 
 def has_begun(folder: Path) -> bool:
