@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
+from phantom import Solver
+from phantom.deq import deqs_of
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
 from phantom.engine.config.instantiate import instantiate
+from phantom.engine.config.values import obstacles_to_graphs
 from phantom.engine.continuation import check_continued
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
-from phantom.engine.machine.compiler import check_compiler
+from phantom.engine.machine.compiler import can_compile, check_compiler
 from phantom.engine.machine.memory import begin_peak
+from phantom.engine.machine.speed import Speed, choose_speed
 from phantom.engine.model import check_model, find_cell
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.training.loop import Trainer
+from phantom.engine.training.rules import Rules
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +96,42 @@ def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
             raise ConfigError(str(error)) from error
 
 
+def _check_machine(config: dict[str, Any], device: torch.device, world_size: int) -> None:
+    if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
+        raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
+    if config["speed"] == "kernels" and device.type != "cuda":
+        raise ConfigError("speed=kernels needs a GPU: use speed=auto here")
+
+
+def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.device, world_size: int) -> Speed:
+    try:
+        return choose_speed(
+            plan.config,
+            on_gpu=device.type == "cuda",
+            world_size=world_size,
+            steps=plan.budget.total(source),
+            cell=getattr(model, "cell", None),
+            obstacles=obstacles_to_graphs(plan.config, plan.task),
+            can_compile=lambda: can_compile(device),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _compile_solvers(model: nn.Module, rules: Rules) -> Rules:
+    """Let every solver of the run fuse its arithmetic; return the rules, which hold solvers, too."""
+
+    def fused(solver: Any) -> Any:
+        return replace(solver, compile=True) if isinstance(solver, Solver) else solver
+
+    def with_fused(grad: Any) -> Any:
+        return replace(grad, solver=fused(grad.solver)) if hasattr(grad, "solver") else grad
+
+    for deq in deqs_of(model):
+        deq.solver, deq.eval_solver, deq.grad = fused(deq.solver), fused(deq.eval_solver), with_fused(deq.grad)
+    return replace(rules, solver=fused(rules.solver), grad=with_fused(rules.grad))
+
+
 def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Trainer:
     """Build everything that the run needs.
 
@@ -103,8 +145,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     config: dict[str, Any] = plan.config
     device, rank, world_size = set_up_machine(plan)
     begin_peak(device)
-    if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
-        raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
+    _check_machine(config, device, world_size)
     _check_compiler(config, device)
     begins = config["resume"] == "never" or not any(plan.folder.glob("*.pt"))
     init = config["init"] if begins else None  # a run that resumes has weights, and its origin in the checkpoint
@@ -123,8 +164,14 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     if init is not None:
         origin = load_initial(model, init, load_reference)
         log.info("the run begins with the weights of %s", ", ".join(f"{k} {v}" for k, v in origin.items()))
-    if config["compile"]:
+    speed = _choose_speed(plan, source, model, device, world_size)
+    log.info("%s", speed)
+    if speed.kernels:
+        model.cell.fuse()
+    rules = plan.rules
+    if speed.compile:
         compile_cell(model)
+        rules = _compile_solvers(model, rules)
     wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = plan.folder
@@ -135,7 +182,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         source=source,
         optimizer=plan.make_optimizer([p for p in model.parameters() if p.requires_grad]),
         schedule=plan.schedule,
-        rules=plan.rules,
+        rules=rules,
         budget=plan.budget,
         clipping=plan.clipping,
         monitor=plan.monitor,
@@ -143,7 +190,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         shard=Shard(rank=rank, world=world_size, micro=config["accumulate"]),
         device=device,
         precision=config["precision"],
-        cuda_graph=config["cuda_graph"],
+        speed=speed,
         progress=config["progress"],
         folder=folder,
         config=plan.text,

@@ -22,6 +22,7 @@ from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
 from phantom.engine.errors import ConfigError
+from phantom.engine.machine.precision import settle
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks import Task
 from phantom.engine.training.budget import Budget
@@ -114,6 +115,7 @@ def plan_of(
         ConfigError: names the field, the value and what is allowed.
     """
     check_root(config)
+    config = _settled(config)
     task = find_task(config)
     model = model_config(config, task.kind, configs)
     check_cuda_graph(config, task)
@@ -134,6 +136,24 @@ def plan_of(
         budget=_budget(config),
         defaults=configs.defaults,
     )
+
+
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with the numbers that the machine decides, which a record holds.
+
+    The word auto would mean another precision on another machine. Where `compile` is null the solvers are written down
+    as not compiled; `build_trainer` compiles them with f.
+    """
+    settled = config | {"precision": settle(config["precision"], config["device"])}
+    for name in ("solver", "adjoint_solver", "eval_solver"):
+        settled[name] = _plain(config[name])
+    if "solver" in config["grad"]:
+        settled["grad"] = config["grad"] | {"solver": _plain(config["grad"]["solver"])}
+    return settled
+
+
+def _plain(solver: dict[str, Any] | None) -> dict[str, Any] | None:
+    return solver | {"compile": False} if solver is not None and solver.get("compile", False) is None else solver
 
 
 def _label(config: dict[str, Any], choices: dict[str, Any]) -> str:

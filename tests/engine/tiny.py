@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from phantom import DEQ, UPG, FixedPoint, Solution
 from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.machine.speed import Speed
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks.base import Score, Tally, Task
 from phantom.engine.tasks.images import ImageClassification
@@ -155,7 +156,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "shard": Shard(),
         "device": CPU,
         "precision": "fp32",
-        "cuda_graph": False,
+        "speed": Speed(compile=False, cuda_graph=False, kernels=False, reason="a test"),
         "progress": False,
         "folder": folder,
         "config": "seed: 0\n",

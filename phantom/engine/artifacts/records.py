@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Keys that say where or how to run, not what to train: they change neither a run's folder nor, beyond rounding, its
 # results.
 CIRCUMSTANCES = (
-    *("seed", "device", "compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("seed", "device", "speed", "compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("runs", "resume", "progress", "on_failure", "wandb", "wandb_project"),
     *("data.root", "data.download", "data.cache"),
 )

@@ -9,13 +9,15 @@ from phantom.engine.artifacts import tracking
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
+from phantom.engine.machine.speed import SPEEDS
 from phantom.engine.tasks import Task
 from phantom.report import CHOICES as ON_FAILURE
 from phantom.validate import check_choice, check_count, check_flag, check_number
 
 # root keys that hold one of a few words
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "precision": PRECISIONS,
+    "precision": ("auto", *PRECISIONS),
+    "speed": SPEEDS,
     "gradient_precision": (None, "bf16"),
     "device": DEVICES,
     "on_failure": ON_FAILURE,
@@ -25,11 +27,12 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 # root keys that count something; the second may be null
 COUNTS = ("epochs", "accumulate", "log_every", "keep_checkpoints", "smoke_steps", "repeats")
 OPTIONAL_COUNTS = ("steps", "eval_every", "checkpoint_every", "subset", "test_subset")
-SWITCHES = ("compile", "cuda_graph", "deterministic", "sync_batchnorm", "progress")
+SWITCHES = ("deterministic", "sync_batchnorm", "progress")
+OPTIONAL_SWITCHES = ("compile", "cuda_graph")
 TEXTS = ("runs", "wandb_project")
 OPTIONAL_TEXTS = ("init", "continue_from")
 OTHERS = ("seed", "ema", "eval_splits")
-KEYS = (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *TEXTS, *OPTIONAL_TEXTS, *OTHERS)
+KEYS = (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *OPTIONAL_SWITCHES, *TEXTS, *OPTIONAL_TEXTS, *OTHERS)
 
 
 def check_root(config: dict[str, Any]) -> None:
@@ -55,6 +58,9 @@ def check_root(config: dict[str, Any]) -> None:
         check_count("seed", config["seed"], least=0)
         for key in SWITCHES:
             check_flag(key, config[key])
+        for key in OPTIONAL_SWITCHES:
+            if config[key] is not None:
+                check_flag(key, config[key])
         if config["ema"] is not None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
     except ValueError as error:
@@ -74,23 +80,24 @@ def check_root(config: dict[str, Any]) -> None:
         raise ConfigError(f"eval_splits={splits!r} must be a list of splits of the data, such as [test]")
 
 
+def obstacles_to_graphs(config: dict[str, Any], task: Task) -> list[str]:
+    """Return what the config would have to say for steps of a fixed shape that never wait for the host, in words."""
+    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
+    unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
+    found = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
+    found += [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
+    found += ["accumulate=1"] if config["accumulate"] != 1 else []
+    return found + ([] if task.fixed_shapes else [f"batches of a fixed shape, which {task.kind} does not have"])
+
+
 def check_cuda_graph(config: dict[str, Any], task: Task) -> None:
-    """Check that a training step has fixed shapes and never waits for the host, where the config asks for a graph.
+    """Check that a training step can be a CUDA graph, where the config asks for one.
 
     Raises:
         ConfigError: names what to change.
     """
-    if not config["cuda_graph"]:
-        return
-    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
-    unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
-    problems = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
-    problems += [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
-    problems += ["accumulate=1"] if config["accumulate"] != 1 else []
-    if problems:
-        raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(problems)}")
-    if not task.fixed_shapes:
-        raise ConfigError(f"cuda_graph=true needs batches of a fixed shape, which {task.kind} does not have")
+    if config["cuda_graph"] and (found := obstacles_to_graphs(config, task)):
+        raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(found)}")
 
 
 def check_rates(settings: dict[str, Any]) -> None:

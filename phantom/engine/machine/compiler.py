@@ -28,5 +28,14 @@ def check_compiler(device: torch.device, name: str) -> None:
         ) from error
 
 
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch compiles and runs a small function on `device`."""
+    try:
+        check_compiler(device, "compile")
+    except ValueError:
+        return False
+    return True
+
+
 def _probe(x: torch.Tensor) -> torch.Tensor:
     return 2 * x.sin() + 1

@@ -11,6 +11,17 @@ from phantom.validate import check_choice
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
+def settle(precision: str, device: str) -> str:
+    """Return `precision`, of "auto" that which suits the machine: tf32 on a GPU, fp32 on a CPU.
+
+    Args:
+        device: "auto", "cpu" or "cuda", as in the config.
+    """
+    if precision != "auto":
+        return precision
+    return "tf32" if device != "cpu" and torch.cuda.is_available() else "fp32"
+
+
 def set_up(precision: str, *, deterministic: bool) -> None:
     """Set torch's global switches for a run.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phantom.engine.source import Source
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -27,3 +29,8 @@ class Budget:
     checkpoint_every: int | None
     keep_checkpoints: int
     eval_splits: tuple[str, ...]
+
+    def total(self, source: Source) -> int:
+        """Return the number of optimiser steps of the whole budget."""
+        length = sum(source.steps(epoch) for epoch in range(self.epochs))
+        return length if self.steps is None else min(length, self.steps)

@@ -29,6 +29,7 @@ from phantom.engine.machine import distributed
 from phantom.engine.machine.lateness import LateRanks
 from phantom.engine.machine.memory import peak_memory
 from phantom.engine.machine.signals import Interrupted, Interruption, name_of
+from phantom.engine.machine.speed import Speed
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.source import Shard, Source, dead_worker
@@ -52,7 +53,7 @@ class Trainer:
         model: as the task calls it, wrapped for several processes; `unwrapped` is the same without the wrapper.
         ema_decay: decay of an exponential moving average of the weights; the loop then evaluates the average.
         progress: show a bar and a line per evaluation.
-        cuda_graph: replay forward and backward as CUDA graphs; see `StepGraphs` for what that asks of the run.
+        speed: what is compiled and captured; CUDA graphs ask what `StepGraphs` says of the run.
         config: the resolved configuration as text, stored in every checkpoint.
         origin: what the run began with, for the record; a checkpoint that is resumed has its own.
         make_tracker: opens the tracker; True begins a curve of its own.
@@ -79,7 +80,7 @@ class Trainer:
     shard: Shard
     device: torch.device
     precision: str
-    cuda_graph: bool
+    speed: Speed
     progress: bool
     folder: Path
     config: str
@@ -96,8 +97,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.device)
         self.data = Data(self.source.digests(), self.config)
-        length = sum(self._lengths())
-        self.total = length if self.budget.steps is None else min(length, self.budget.steps)
+        self.total = self.budget.total(self.source)
         self._deqs = deqs_of(self.unwrapped)
         for deq in self._deqs:
             deq.clock = self.timer.phase
@@ -112,7 +112,7 @@ class Trainer:
             shard=self.shard,
             device=self.device,
             precision=self.precision,
-            cuda_graph=self.cuda_graph,
+            cuda_graph=self.speed.cuda_graph,
             timer=self.timer,
         )
         self._started = 0.0

@@ -1,0 +1,82 @@
+"""What makes a run fast on a GPU, chosen by the run itself: compile f, replay steps as CUDA graphs, use own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SPEEDS = ("auto", "off", "kernels")
+# optimiser steps from which on it pays: compiling f takes about a minute, which steps of a few hundredths of a second
+# less earn back; capturing a graph takes a few ordinary steps
+COMPILE_PAYS, GRAPH_PAYS = 2000, 100
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a run does to be fast.
+
+    Args:
+        compile: f is compiled.
+        cuda_graph: forward and backward are replayed as CUDA graphs.
+        kernels: the cell's own kernels serve evaluations without a graph.
+        reason: says why, in words.
+    """
+
+    compile: bool
+    cuda_graph: bool
+    kernels: bool
+    reason: str
+
+    def __str__(self) -> str:
+        on = {"f is compiled": self.compile, "steps are CUDA graphs": self.cuda_graph, "own kernels": self.kernels}
+        return f"speed: {', '.join(name for name, is_on in on.items() if is_on) or 'f runs as written'} ({self.reason})"
+
+
+def choose_speed(
+    config: Mapping[str, Any],
+    *,
+    on_gpu: bool,
+    world_size: int,
+    steps: int,
+    cell: object | None,
+    obstacles: Sequence[str],
+    can_compile: Callable[[], bool],
+) -> Speed:
+    """Return what a run does to be fast; `compile` and `cuda_graph` of the config win where they are not null.
+
+    Args:
+        config: the root keys `speed`, `compile` and `cuda_graph`.
+        steps: optimiser steps of the run.
+        cell: the module that computes f, if the model has one.
+        obstacles: what CUDA graphs would need of the config, in words.
+        can_compile: tries whether torch can compile here; seconds.
+
+    Raises:
+        ValueError: speed=kernels, and the cell has none.
+    """
+    compiles, graphs, asked = config["compile"], config["cuda_graph"], config["speed"]
+    kernels = asked == "kernels"
+    if kernels and not hasattr(cell, "fuse"):
+        raise ValueError("speed=kernels needs a model whose cell has kernels, as that of an MDEQ: use speed=auto")
+    if asked == "off" or not on_gpu:
+        reason = "speed=off" if asked == "off" else "there is nothing to choose on a CPU"
+        return Speed(bool(compiles), bool(graphs), kernels=False, reason=reason)
+    reasons = []
+    if compiles is None:
+        compiles = False
+        if cell is None:
+            reasons.append("the model has no module `cell` to compile")
+        elif steps < COMPILE_PAYS:
+            reasons.append(f"{steps} steps do not earn the time to compile, {COMPILE_PAYS} do")
+        elif not kernels and not (compiles := can_compile()):
+            reasons.append("torch cannot compile here")
+    if graphs is None:
+        graphs = world_size == 1 and not obstacles and steps >= GRAPH_PAYS
+        if world_size > 1:
+            reasons.append("CUDA graphs take one process")
+        elif obstacles:
+            reasons.append(f"CUDA graphs need {', '.join(obstacles)}")
+        elif not graphs:
+            reasons.append(f"{steps} steps do not earn a graph, {GRAPH_PAYS} do")
+    return Speed(compiles, graphs, kernels, reason="; ".join(reasons) or f"speed={asked}")

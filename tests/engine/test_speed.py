@@ -1,0 +1,113 @@
+"""What a run does to be fast: chosen by itself on a GPU, and nothing on a CPU."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from phantom.engine import build
+from phantom.engine.build import build_trainer
+from phantom.engine.config.values import obstacles_to_graphs
+from phantom.engine.errors import ConfigError
+from phantom.engine.machine.precision import settle
+from phantom.engine.machine.speed import COMPILE_PAYS, GRAPH_PAYS, Speed, choose_speed
+from tests.plans import plan
+
+UNSET = {"speed": "auto", "compile": None, "cuda_graph": None}
+
+
+class Fusible:
+    def fuse(self):
+        raise AssertionError("choosing fuses nothing")
+
+
+CELL = object()
+
+
+def choose(*, on_gpu=True, world_size=1, steps=COMPILE_PAYS, cell=CELL, obstacles=(), compiler=True, **keys):
+    found = choose_speed(
+        UNSET | keys,
+        on_gpu=on_gpu,
+        world_size=world_size,
+        steps=steps,
+        cell=cell,
+        obstacles=obstacles,
+        can_compile=lambda: compiler,
+    )
+    return (found.compile, found.cuda_graph, found.kernels), str(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "sentence"),
+    [
+        ({}, (True, True, False), "f is compiled, steps are CUDA graphs"),
+        ({"on_gpu": False}, (False, False, False), "f runs as written .there is nothing to choose on a CPU"),
+        ({"on_gpu": False, "compile": True}, (True, False, False), "f is compiled"),
+        ({"speed": "off"}, (False, False, False), "speed=off"),
+        ({"speed": "off", "cuda_graph": True}, (False, True, False), "steps are CUDA graphs .speed=off"),
+        ({"steps": COMPILE_PAYS - 1}, (False, True, False), f"{COMPILE_PAYS - 1} steps do not earn the time to"),
+        ({"steps": GRAPH_PAYS - 1}, (False, False, False), f"{GRAPH_PAYS - 1} steps do not earn a graph"),
+        ({"steps": 3, "compile": True, "cuda_graph": True}, (True, True, False), "f is compiled, steps are CUDA"),
+        ({"compile": False}, (False, True, False), "steps are CUDA graphs"),
+        ({"world_size": 8}, (True, False, False), "CUDA graphs take one process"),
+        ({"obstacles": ["solver.tol=null"]}, (True, False, False), r"CUDA graphs need solver\.tol=null"),
+        ({"compiler": False}, (False, True, False), "torch cannot compile here"),
+        ({"cell": None}, (False, True, False), "the model has no module `cell`"),
+        ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
+        ({"speed": "kernels", "cell": Fusible(), "compile": True}, (True, True, True), "f is compiled"),
+    ],
+    ids=lambda value: None if isinstance(value, tuple | str) else "-".join(value) or "default",
+)
+def test_the_choice(given, expected, sentence):
+    found, text = choose(**given)
+    assert found == expected
+    assert re.search(sentence, text), text
+
+
+def test_kernels_need_a_cell_that_has_them():
+    with pytest.raises(ValueError, match="speed=kernels needs a model whose cell has kernels"):
+        choose(speed="kernels")
+
+
+def test_on_a_cpu_it_is_one_line_and_nothing_else(tmp_path, caplog):
+    tiny = ["subset=32", "test_subset=16", "steps=1", f"runs={tmp_path}", "device=cpu"]
+    with caplog.at_level(logging.INFO):
+        trainers = [build_trainer(plan([*tiny, *more])) for more in ([], ["speed=off"])]
+    lines = [record.message for record in caplog.records if record.message.startswith("speed: ")]
+    assert lines[0] == "speed: f runs as written (there is nothing to choose on a CPU)"
+    weights = [torch.cat([p.flatten() for p in trainer.unwrapped.parameters()]) for trainer in trainers]
+    assert torch.equal(*weights)
+    assert trainers[0].folder == trainers[1].folder, "how fast a run is does not make it another one"
+
+
+def test_kernels_are_refused_on_a_cpu_before_the_data_are_read(tmp_path):
+    with pytest.raises(ConfigError, match="speed=kernels needs a GPU"):
+        build_trainer(plan(["data=cifar10", "data.root=nowhere", "speed=kernels", f"runs={tmp_path}", "device=cpu"]))
+
+
+def test_a_tolerance_is_an_obstacle_to_graphs(tmp_path):
+    made = plan(["solver.tol=1e-3", f"runs={tmp_path}"])
+    assert obstacles_to_graphs(made.config, made.task) == ["solver.tol=null (a fixed budget)"]
+    made = plan(["solver.tol=null", f"runs={tmp_path}"])
+    assert obstacles_to_graphs(made.config, made.task) == []
+
+
+def test_precision_is_settled_by_the_machine(monkeypatch, tmp_path):
+    for there, expected in ((False, "fp32"), (True, "tf32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert plan([f"runs={tmp_path}"]).config["precision"] == expected
+        assert settle("auto", "cpu") == "fp32"
+        for asked in ("fp32", "tf32", "bf16"):
+            assert settle(asked, "auto") == asked
+
+
+def test_a_run_that_compiles_f_compiles_its_solvers(monkeypatch, tmp_path):
+    chosen = Speed(compile=True, cuda_graph=False, kernels=False, reason="a test")
+    monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
+    monkeypatch.setattr(build, "compile_cell", lambda model: None)
+    trainer = build_trainer(plan(["grad=implicit", "subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]))
+    deq = trainer.unwrapped.deq
+    assert deq.solver.compile and deq.grad.solver.compile
+    assert trainer.rules.solver.compile and trainer.rules.grad.solver.compile
+    assert trainer.speed == chosen
