@@ -27,6 +27,7 @@ from phantom.state import FlatMap, Map, Packing, State
 from phantom.validate import check_choice, check_count, check_kind
 
 Returns = Literal["best", "last"]
+RETURNS = get_args(Returns)
 SOLVER, GRAD = Broyden(), UPG()  # the defaults
 
 Clock = Callable[[str], AbstractContextManager]
@@ -104,7 +105,7 @@ def fixed_point(
     check_kind("grad", grad, GradientEstimator, "UPG()")
     check_on_failure(on_failure)
     group = name_of(group)
-    check_choice("returns", returns, get_args(Returns))
+    check_choice("returns", returns, RETURNS)
     _check_extras(states, unrolled, grad)
     if _is_compiled_around(grad):
         from phantom.compiled import outside
@@ -273,7 +274,7 @@ class DEQ(nn.Module):
         self.confirm = confirm
         self.on_failure: OnFailure = on_failure
         self.group = name_of(group)
-        check_choice("returns", returns, get_args(Returns))
+        check_choice("returns", returns, RETURNS)
         self.returns: Returns = returns
         self.clock: Clock = nullcontext
 

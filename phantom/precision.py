@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 REDUCED = ("tf32", "bf16")
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 class _Switch:
@@ -41,14 +42,14 @@ _CUDA = _Switch(torch.backends.cuda.matmul)
 _CPU = _Switch(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def exact_products(device: str) -> Callable[[], AbstractContextManager[None]]:
-    """Return a maker of contexts in which float32 matrix products on `device` use neither TF32 nor bfloat16.
+def with_exact_products(function: Callable[P, R], device: str) -> Callable[P, R]:
+    """Return `function` with float32 matrix products on `device` that use neither TF32 nor bfloat16.
 
-    Where the user allows neither, nothing is written. Otherwise the switch is the process's: while one thread is
-    inside, an f in another thread has exact products, too.
+    Where the user allows neither, it is `function` itself, and nothing is written. Otherwise the switch is the
+    process's: while one thread is inside, an f in another thread has exact products, too.
     """
     switch = _CUDA if device == "cuda" else _CPU
-    return switch.exact if switch.is_reduced() else nullcontext
+    return switch.exact()(function) if switch.is_reduced() else function
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -80,8 +80,11 @@ def is_useless(stats: Stats) -> bool:
     if stats.trace.shape[0] < 2 or stats.residual.shape[0] == 0:
         return False
     # a fixed budget promises nothing, so that only what diverged has missed something there
-    stuck = ((stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & _missed(stats)).all()
-    return bool(stuck | stats.dependent) and bool(stuck | ~stats.converged.all())
+    missed = _missed(stats)
+    if not bool(missed.all() | stats.dependent):
+        return False
+    stuck = ((stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & missed).all()
+    return bool(stuck | (stats.dependent & ~stats.converged.all()))
 
 
 def has_failed(stats: Stats) -> bool:

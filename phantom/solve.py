@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.precision import exact_products, without_autocast
+from phantom.precision import with_exact_products, without_autocast
 from phantom.purity import pure
 from phantom.ranks import any_rank
 from phantom.residual import Norm, positive, residual_of, vector_norm
@@ -123,7 +123,7 @@ class _Start:
         self._limit = None if self.reads else _limit(self.length)
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
-            self.active = self.active & ~(self.residual <= self.tol)
+            self.active = self.active & (self.residual > self.tol)
         self.stops_early = solver.tol is not None and has_numbers(z)
         if can_ask(z, solver.tol):
             self._look(size, solver.tol)
@@ -198,7 +198,8 @@ def _loop(
     watch: Watch | None,
     last: bool,
 ) -> tuple[Tensor, Stats, Any]:
-    observe, exact = compiled(_observe) if solver.compile else _observe, exact_products(z.device.type)
+    observe = compiled(_observe) if solver.compile else _observe
+    propose = with_exact_products(solver.propose, z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
     stops_early, batch, together = start.stops_early, z.shape[0], False
     best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
@@ -210,11 +211,7 @@ def _loop(
     for step in range(1, solver.max_steps + 1):
         if done:
             break
-        with exact():
-            if together:
-                z = solver.propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g)
-            else:
-                z = solver.propose(memory, z, g)
+        z = propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g) if together else propose(memory, z, g)
         held = stops_early and (stopped or going != batch)
         if held:
             z = torch.where(rows.active.unsqueeze(1), z, best)
@@ -239,8 +236,9 @@ def _loop(
             best, rows = _join(z, best, length, residual, rows)
         if watch is not None:
             watch(step, best)
-        # ranks ask each other at the same steps, whichever of them know more
-        if going is not None and (group is None or step % solver.sync_every == 0):
+        if group is None:
+            done = going == 0
+        elif going is not None and step % solver.sync_every == 0:  # at the same steps, whichever ranks know more
             done = not any_rank(going != 0, group, z.device)
     if last:
         best, rows.residual, confirmed = z, _finite_or_infinite(residual), True

@@ -172,16 +172,23 @@ def _secant(
     # a problem without a finite answer takes the plain step
     c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
     scale = 1 - _pick(c, newest)
-    # reading a few numbers costs less than the operators that would change none of them
-    if not reads or not all(2 * LEAST < abs(number) < MOST / 2 for number in scale.tolist()):
-        size = scale.abs()
-        noise = (size >= MOST) | (size <= LEAST)
+    noise = _noise(scale, reads)
+    if noise is not None:
         _drop(coefficients, newest, noise)
         scale = scale.masked_fill(noise, 1.0)
     scale = scale.unsqueeze(1)
     # c_l weighs the step after l; the one after the newest is not there yet
     weights = _put(c.roll(1, 1), here, 0.0) / scale
     return weights, scale, a / scale + _times(gram, weights)
+
+
+def _noise(scale: Tensor, reads: bool) -> Tensor | None:
+    """Return for which problems (B,) the factor 1 - c is noise; None where the host sees that it is for none."""
+    if reads:  # costs less than the operators
+        noise = [not LEAST < abs(number) < MOST for number in scale.tolist()]
+        return torch.tensor(noise, device=scale.device) if any(noise) else None
+    size = scale.abs()
+    return (size >= MOST) | (size <= LEAST)
 
 
 def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
