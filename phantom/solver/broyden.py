@@ -148,6 +148,7 @@ class Broyden(Solver):
                 _widened(_project(stored, g), width),
                 memory.place((memory.count - 1) % memory.limit),
                 memory.place(position % width),
+                full,
                 memory.reads,
             )
             torch.div(g, scale, out=step)
@@ -162,7 +163,13 @@ class Broyden(Solver):
 
 
 def _secant(
-    gram: Tensor, coefficients: Tensor, a: Tensor, newest: int | Tensor, here: int | Tensor, reads: bool
+    gram: Tensor,
+    coefficients: Tensor,
+    a: Tensor,
+    newest: int | Tensor,
+    here: int | Tensor,
+    full: bool,
+    reads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights (B, n) of the stored steps in s, 1 - c (B, 1), and <s_j, s> (B, n); drop a noisy row of C.
 
@@ -171,14 +178,13 @@ def _secant(
     """
     # a problem without a finite answer takes the plain step
     c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
-    scale = 1 - _pick(c, newest)
+    scale = torch.rsub(_pick(c, newest), 1)  # 1 - c, without the detour of an operator between a number and a tensor
     noise = _noise(scale, reads)
     if noise is not None:
         _drop(coefficients, newest, noise)
         scale = scale.masked_fill(noise, 1.0)
     scale = scale.unsqueeze(1)
-    # c_l weighs the step after l; the one after the newest is not there yet
-    weights = _put(c.roll(1, 1), here, 0.0) / scale
+    weights = _previous(c, newest, here, full) / scale
     return weights, scale, a / scale + _times(gram, weights)
 
 
@@ -208,11 +214,11 @@ def _append(
     """Extend the small matrices by a step with these inner products (B, n) and squared length (B,)."""
     products = _put(products, here, square)
     _fill_row(gram, here, products)
-    _fill_row(gram.mT, here, products)
+    _fill_column(gram, here, products)
     if full:  # the oldest step leaves
         zero = torch.zeros_like(products)
         _fill_row(coefficients, here, zero)
-        _fill_row(coefficients.mT, here, zero)
+        _fill_column(coefficients, here, zero)
     # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
     least, inverse = torch.finfo(square.dtype).tiny, square.reciprocal()
     if not reads or not all(number > least for number in square.tolist()):
@@ -243,6 +249,16 @@ def _next(rows: Tensor, here: int | Tensor, full: bool) -> Tensor:
     return torch.constant_pad_nd(rows, (-1, 1))  # beyond the newest all are zero
 
 
+def _previous(rows: Tensor, newest: int | Tensor, here: int | Tensor, full: bool) -> Tensor:
+    """Return, for every position, the entry of `rows` (B, n) at the one before; 0 for that of the step to come, `here`.
+
+    c_l weighs the step after l; the one after the newest is not there yet.
+    """
+    if full or not isinstance(newest, int):
+        return _put(rows.roll(1, 1), here, 0.0)
+    return torch.constant_pad_nd(rows[:, :newest], (1, rows.shape[1] - newest - 1))
+
+
 # A position is a number, or in compiled code a mask (n,) that is True there alone.
 
 
@@ -266,6 +282,14 @@ def _fill_row(matrix: Tensor, at: int | Tensor, row: Tensor) -> None:
         matrix.select(1, at).copy_(row)
     else:
         matrix.copy_(torch.where(at[:, None], row[:, None, :], matrix))
+
+
+def _fill_column(matrix: Tensor, at: int | Tensor, column: Tensor) -> None:
+    """Write `column` (B, n) into the column of `matrix` (B, n, n) at a position."""
+    if isinstance(at, int):
+        matrix.select(2, at).copy_(column)
+    else:
+        _fill_row(matrix.mT, at, column)
 
 
 def _drop(matrix: Tensor, at: int | Tensor, problems: Tensor) -> None:
