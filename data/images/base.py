@@ -142,8 +142,17 @@ class InMemoryImages(Source):
         self._sets = {name: ImageSet(s.images.to(device), s.labels.to(device)) for name, s in self._sets.items()}
 
     def _normalise(self, images: Tensor) -> Tensor:
-        mean, std = self._scale
-        return images.float().div_(255).sub_(mean).div_(std)
+        return normalise(images, self._scale)
+
+
+def normalise(images: Tensor, scale: Tensor) -> Tensor:
+    """Return bytes (B, C, H, W) as float32: x / 255, less the mean of its channel, over its standard deviation.
+
+    Args:
+        scale: (2, C, 1, 1), the means and the standard deviations, on the images' device.
+    """
+    mean, std = scale
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def crop_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:

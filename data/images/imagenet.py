@@ -1,48 +1,56 @@
-"""ImageNet (ILSVRC 2012) from its folder tree, decoded by worker processes.
+"""ImageNet (ILSVRC 2012) from its folder tree or from Parquet files, decoded by worker processes.
 
-Images are (B, 3, H, W) float32, normalised per channel.
+Images are (B, 3, H, W) float32, normalised per channel on the device of the run.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data.digests import fingerprint_of_tree
-from data.images.tree import list_classes, list_pictures
+from data.images.base import normalise
+from data.images.decoding import Transform
+from data.images.loading import Indexed, Keys, Loader, Streamed, batches
+from data.images.parquet import Parquet, through_buffer
+from data.images.tree import Tree
 from data.paths import data_root, root_hint
-from data.seeding import generator, seed_of
+from data.seeding import generator
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
+from phantom.validate import check_count
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HUB = "hf:"  # what a root begins with that `datasets` finds
+TREE, PARQUET = {"train": "train", "test": "val"}, {"train": "train", "test": "validation"}
 log = logging.getLogger(__name__)
 
 
 class ImageNet(Source):
-    """ImageNet from a tree `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`; every folder of train/ is a class.
+    """ImageNet from a tree `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`, or by Hugging Face `datasets`.
 
     Training: crop a random area in `scale` with an aspect in `ratio`, resize it to `crop` (antialiased bilinear), flip
-    it with probability 1/2; the draws depend on (seed, epoch, index) alone. Evaluation: resize the short side to
-    `resize`, take the centre `crop`.
+    it with probability 1/2; order and draws depend on (seed, epoch, index) alone. Evaluation: resize the short side to
+    `resize`, take the centre `crop`. Pixels stay bytes until they are on the device.
 
     Args:
-        root: folder of the tree. None means $PHANTOM_DATA/imagenet, or the cache folder without that variable. The
-            loader downloads nothing.
+        root: folder of the tree, or of Parquet files `train-*.parquet` and `validation-*.parquet`, there or in its
+            folder `data`; `hf:<name>` is what `datasets` finds by that name, such as hf:ILSVRC/imagenet-1k on the hub.
+            None means $PHANTOM_DATA/imagenet, or the cache folder without that variable.
+        streaming: read Parquet files in one pass an epoch, without an indexed copy. Row groups come in an order drawn
+            from (seed, epoch), and their pictures through a shuffle buffer.
+        shuffle_buffer: pictures in it; their files are held in memory, by all workers of a process together.
         scale, ratio: the official code of the paper uses [0.1, 1] and [0.8, 1.25]; torchvision's defaults, used by the
             implicit baseline, are [0.08, 1] and [3/4, 4/3].
         workers: number of decoding processes; 0 decodes in the training process.
+        subset: maximum number of training images: drawn at random, of a stream the first ones.
 
     Raises:
-        DataError: the tree is missing or has another layout, or train and val differ in their classes.
+        DataError: the data are missing or have another layout, or train and val differ in their classes.
 
     Source: Russakovsky et al., *ImageNet Large Scale Visual Recognition Challenge* (2015).
     """
@@ -53,6 +61,8 @@ class ImageNet(Source):
         self,
         *,
         root: str | None,
+        streaming: bool,
+        shuffle_buffer: int,
         batch_size: int,
         eval_batch_size: int,
         crop: int,
@@ -64,124 +74,131 @@ class ImageNet(Source):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        folder = data_root(root, "imagenet")
-        for split in ("train", "val"):
-            if not (folder / split).is_dir():
-                raise DataError(
-                    f"no ImageNet in {folder}: {folder / split} is missing. Expected train/<wnid>/*.JPEG and "
-                    f"val/<wnid>/*.JPEG. {root_hint('imagenet')}; request the images at https://image-net.org"
-                )
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("crop", crop)):
+            check_count(name, value, least=1)
+        check_count("shuffle_buffer", shuffle_buffer, least=1)
+        check_count("workers", workers, least=0)
         from torchvision.transforms import v2
 
-        normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         (least, most), (narrow, wide) = scale, ratio
-        augment = v2.RandomResizedCrop(crop, scale=(least, most), ratio=(narrow, wide), antialias=True)
-        classes, test_classes = (list_classes(folder / split) for split in ("train", "val"))
-        if classes != test_classes:
-            unmatched = sorted(set(classes) ^ set(test_classes))
+        area = v2.RandomResizedCrop(crop, scale=(least, most), ratio=(narrow, wide), antialias=True)
+        self._augment: Transform = v2.Compose([area, v2.RandomHorizontalFlip()])
+        self._plain: Transform = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop)])
+        self._sets = _open(root, streaming)
+        train, test = self._sets["train"], self._sets["test"]
+        if train.classes != test.classes:
+            unmatched = sorted(set(train.classes) ^ set(test.classes))
             raise DataError(
-                f"train and val in {folder} differ in the classes {', '.join(unmatched[:5])} ({len(unmatched)} in all)"
+                f"train and val in {_named(root)} differ in the classes {', '.join(unmatched[:5])} "
+                f"({len(unmatched)} in all)"
             )
-        train, test = (_samples(folder / split, classes) for split in ("train", "val"))
-        self._train = Pictures(train, v2.Compose([augment, v2.RandomHorizontalFlip(), *normalise]), seed)
-        plain = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), *normalise])
-        self._evaluated = {"train": Pictures(train, plain, seed), "test": Pictures(test, plain, seed)}
-        self._indices = {"train": _first(len(train), subset), "test": _first(len(test), test_subset)}
+        limits = {"train": subset, "test": test_subset}
+        self._indices = {name: _first(len(found), limits[name], streaming) for name, found in self._sets.items()}
+        if not streaming:
+            transforms = {"train": self._plain, "test": self._plain, "augmented": self._augment}
+            self._loaders = {
+                name: Loader(Indexed(self._sets["test" if name == "test" else "train"], transform, seed), workers)
+                for name, transform in transforms.items()
+            }
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.workers, self.seed = workers, seed
+        self._device = torch.device("cpu")
+        self._scale = torch.tensor([MEAN, STD])[:, :, None, None]
         self.splits = ("train", "test")
         sizes = {name: len(indices) for name, indices in self._indices.items()}
         self.spec = Spec(
             kind=self.kind,
-            inputs={"in_channels": 3, "num_classes": len(classes)},
+            inputs={"in_channels": 3, "num_classes": len(train.classes)},
             sizes=sizes,
-            digests={
-                name: fingerprint_of_tree(folder, (path for path, _ in found))
-                for name, found in (("train", train), ("test", test))
-            },
+            digests={name: found.digest for name, found in self._sets.items()},
         )
-        log.info("ImageNet in %s: %s images of %d classes", folder, sizes, len(classes))
+        log.info("ImageNet in %s: %s images of %d classes", _named(root), sizes, len(train.classes))
+
+    def to(self, device: torch.device) -> None:
+        """Normalise on `device`; bytes go there."""
+        self._device, self._scale = device, self._scale.to(device)
 
     def steps(self, epoch: int) -> int:
         return -(-self.spec.sizes["train"] // self.batch_size)
 
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        indices = self._indices["train"]
-        order = indices[torch.randperm(len(indices), generator=generator(f"order/{self.seed}/{epoch}"))]
+        key = f"order/{self.seed}/{epoch}"
+        order = self._order(key)
         shares, lengths = [], []
         for step in range(start, self.steps(epoch)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             parts = shard.parts(len(batch))
-            shares += [[(epoch, int(i)) for i in batch[part.start : part.stop]] for part in parts]
+            shares += [[(epoch, i) for i in batch[part.start : part.stop]] for part in parts]
             lengths.append(len(parts))
-        batches = self._batches(self._train, shares)
+        found = self._batches("train", shares, augmented=True, key=key)
         for length in lengths:
-            yield [next(batches) for _ in range(length)]
+            yield [next(found) for _ in range(length)]
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         self.check_split(split)
         indices = self._indices[split][shard.rank :: shard.world].tolist()
         size = self.eval_batch_size
         shares = [[(0, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
-        yield from self._batches(self._evaluated[split], shares)
+        yield from self._batches(split, shares, augmented=False, key=None)
 
-    def _batches(self, pictures: Pictures, shares: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
-        options = {
-            "num_workers": self.workers,
-            "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": _leave_signals,
-        }
-        try:
-            # without this generator, DataLoader draws its workers' seeds from torch's global one
-            yield from DataLoader(pictures, batch_sampler=shares, generator=torch.Generator(), **options)
-        except DataError as error:
-            # torch puts a worker's whole traceback into the message; its last line holds the class and our message
-            prefix = f"{DataError.__module__}.{DataError.__qualname__}: "
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
+    def _order(self, key: str) -> list[int]:
+        """Return the indices of an epoch in the order of training."""
+        indices, pictures = self._indices["train"], self._sets["train"]
+        if not isinstance(pictures, Parquet) or not self.streaming:
+            return indices[torch.randperm(len(indices), generator=generator(key))].tolist()
+        passed = [
+            i
+            for group in pictures.sequence(key)
+            for i in range(group.first, min(group.first + group.count, len(indices)))
+        ]
+        return through_buffer(passed, self.shuffle_buffer, f"buffer of {key}")
 
-
-class Pictures(Dataset):
-    """Decode and transform one picture; `key` is (epoch, index), and the random draws depend on it and the seed."""
-
-    def __init__(self, samples: list[tuple[str, int]], transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.samples, self.transform, self.seed = samples, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        from PIL import Image, UnidentifiedImageError
-
-        epoch, index = key
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise DataError(f"the picture {path} is damaged and cannot be decoded ({error})") from error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(f"augment/{self.seed}/{epoch}/{index}"))
-            return self.transform(picture), label
+    def _batches(
+        self, split: str, shares: list[Keys], *, augmented: bool, key: str | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        pictures = self._sets[split]
+        if isinstance(pictures, Parquet) and self.streaming:
+            read = functools.partial(pictures.read, pictures.sequence(key))
+            transform = self._augment if augmented else self._plain
+            found = batches(Streamed(read, transform, self.seed, shares), self.workers)
+        else:
+            found = self._loaders["augmented" if augmented else split].batches(shares)
+        for images, labels in found:
+            images = normalise(images.to(self._device, non_blocking=True), self._scale)
+            yield images, labels.to(self._device, non_blocking=True)
 
 
-def _leave_signals(worker: int) -> None:
-    """Leave signals to the parent: a scheduler sends them to every process, and the parent saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _named(root: str | None) -> str:
+    return root if root is not None and root.startswith(HUB) else str(data_root(root, "imagenet"))
 
 
-def _samples(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """Return (file, label) of every picture of a split, by classes.
+def _open(root: str | None, streaming: bool) -> dict[str, Tree | Parquet]:
+    """Return the training and the test pictures that the root names.
 
     Raises:
-        DataError: there is no class, or one has no picture.
+        DataError: it has neither layout, or streaming was asked for a tree.
     """
-    files = [list_pictures(folder / name, SUFFIXES) for name in classes]
-    empty = [str(folder / name) for name, found in zip(classes, files, strict=True) if not found]
-    if empty or not classes:
-        what = f"no picture ({', '.join(SUFFIXES)}) in the class folder {empty[0]}" if empty else f"{folder} is empty"
-        raise DataError(f"{what}: every folder of train/ and val/ is a class, and holds its pictures")
-    return [(str(path), label) for label, found in enumerate(files) for path in found]
+    folder, name = data_root(root, "imagenet"), _named(root)
+    if name.startswith(HUB):
+        path = name.removeprefix(HUB)
+        return {split: Parquet(path, own, streaming=streaming) for split, own in PARQUET.items()}
+    if any(any(place.glob("*.parquet")) for place in (folder, folder / "data")):
+        return {split: Parquet(name, own, streaming=streaming) for split, own in PARQUET.items()}
+    for own in TREE.values():
+        if not (folder / own).is_dir():
+            raise DataError(
+                f"no ImageNet in {folder}: {folder / own} is missing. Expected train/<wnid>/*.JPEG and "
+                "val/<wnid>/*.JPEG, or train-*.parquet and validation-*.parquet. "
+                f"{root_hint('imagenet')}; request the images at https://image-net.org, or name "
+                "data.root=hf:ILSVRC/imagenet-1k"
+            )
+    if streaming:
+        raise DataError(f"data.streaming=true reads Parquet files, and {folder} is a tree of pictures: leave it out")
+    return {split: Tree(folder, own) for split, own in TREE.items()}
 
 
-def _first(total: int, count: int | None) -> Tensor:
+def _first(total: int, count: int | None, streaming: bool) -> Tensor:
     if count is None or count >= total:
         return torch.arange(total)
-    return torch.randperm(total, generator=generator("subset"))[:count]
+    return torch.arange(count) if streaming else torch.randperm(total, generator=generator("subset"))[:count]

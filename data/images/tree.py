@@ -6,7 +6,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.digests import fingerprint_of_tree
+from data.images.decoding import Example
 from phantom.engine.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Tree:
+    """The pictures of one split of ImageNet's tree, `train/<wnid>/*.JPEG` or `val/<wnid>/*.JPEG`, by index.
+
+    Raises:
+        DataError: there is no class, or one has no picture.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        folder = root / split
+        self.classes = list_classes(folder)
+        files = [list_pictures(folder / name, SUFFIXES) for name in self.classes]
+        empty = [str(folder / name) for name, found in zip(self.classes, files, strict=True) if not found]
+        if empty or not self.classes:
+            what = (
+                f"no picture ({', '.join(SUFFIXES)}) in the class folder {empty[0]}" if empty else f"{folder} is empty"
+            )
+            raise DataError(f"{what}: every folder of train/ and val/ is a class, and holds its pictures")
+        self.samples = [(str(path), label) for label, found in enumerate(files) for path in found]
+        self.digest = fingerprint_of_tree(root, (path for path, _ in self.samples))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self.samples[index]
+        try:
+            return Example(Path(path).read_bytes(), label, path)
+        except OSError as error:
+            raise DataError(f"the picture {path} is damaged and cannot be decoded ({error.strerror})") from error
 
 
 def list_classes(folder: Path) -> list[str]:

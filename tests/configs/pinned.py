@@ -104,7 +104,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
         # area and aspect of the official code's pipeline; Table 3's implicit row changes them
         "imagenet": {
             **{"class": "ImageNet", "batch_size": 128, "eval_batch_size": 100, "crop": 224, "resize": 256},
-            **{"scale": [0.1, 1.0], "ratio": [0.8, 1.25]},
+            **{"scale": [0.1, 1.0], "ratio": [0.8, 1.25], "streaming": False, "shuffle_buffer": 1000},
         },
         "ppi": {"class": "PPI", "batch_size": 1, "eval_batch_size": 2},
         # the real set's batches; its graphs are ours

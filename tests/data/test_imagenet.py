@@ -1,11 +1,18 @@
 """The ImageNet tree: seeded augmentation whatever the workers, and clear errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.images.imagenet import ImageNet
+from data.images import decoding
+from data.images.base import normalise
+from data.images.decoding import decode
+from data.images.imagenet import MEAN, STD, ImageNet
+from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
 
@@ -16,6 +23,8 @@ SETTINGS = dict(
     resize=28,
     scale=[0.1, 1.0],
     ratio=[0.8, 1.25],
+    streaming=False,
+    shuffle_buffer=3,
     workers=0,
     subset=None,
     test_subset=None,
@@ -95,14 +104,65 @@ def test_evaluation_is_the_centre_crop_and_sees_everything_once(tree):
     source = make(tree)
     batches = [batch for rank in range(2) for batch in source.evaluate("test", shard=Shard(rank, 2))]
     assert sorted(label for batch in batches for label in batch[1].tolist()) == [0, 0, 1, 1]
-    from torchvision.transforms.v2 import functional
-
     picture = Image.open(tree / "val" / "n01" / "0.JPEG").convert("RGB")
-    resized = functional.resize(functional.pil_to_tensor(picture), [28], antialias=True)
-    expected = functional.center_crop(resized, [24]).float() / 255
+    small = picture.resize((round(28 * 50 / 40), 28), Image.Resampling.BILINEAR)
+    expected = np.asarray(small.crop((6, 2, 30, 26))).transpose(2, 0, 1)  # torchvision rounds (35 - 24) / 2 to 6
     got = batches[0][0][0] * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-    got = got + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-    assert (got - expected).abs().max() < 2 / 255  # resized as a picture rather than a tensor: rounding differs
+    got = (got + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) * 255
+    assert (got - torch.tensor(expected)).abs().max() < 1.01, "Pillow and torch round a resized byte differently"
+
+
+def test_training_pixels_are_those_of_pillow_but_for_one_level(tree):
+    """The pipeline of the paper's code: decoded by Pillow, cut and resized as a picture, then a normalised tensor."""
+    from torchvision.transforms import v2
+
+    area = v2.RandomResizedCrop(24, scale=(0.1, 1.0), ratio=(0.8, 1.25), antialias=True)
+    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    pipeline = v2.Compose([area, v2.RandomHorizontalFlip(), *floats])
+    source = make(tree, batch_size=8)
+    [[(images, _)]] = epoch_of(source)
+    order = torch.randperm(8, generator=generator("order/1/0")).tolist()
+    for index, image in zip(order, images, strict=True):
+        path, _ = source._sets["train"].samples[index]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(f"augment/1/0/{index}"))
+            expected = pipeline(Image.open(path).convert("RGB"))
+        assert (image - expected).abs().max() <= 1.01 / 255 / min(STD)
+
+
+def test_bytes_are_normalised_as_by_torchvision_but_for_rounding():
+    from torchvision.transforms import v2
+
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    expected = v2.Normalize(MEAN, STD)(v2.functional.to_dtype(levels, torch.float32, scale=True))
+    got = normalise(levels, torch.tensor([MEAN, STD])[:, :, None, None])
+    assert (got - expected).abs().max() < 8e-7, "torchvision multiplies by the rounded 1 / 255"
+    exact = (levels.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    assert (got - exact).abs().max() <= (expected - exact).abs().max()
+
+
+def test_grey_and_png_pictures_have_three_channels(tree):
+    grey = Image.new("L", (40, 40), 77)
+    grey.save(tree / "train" / "n01" / "0.JPEG")
+    grey.save(tree / "train" / "n02" / "0.JPEG", format="PNG")
+    for [(images, _)] in epoch_of(make(tree)):
+        assert images.shape[1:] == (3, 24, 24)
+    encoded = (tree / "train" / "n02" / "0.JPEG").read_bytes()
+    assert (decode(encoded, "grey") == 77).all()
+
+
+def test_workers_stay_and_passes_may_overlap(tree):
+    source = make(tree, workers=1)
+    whole = epoch_of(source)
+    begun = source.train(epoch=0, start=0, shard=Shard())
+    first = next(begun)
+    for [a], [b] in zip(epoch_of(source), whole, strict=True):  # beside the pass that has begun
+        assert torch.equal(a[0], b[0])
+    for [a], [b] in zip([first, *begun], whole, strict=True):
+        assert torch.equal(a[0], b[0])
+    next(source.train(epoch=1, start=0, shard=Shard()))  # given up after its first batch
+    for [a], [b] in zip(epoch_of(source), whole, strict=True):
+        assert torch.equal(a[0], b[0])
 
 
 def test_a_missing_val_folder_names_path_and_layout(tree):
@@ -118,8 +178,43 @@ def test_classes_that_differ_are_named(tree):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_picture_is_named(tree, workers):
+@pytest.mark.parametrize("kept", [0, 300, 900], ids=["empty", "its head alone", "cut short"])
+def test_a_truncated_picture_is_named(tree, workers, kept):
     path = tree / "train" / "n02" / "1.JPEG"
-    path.write_bytes(path.read_bytes()[:300])
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"^the picture .*n02/1.JPEG is damaged"):
         epoch_of(make(tree, workers=workers))
+
+
+def test_torchcodec_takes_over_where_torchvision_has_no_decoder(tree, monkeypatch):
+    pytest.importorskip("torchcodec")
+    encoded = (tree / "train" / "n01" / "0.JPEG").read_bytes()
+    expected = decode(encoded, "0.JPEG")
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    decoding._decoder.cache_clear()
+    try:
+        assert torch.equal(decode(encoded, "0.JPEG"), expected)
+        with pytest.raises(DataError, match=r"the picture 0.JPEG is damaged"):
+            decode(encoded[:300], "0.JPEG")
+    finally:
+        decoding._decoder.cache_clear()
+
+
+ENDS = """
+import subprocess
+import sys
+from data.images.imagenet import ImageNet
+from phantom.engine.source import Shard
+source = ImageNet(root=sys.argv[1], **{settings!r})
+list(source.train(epoch=0, start=0, shard=Shard()))
+begun = source.train(epoch=1, start=0, shard=Shard())
+next(begun)
+raise SystemExit(7)
+"""
+
+
+def test_a_program_may_end_in_the_middle_of_a_pass(tree):
+    """Workers leave SIGTERM to their parent, and Python waits for what it has sent SIGTERM."""
+    program = ENDS.format(settings=SETTINGS | {"workers": 1})
+    done = subprocess.run([sys.executable, "-c", program, str(tree)], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 7 and "Error" not in done.stderr, done.stderr

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.images.imagenet import SUFFIXES, ImageNet
-from data.images.tree import list_classes, list_pictures
+from data.images.imagenet import ImageNet
+from data.images.tree import SUFFIXES, list_classes, list_pictures
 from phantom.engine.errors import DataError
 
 COUNT = 3
 OPTIONS = {
     **{"batch_size": 2, "eval_batch_size": 2, "crop": 8, "resize": 10, "scale": [0.1, 1], "ratio": [0.8, 1.25]},
-    **{"workers": 0, "subset": None, "test_subset": None, "seed": 0},
+    **{"workers": 0, "subset": None, "test_subset": None, "seed": 0, "streaming": False, "shuffle_buffer": 1},
 }
 
 
@@ -30,7 +30,7 @@ def root(tmp_path):
 
 def samples(root: Path) -> dict[str, list[tuple[str, int]]]:
     source = ImageNet(root=str(root), **OPTIONS)
-    return {split: source._evaluated[split].samples for split in ("train", "test")}
+    return {split: source._sets[split].samples for split in ("train", "test")}
 
 
 def test_the_order_is_that_of_torchvision(root):

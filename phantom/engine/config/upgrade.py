@@ -21,7 +21,10 @@ MOVED = {
 # the one-step gradient was NPG with these numbers in its leaf, and without k and lam at the root
 ONE_STEP = {"_target_": "phantom.NPG", "k": 1, "lam": 1.0}
 # arguments that a constructor has gained, with what it did before
-GAINED: dict[str, dict[str, Any]] = {"data.text.wikitext.WikiText103": {"eval_tokens": None}}
+GAINED: dict[str, dict[str, Any]] = {
+    "data.text.wikitext.WikiText103": {"eval_tokens": None},
+    "data.images.imagenet.ImageNet": {"streaming": False, "shuffle_buffer": 1000},
+}
 
 
 def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
