@@ -27,6 +27,10 @@ Or what a solve of a state of 8 x 64 costs per evaluation of f, without any mode
 
     python scripts/benchmark.py small device=cpu clock=cpu threads=1 repeats=15 peer=torchdeq
 
+Or how many pictures a second one core reads, decodes, cuts and normalises, in training and in evaluation:
+
+    python scripts/benchmark.py pipeline data=imagenet data.root=/data/imagenet device=cpu clock=cpu threads=1
+
 Or every benchmark of a suite, one process each, into results/benchmark/<suite>/:
 
     python scripts/benchmark.py suite cpu                 # results/benchmark/cpu/study.yaml, about an hour
@@ -47,7 +51,7 @@ from typing import Any
 try:
     import torch
 
-    from phantom.engine.errors import ConfigError
+    from phantom.engine.errors import UserError
     from scripts import arguments, studies
     from scripts.bench import result as benchmark
     from scripts.bench.peer_torchdeq import PeerError
@@ -57,23 +61,31 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 OWN = ("clock", "threads", "device", "repeats", "warmup", "peer", "growth", "title", "out")
+WORDS = ("small", "pipeline")
 
 
 def main(items: Sequence[str]) -> dict[str, Any] | None:
     """Time one benchmark and return its result, or run a suite."""
     if items and items[0] == "suite":
         return run_suite(items[1:])
-    own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=["small"])
+    own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=WORDS)
     options = read(own)
     command = "python scripts/benchmark.py " + shlex.join(items)
-    if words and (overrides or options.device != "cpu" or options.growth is not None):
-        arguments.fail("small takes clock, threads, device=cpu, repeats, warmup, peer, title and out alone; see --help")
+    if len(words) > 1:
+        arguments.fail(f"{' and '.join(words)} are two benchmarks: name one")
+    if words and (options.device != "cpu" or options.growth is not None or (overrides and words == ["small"])):
+        arguments.fail(
+            f"{words[0]} takes clock, threads, device=cpu, repeats, warmup, title and out alone, small takes peer, "
+            "too, and pipeline the data; see --help"
+        )
     try:
-        if words:
+        if words == ["pipeline"]:
+            result = benchmark.take_pipeline(overrides, options, command=command, say=_say)
+        elif words:
             result = benchmark.take_small(options, command=command, say=_say)
         else:
             result = benchmark.take(overrides, options, command=command, say=_say)
-    except (ConfigError, PeerError) as error:
+    except (UserError, PeerError) as error:
         arguments.fail(str(error))
     print(benchmarks.render(result))
     if "out" in own:

@@ -14,7 +14,7 @@ import torch
 from phantom.engine.artifacts.records import environment, to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
-from scripts.bench import measure, ratios, small, variants
+from scripts.bench import measure, pipeline, ratios, small, variants
 from scripts.bench.growth import measure_growth
 
 
@@ -74,6 +74,21 @@ def take_small(options: Options, *, command: str, say: Callable[[str], None]) ->
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     taken = small.take(clock=options.clock, repeats=options.repeats, warmup=options.warmup, peer=options.peer, say=say)
+    return {"about": _about(options, torch.device("cpu"), command), **taken}
+
+
+def take_pipeline(
+    overrides: Sequence[str], options: Options, *, command: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the result of the benchmark of input pipelines, which has no model: see scripts/bench/pipeline.py.
+
+    Raises:
+        ConfigError: an unknown key, data that are not there, or data that are no pictures.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as train.py does
+    taken = pipeline.take(overrides, clock=options.clock, repeats=options.repeats, warmup=options.warmup, say=say)
     return {"about": _about(options, torch.device("cpu"), command), **taken}
 
 

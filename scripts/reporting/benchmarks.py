@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown, small
+from scripts.reporting import markdown, pipeline, small
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest", "total")
 HEADS = ("variant", "solve", "attach", "backward", "optimiser", "rest", "total", "items/s")
@@ -22,6 +22,8 @@ def render(result: dict[str, Any]) -> str:
     """Return the page of a benchmark's result."""
     if result.get("kind") == "small":
         return small.render(result)
+    if result.get("kind") == "pipeline":
+        return pipeline.render(result)
     about = result["about"]
     blocks = [
         f"# {about['title']}",

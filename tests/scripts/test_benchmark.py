@@ -25,6 +25,10 @@ ROWS = [(name, row) for name in SUITES for row in studies.load(name)["benchmark"
         (["out=page.md"], "must end in .json"),
         (["model=mdeq_tiny", "batch=0"], "batch=0 must be an integer >= 1"),
         (["small", "k=3"], "small takes clock, threads"),
+        (["pipeline", "growth=3"], "pipeline takes clock, threads"),
+        (["pipeline", "small"], "pipeline and small are two benchmarks"),
+        (["pipeline", "model=ignn", "data=cox2_synthetic"], "of the kind graph_classification: name data=imagenet"),
+        (["pipeline", "data=imagenet", "data.root=/nowhere"], "no ImageNet in /nowhere"),
         (["suite"], "name one suite, cpu or gpu"),
         (["suite", "tpu"], "'tpu' is neither one of cpu, gpu, rehearse"),
         (["suite", "cpu", "rows=mdeq"], "cpu has no row mdeq; it has mdeq_tiny_float32, "),
@@ -51,7 +55,7 @@ def test_every_row_of_a_suite_composes(name, row):
     study = studies.load(name)
     for rehearse in (False, True):
         items = suite.items(study, row, rehearse=rehearse)
-        own, words, overrides = benchmark.arguments.split(items, doc="", own=benchmark.OWN, words=["small"])
+        own, words, overrides = benchmark.arguments.split(items, doc="", own=benchmark.OWN, words=benchmark.WORDS)
         assert overrides == [] if words else all(len(job) >= 3 for job in expand(overrides))
         assert ("out" in own) is not rehearse
         if not rehearse:
@@ -72,6 +76,18 @@ def test_small_states_are_timed_without_a_model(tmp_path):
     assert evals[plain] == evals[bare] + 1 and evals["broyden float64 tol=0.0001"] < evals[plain]
     page = suites.render("Page", [("Small states", "", result)])
     assert "## Small states" in page and f"| {plain} | {bare} |" in page and plain in out.with_suffix(".md").read_text()
+
+
+def test_pipelines_are_timed_without_a_model(tmp_path):
+    out = tmp_path / "pipeline.json"
+    items = ["device=cpu", "clock=cpu", "threads=1", "repeats=2", "warmup=0", f"out={out}"]
+    result = benchmark.main(["pipeline", "data=images_synthetic", "data.size=8,16", *items])
+    rates = {row["label"]: row["items_per_second"] for row in result["rows"]}
+    names = [f"{split} data=images_synthetic data.size={size}" for size in (8, 16) for split in ("train", "test")]
+    assert list(rates) == names and min(rates.values()) > 0 and result["ratios"] == []
+    assert all(row["seconds"]["n"] == 2 for row in result["rows"])
+    page = out.with_suffix(".md").read_text()
+    assert "pictures per second and core" in page and all(f"| {name} |" in page for name in names)
 
 
 def test_a_suite_goes_on_after_a_failure_and_stops_at_its_deadline(monkeypatch, capsys):
