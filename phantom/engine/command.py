@@ -21,7 +21,7 @@ from phantom.engine.artifacts.sweep import Sweep
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError
-from phantom.engine.machine import signals
+from phantom.engine.machine import signals, slurm
 from phantom.engine.plan import Plan, make_plan
 from phantom.report import SolveError
 
@@ -46,6 +46,10 @@ def run(job: Job, configs: Configs) -> None:
     keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job. A
     sweep ends with its table; a job that fails does not stop the others, whatever the reason.
     """
+    try:
+        slurm.adopt()
+    except ConfigError as error:
+        refuse(error)
     with signals.end_at_once():
         _run(job, configs)
 
@@ -60,6 +64,8 @@ def _run(job: Job, configs: Configs) -> None:
     sweep, group = None, ""
     if flags <= SWEEP:
         try:
+            if flags:
+                _check_alone()
             hydras = [item for item in items if HYDRA_KEY.match(item)]
             own = [item for item in items if item not in hydras]
             plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
@@ -76,6 +82,17 @@ def _run(job: Job, configs: Configs) -> None:
             _run_here(job, plans, sweep)
             return
     _run_by_hydra(job, configs, sweep, group)
+
+
+def _check_alone() -> None:
+    """Raise ConfigError where a sweep was started by a launcher of several processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ConfigError(
+            f"-m starts one run after the other, and torchrun or srun has started it {world} times: start a launcher "
+            "for every run instead, as `for seed in 0 1; do torchrun --nproc-per-node 8 train.py seed=$seed; done`, or "
+            "let SLURM do it with scripts/slurm/array.sbatch, see docs/scaling.md"
+        )
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 def _launch(gpus: int) -> list[str]:
-    return ["--standalone", f"--nproc-per-node={gpus}"]
+    return ["--standalone", f"--nproc-per-node={gpus}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR2"]
 
 
 def _train(run: Run, alone: bool, stop: Stop) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_a_picture_damaged_for_one_of_two_processes_ends_both(tmp_path):
                 Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(folder / f"{i}.JPEG")
     broken = tmp_path / "train" / "n01" / "3.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
-    job = ["-m", "seed=0,1", "data=imagenet", f"data.root={tmp_path}", "data.workers=0", "data.batch_size=8"]
+    job = ["data=imagenet", f"data.root={tmp_path}", "data.workers=0", "data.batch_size=8"]
     small = ["data.crop=16", "data.resize=20", "model.channels=[8,8]", "model.final_channels=8", "solver.max_steps=2"]
     done = script(tmp_path, *job, *small, f"runs={tmp_path / 'runs'}", "wandb=disabled", "device=cpu", processes=2)
     assert done.returncode != 0

@@ -141,7 +141,8 @@ def test_a_point_of_a_grid_is_in_the_name_of_its_record(ran, tmp_path):
 
 def test_torchrun_is_in_the_command(ran, capsys):
     reproduce.main(["table3", "rows=imagenet_upg", "gpus=8", "list"])
-    line = "torchrun --standalone --nproc-per-node=8 train.py experiment=table3/imagenet_upg seed=0"
+    launch = "torchrun --standalone --nproc-per-node=8 --signals-to-handle=SIGTERM,SIGINT,SIGUSR2"
+    line = f"{launch} train.py experiment=table3/imagenet_upg seed=0"
     assert capsys.readouterr().out == line + "\n"
 
 

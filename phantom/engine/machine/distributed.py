@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from phantom.deq import deqs_of
-from phantom.engine.machine import launcher
+from phantom.engine.machine import launcher, slurm
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.machine.batch_norm import SumBatchNorm, synchronise
 
@@ -23,7 +23,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def start(device: str) -> tuple[torch.device, int, int]:
-    """Join the process group when launched by torchrun; return (this process's device, rank, world size).
+    """Join the process group when launched by torchrun or by srun; return (this process's device, rank, world size).
 
     On a CPU it also sets two options of the whole process: freed memory stays with the process, and denormal numbers
     count as zero.
@@ -35,6 +35,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
         ValueError: device=cuda without a GPU.
         TimeoutError: names the ranks that have not come.
     """
+    slurm.adopt()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
