@@ -48,9 +48,10 @@ def third_party(folder: str) -> dict[str, set[str]]:
 
 def test_requirements_txt_says_what_pyproject_says():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    listed = [line for extra, names in EXTRAS.items() if extra not in ("dashboard", "dev", "docs") for line in names]
+    without = ("dashboard", "slurm", "dev", "docs")
+    listed = [line for extra, names in EXTRAS.items() if extra not in without for line in names]
     assert parsed(lines) == parsed([*PROJECT["dependencies"], *listed]) and len(parsed(lines)) == len(lines)
-    assert set(EXTRAS) == {"train", "report", "dashboard", "graphs", "text", "test", "dev", "docs"}
+    assert set(EXTRAS) == {"train", "report", "dashboard", "graphs", "text", "images", "slurm", "test", "dev", "docs"}
 
 
 def test_the_workflow_is_the_test_script_with_the_oldest_and_the_newest_torch():
@@ -80,7 +81,7 @@ def test_the_hooks_are_those_of_the_test_script():
     [
         ("phantom", ["train"]),
         ("models", ["graphs"]),
-        ("data", ["train", "graphs", "text"]),
+        ("data", ["train", "graphs", "text", "images"]),
         ("scripts", ["train", "report", "dashboard"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -74,7 +75,6 @@ def _decoder() -> Callable[[Tensor], Tensor]:
     try:
         from torchvision.io import ImageReadMode, decode_image
     except ImportError:
-        from torchcodec.decoders import decode_image  # pyright: ignore[reportMissingImports]
-
-        return lambda buffer: decode_image(buffer, mode="RGB")
+        torchcodec = importlib.import_module("torchcodec.decoders")
+        return lambda buffer: torchcodec.decode_image(buffer, mode="RGB")
     return lambda buffer: decode_image(buffer, mode=ImageReadMode.RGB)

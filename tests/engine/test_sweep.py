@@ -1,7 +1,10 @@
 """A sweep ends with its answer: a row per point, seeds averaged, and what failed with its reason."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from scripts import report
 from tests.plans import plan
 from tests.tiny_run import TINY
 
+ROOT = Path(__file__).parents[2]
 SHORT = [*(item for item in TINY if not item.startswith(("steps=", "eval_every="))), "steps=1"]
 CONTENT = {
     **{"command": "python train.py -m", "metric": "accuracy", "split": "test", "mode": "max", "keys": ["grad", "k"]},
@@ -101,6 +105,40 @@ def test_a_sweep_through_hydra_s_launcher_ends_alike(tmp_path, monkeypatch, caps
     assert run(monkeypatch, train.job, *arguments) == 0
     (path,) = tmp_path.glob("sweeps/*/*/sweep.json")
     assert [row["values"] for row in json.loads(path.read_text())["rows"]] == [{"k": "1"}, {"k": "2"}]
+
+
+def test_an_interrupted_sweep_runs_what_is_missing(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def job(made):
+        seen.append(made.config["k"])
+        if seen == [1, 2]:
+            raise KeyboardInterrupt
+        return train.job(made)
+
+    line = ["-m", "k=1,2,3", *SHORT, f"runs={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, job, *line)
+    (first,) = tmp_path.rglob("record.json")
+    written = first.stat().st_mtime_ns
+    assert run(monkeypatch, job, *line) == 0
+    assert len(list(tmp_path.rglob("record.json"))) == 3 and first.stat().st_mtime_ns == written
+    (path,) = tmp_path.glob("sweeps/*/*/sweep.json")
+    assert [row["values"]["k"] for row in json.loads(path.read_text())["rows"]] == ["1", "2", "3"]
+
+
+def test_submitit_runs_the_jobs_and_their_failures_are_listed(tmp_path):
+    """Its local executor stands for SLURM's: every job is a process that is given its function as a file."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    axes = ["eval_splits=[test],[nope]", "hydra/launcher=submitit_local"]
+    line = [sys.executable, str(ROOT / "train.py"), "-m", *axes, *SHORT, f"runs={tmp_path / 'runs'}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "failed: 1\n  eval_splits=[nope]: " in done.stdout
+    (path,) = tmp_path.glob("runs/sweeps/*/*/sweep.json")
+    content = json.loads(path.read_text())
+    assert [row["values"] for row in content["rows"]] == [{"eval_splits": "[test]"}] and len(content["failed"]) == 1
 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path):
