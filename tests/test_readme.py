@@ -111,7 +111,7 @@ def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
         elif "suite" in items:
             benchmark.main(items)
         else:
-            own, _, overrides = split(items, doc="", own=benchmark.OWN)
+            own, _, overrides = split(items, doc="", own=benchmark.OWN, words=benchmark.WORDS)
             benchmark.read(own)
             assert expand(overrides)
     assert len(capsys.readouterr().out.splitlines()) > 10

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = dict(
     batch_size=3,
     eval_batch_size=4,
@@ -216,5 +218,6 @@ raise SystemExit(7)
 def test_a_program_may_end_in_the_middle_of_a_pass(tree):
     """Workers leave SIGTERM to their parent, and Python waits for what it has sent SIGTERM."""
     program = ENDS.format(settings=SETTINGS | {"workers": 1})
-    done = subprocess.run([sys.executable, "-c", program, str(tree)], timeout=120, capture_output=True, text=True)
+    line = [sys.executable, "-c", program, str(tree)]
+    done = subprocess.run(line, cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert done.returncode == 7 and "Error" not in done.stderr, done.stderr
