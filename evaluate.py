@@ -1,14 +1,16 @@
-"""Evaluate a trained run, or an official checkpoint.
+"""Evaluate a trained run, weights that ship with the code, or an official checkpoint.
 
     python evaluate.py run=runs/mdeq_tiny-digits-upg/default/seed0                       # the run's own number
     python evaluate.py run=<folder> checkpoint=best split=test eval_solver.max_steps=40   # another solver budget
     python evaluate.py run=<folder> data.root=/data/cifar10                               # the data moved
     python evaluate.py run=<folder> trust=mypackage                                       # it may build classes of mine
     python evaluate.py run=<folder> eval_solver.max_steps=5,10,20 model.eval_mem_len=0,64 # every combination
+    python evaluate.py weights=reasoner_sudoku4                                           # of weights/, or a folder
     python evaluate.py official=<file.pth> source=phantom_grad model=mdeq_large data=cifar10
 
-A run folder builds classes of this project alone, whatever its config says; `trust` adds a package of yours.
-Further items of the form key=value change the run's config; with `official` they compose a config as for train.py.
+A run folder builds classes of this project alone, whatever its config says, and so do weights; `trust` adds a package
+of yours.
+Further items of the form key=value change the saved config; with `official` they compose a config as for train.py.
 Prints the metrics, and the cost of the solves, as JSON; of several combinations a list, each with its overrides.
 """
 
@@ -19,17 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from models.official.load import load_reference
 from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
-from phantom.engine.rebuild import evaluate_official, evaluate_run
+from phantom.engine.rebuild import evaluate_official, evaluate_run, evaluate_shipped, load_shipped
 from train import CONFIGS
 
-# arguments that are not config overrides, for run= and for official=
-OWN = {"run": ("checkpoint", "split", "trust"), "official": ("source", "split")}
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+# arguments that are not config overrides, for each thing that can be evaluated
+OWN = {"run": ("checkpoint", "split", "trust"), "weights": ("split", "trust"), "official": ("source", "split")}
 
 
 def main(arguments: list[str]) -> None:
@@ -63,7 +68,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
     named = {key: value for key, value in pairs if key in own}
     whats = [key for key in OWN if key in named]
     if len(whats) != 1:
-        raise ConfigError("name one thing to evaluate: run=<folder>, or official=<file> source=<code base>")
+        raise ConfigError(
+            "name one thing to evaluate: run=<folder>, weights=<name>, or official=<file> source=<code base>"
+        )
     unused = [key for key in named if key not in (whats[0], *OWN[whats[0]])]
     if unused:
         raise ConfigError(f"{unused[0]}={named[unused[0]]} does not go with {whats[0]}=; leave it out")
@@ -84,10 +91,47 @@ def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
             configs=CONFIGS,
             load_reference=load_reference,
         )
+    trust = named.get("trust")
+    if "weights" in named:
+        folder = shipped_folder(named["weights"])
+        return evaluate_shipped(folder, split=split, overrides=overrides, configs=CONFIGS, trust=trust)
     which = named.get("checkpoint", "last")
-    return evaluate_run(
-        Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS, trust=named.get("trust")
-    )
+    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS, trust=trust)
+
+
+def pretrained(name: str, *overrides: str) -> nn.Module:
+    """Return the model of weights that ship, for evaluation, on the CPU; no data is read.
+
+    Args:
+        name: a folder of `weights/`, or the path of one from elsewhere, such as the hub.
+        overrides: key=value items that change its config, such as `eval_solver.max_steps=40`.
+
+    Raises:
+        ConfigError: there are no weights of this name, or an override does not fit.
+        CheckpointError: they are damaged.
+    """
+    return load_shipped(shipped_folder(name), overrides=overrides, configs=CONFIGS)
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the weights that ship with the code."""
+    return sorted(path.parent.name for path in WEIGHTS.glob("*/record.json"))
+
+
+def shipped_folder(name: str) -> Path:
+    """Return the folder of the weights `name`, which may also be the path of a folder.
+
+    Raises:
+        ConfigError: there is neither; lists the names.
+    """
+    if name in shipped_names():
+        return WEIGHTS / name
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        raise ConfigError(
+            f"weights={name} is not known: choose one of {', '.join(shipped_names())}, or name a folder of weights"
+        )
+    return folder.resolve()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rebuild a run from its folder and evaluate it; or evaluate official weights under a composed config."""
+"""Rebuild a run, or weights that ship, and evaluate it; or evaluate official weights under a composed config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from phantom.engine.artifacts import checkpoint
+from phantom.engine.artifacts import checkpoint, shipped
 from phantom.engine.artifacts.weights import LoadReference, read_tensors
 from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
@@ -19,7 +19,7 @@ from phantom.engine.config.trust import check_trusted
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.errors import CheckpointError, ConfigError
 from phantom.engine.plan import Plan, make_plan, plan_of
-from phantom.engine.source import Shard, Source
+from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
 from phantom.validate import check_choice
@@ -64,7 +64,7 @@ def evaluate_run(
         CheckpointError, ConfigError: see `rebuild_run`.
     """
     run = rebuild_run(folder, which=which, overrides=overrides, configs=configs, trust=trust)
-    return _evaluate(run, split)
+    return evaluate_rebuilt(run, split)
 
 
 def rebuild_run(
@@ -91,12 +91,47 @@ def rebuild_run(
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
-    saved = upgrade(yaml.safe_load(state["config"]), configs.defaults)
-    check_trusted(saved, trust=trust)
-    config = change(saved, overrides, configs)
-    plan = plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
+    plan = _saved_plan(state["config"], folder, overrides=overrides, configs=configs, trust=trust)
     weights = state["model"] if state["ema"] is None else state["ema"]
     return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
+
+
+def evaluate_shipped(
+    folder: Path, *, split: str | None, overrides: Sequence[str], configs: Configs, trust: str | None = None
+) -> dict[str, Any]:
+    """Return the metrics of weights that ship; without `split` and overrides, exactly the number of their record.
+
+    Args:
+        folder: see `phantom.engine.artifacts.shipped`.
+        split: the split to evaluate; None takes that of the record.
+        overrides, trust: see `rebuild_run`.
+
+    Raises:
+        CheckpointError, ConfigError: see `load_shipped`.
+    """
+    found = shipped.read(folder)
+    plan = _saved_plan(found.config, folder, overrides=overrides, configs=configs, trust=trust)
+    about = {"weights": folder.name, "checkpoint": found.about.checkpoint, "step": found.about.step}
+    run = _rebuild(plan, lambda model: checkpoint.load_weights(model, found.tensors, found.path), about)
+    return evaluate_rebuilt(run, split or found.about.split)
+
+
+def load_shipped(folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None = None) -> nn.Module:
+    """Return the model of weights that ship, for evaluation, on the CPU. No data is read.
+
+    Args:
+        folder: see `phantom.engine.artifacts.shipped`.
+        overrides, trust: see `rebuild_run`.
+
+    Raises:
+        CheckpointError: the folder holds no weights, damaged ones, or those of another model.
+        ConfigError: an override names an unknown key, or the saved config builds classes of elsewhere.
+    """
+    found = shipped.read(folder)
+    plan = _saved_plan(found.config, folder, overrides=overrides, configs=configs, trust=trust)
+    model = build_model(plan, Spec(kind=plan.task.kind, inputs=found.about.inputs, sizes={}))
+    checkpoint.load_weights(model, found.tensors, found.path)
+    return model.eval()
 
 
 def begin_run(overrides: Sequence[str], configs: Configs) -> Rebuilt:
@@ -139,7 +174,14 @@ def evaluate_official(
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    return _evaluate(_rebuild(plan, load, {"source": source}), split)
+    return evaluate_rebuilt(_rebuild(plan, load, {"source": source}), split)
+
+
+def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None) -> Plan:
+    saved = upgrade(yaml.safe_load(text), configs.defaults)
+    check_trusted(saved, trust=trust)
+    config = change(saved, overrides, configs)
+    return plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
 
 
 def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any]) -> Rebuilt:
@@ -151,7 +193,12 @@ def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any
     return Rebuilt(plan, model, source, device, Shard(rank=rank, world=world_size), about)
 
 
-def _evaluate(run: Rebuilt, split: str | None) -> dict[str, Any]:
+def evaluate_rebuilt(run: Rebuilt, split: str | None) -> dict[str, Any]:
+    """Return the metrics of a rebuilt model on a split; None takes the first of its config's `eval_splits`.
+
+    Raises:
+        ConfigError: the data has no such split.
+    """
     split = split or run.plan.budget.eval_splits[0]
     if split not in run.source.splits:
         raise ConfigError(f"split={split!r} does not exist; the data has {', '.join(run.source.splits)}")

@@ -50,7 +50,7 @@ def load_initial(model: nn.Module, init: str, load_reference: LoadReference | No
         ConfigError, CheckpointError: the file is missing, damaged, or of another model.
     """
     path, source = locate_weights(init)
-    facts: dict[str, Any] = {"init": init, "digest": _digest(path)}
+    facts: dict[str, Any] = {"init": init, "digest": digest(path)}
     state = read_tensors(path)
     if source is not None:
         if load_reference is None:
@@ -97,6 +97,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return state
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return a short hash of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

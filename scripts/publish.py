@@ -1,0 +1,106 @@
+"""Weights that ship: make them from a finished run, list them, push them to the Hugging Face hub.
+
+    python scripts/publish.py list                                       # what weights/ has
+    python scripts/publish.py pack run=<folder> name=<name>              # weights/<name>/, from the run's best.pt
+    python scripts/publish.py push name=<name> [repo=<user>/<repository>] [private=true]
+
+    checkpoint=best|last  of the run (default: best)
+    repo=                 on the hub (default: phantom-<name> of who is logged in)
+    private=true|false    of a repository that is new (default: false)
+
+`pack` evaluates the checkpoint first, and writes nothing unless the number of the run's record comes out again. The
+folder has the weights as safetensors, the config, the record and a card. `push` needs `hf auth login`, once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from evaluate import WEIGHTS, shipped_folder, shipped_names
+    from phantom.engine.artifacts import shipped
+    from phantom.engine.errors import UserError
+    from scripts import arguments
+    from scripts.reporting import cards
+    from scripts.running import shipping
+    from train import CONFIGS
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
+
+# what each command takes, and cannot do without
+TAKES = {"list": (), "pack": ("run", "name", "checkpoint"), "push": ("name", "repo", "private")}
+NEEDS = {"list": (), "pack": ("run", "name"), "push": ("name",)}
+# what the hub allows in the name of a repository, which has "phantom-" before it
+NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,60}[A-Za-z0-9])?", flags=re.ASCII)
+
+
+def main(items: Sequence[str]) -> None:
+    """List, pack or push."""
+    own, words, others = arguments.split(
+        items, doc=__doc__, own=sorted({key for keys in TAKES.values() for key in keys}), words=tuple(TAKES)
+    )
+    if len(words) != 1:
+        arguments.fail(f"say one of {', '.join(TAKES)}; see --help")
+    (word,) = words
+    unused = [*others, *(f"{key}={own[key]}" for key in own if key not in TAKES[word])]
+    if unused:
+        allowed = ", ".join(f"{key}=" for key in TAKES[word]) or "nothing else"
+        arguments.fail(f"{unused[0]} does not go with {word}, which takes {allowed}")
+    missing = [key for key in NEEDS[word] if key not in own]
+    if missing:
+        arguments.fail(f"{word} needs {missing[0]}=; see --help")
+    try:
+        {"list": _list, "pack": _pack, "push": _push}[word](own)
+    except UserError as error:
+        arguments.fail(str(error))
+
+
+def _list(own: dict[str, str]) -> None:
+    for name in shipped_names():
+        record = shipped.read(WEIGHTS / name).record
+        split = record["weights"]["split"]
+        print(f"{name}: {record['metric']} {cards.headline(record):.2f} on {split}, {record['label']}")
+
+
+def _pack(own: dict[str, str]) -> None:
+    name, which = own["name"], arguments.choice(own, "checkpoint", ("last", "best"), "best")
+    if not NAME.fullmatch(name):
+        arguments.fail(f"name={name} must be letters, digits and _.- between them, at most 62 in all")
+    record = shipping.pack(Path(own["run"]), WEIGHTS / name, which=which, configs=CONFIGS)
+    print(f"{WEIGHTS.name}/{name}: {record['metric']} {cards.headline(record):.2f}, as in the record of the run")
+
+
+def _push(own: dict[str, str]) -> None:
+    private = arguments.choice(own, "private", ("true", "false"), "false") == "true"
+    folder = shipped_folder(own["name"])
+    shipped.read(folder)  # what is damaged stays here
+    api = huggingface_hub.HfApi()
+    try:
+        repo = own.get("repo") or f"{api.whoami()['name']}/phantom-{folder.name}"
+        where = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=[shipped.WEIGHTS, shipped.CARD, "config.yaml", "record.json"],
+            commit_message=f"Add {folder.name}",
+        )
+    except errors.LocalTokenNotFoundError:
+        arguments.fail("nobody is logged in at the Hugging Face hub: `hf auth login` first, or set HF_TOKEN")
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        arguments.fail(f"the Hugging Face hub: {_first_line(error)}")
+    print(f"{own['name']} is at {where}")
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""The card of weights that ship: Markdown for a reader, below the YAML that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from scripts.reporting import markdown
+from scripts.reporting.html.chosen import command
+
+LICENCE = "mit"
+CHOSEN = {"best": "best", "last": "final"}  # where a record has the metrics of a checkpoint
+
+
+def render(name: str, record: Mapping[str, Any]) -> str:
+    """Return the card of the weights `name` whose record this is; its numbers are those of the record.
+
+    Args:
+        record: with the field `weights`, see `phantom.engine.artifacts.shipped`.
+    """
+    choices, about = record["choices"], record["weights"]
+    head = {
+        "license": LICENCE,
+        "library_name": "phantom-gradients",
+        "tags": ["implicit-model", "deep-equilibrium-model", *(choices[key] for key in ("model", "data", "grad"))],
+    }
+    model, data, grad = (f"`{key}={choices[key]}`" for key in ("model", "data", "grad"))
+    return markdown.page(
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        f"Weights of {model} on {data}, trained by {grad}: the run `{record['label']}`, seed {record['seed']}.",
+        markdown.table(["of the record", ""], _facts(record)),
+        *_remarks(record),
+        "## Use",
+        "In a checkout of the code, with its requirements. The first command measures the number above.",
+        f"```\npython evaluate.py weights={name}\n"
+        f"python train.py {' '.join(record['overrides'])} init=weights/{name}/model.safetensors\n```",
+        f'```python\nfrom evaluate import pretrained\n\nmodel = pretrained("{name}")  # needs no data\n```',
+        "## Train again",
+        f"```\n{command(record)}\npython scripts/publish.py pack run=<folder> name=<name> "
+        f"checkpoint={about['checkpoint']}\n```",
+    )
+
+
+def headline(record: Mapping[str, Any]) -> float:
+    """Return the metric of the weights that a record is about."""
+    about = record["weights"]
+    return record[CHOSEN[about["checkpoint"]]][about["split"]][record["metric"]]
+
+
+def _facts(record: Mapping[str, Any]) -> list[list[str]]:
+    about, best = record["weights"], record["weights"]["checkpoint"] == "best"
+    metric, split = record["metric"], about["split"]
+    chosen = f"the evaluation with the best {metric} on {split}" if best else "the end of the run"
+    commit = record["commit"] or "not known"
+    return [
+        [f"{metric} on {split}", f"{headline(record):.2f}"],
+        ["taken at", f"step {about['step']} of {record['steps']}: {chosen}"],
+        *([[f"{metric} at the end", f"{record['final'][split][metric]:.2f}"]] if best else []),
+        ["budget", f"scale={record['scale']}"],
+        ["parameters", f"{record['num_parameters']:,}"],
+        ["trained on", f"{record['device']}, {record['wall_seconds']:.0f} s"],
+        ["commit", f"{commit}{'*' if record['dirty'] else ''}"],
+        ["data, by hash", ", ".join(f"{key} {value}" for key, value in record["data_digests"].items()) or "--"],
+        ["file, by hash", about["digest"]],
+        ["licence", f"{LICENCE.upper()}, of the weights; data sets have terms of their own"],
+    ]
+
+
+def _remarks(record: Mapping[str, Any]) -> list[str]:
+    """Return what a reader might take the number for, and it is not."""
+    about = record["weights"]
+    found = []
+    fold = next((item for item in record["overrides"] if item.startswith("data.fold=")), None)
+    if fold is not None:
+        found.append(f"One fold of several (`{fold}`): a table's number is the mean over all of them.")
+    if about["checkpoint"] == "best" and about["split"] == "test":
+        found.append("The test split itself chose the checkpoint, as in the paper: the number is optimistic.")
+    return found
