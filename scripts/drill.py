@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from scripts import arguments
-from scripts.drilling import files, signals, trees, writers  # noqa: F401 - they list their rounds
-from scripts.drilling.room import BrokenPromiseError, Room, forget
-from scripts.drilling.rounds import ROUNDS
-from scripts.reporting import markdown
+try:
+    from scripts import arguments
+    from scripts.drilling import commands, files, identity, origins, signals, trees, writers  # noqa: F401 - of rounds
+    from scripts.drilling.room import BrokenPromiseError, Room, forget
+    from scripts.drilling.rounds import ROUNDS
+    from scripts.reporting import markdown
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 
 def main(items: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -143,16 +142,24 @@ class Room:
             environment: further variables.
             data: the overrides that choose the data and the length of the run.
         """
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        program = [*torchrun, *launcher] if ranks > 1 else [sys.executable]
         named = [] if any(item.startswith("wandb=") for item in items) else ["wandb=disabled"]
         overrides = [*MODEL, *data, *named, *self.items, *items, f"runs={self.runs}"]
+        program = [*_launch(ranks, launcher), str(ROOT / "train.py")]
+        return self._job([*before, *program, *overrides], environment or {})
+
+    def evaluate(self, *items: str, ranks: int = 1) -> Job:
+        """Run evaluate.py to its end, whatever that is."""
+        job = self._job([*_launch(ranks), str(ROOT / "evaluate.py"), *items], {})
+        job.wait()
+        return job
+
+    def _job(self, command: Sequence[str], environment: dict[str, str]) -> Job:
         own = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "RANK", "WORLD"))}
         job = Job(
-            [*before, *program, str(ROOT / "train.py"), *overrides],
+            command,
             runs=self.runs,
             log=self.folder / f"log{len(self.jobs)}",
-            environment={**own, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **(environment or {})},
+            environment={**own, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environment},
         )
         self.jobs.append(job)
         return job
@@ -172,25 +179,37 @@ class Room:
         return found
 
 
-@functools.cache
+def _launch(ranks: int, options: Sequence[str] = ()) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    return [sys.executable, *(torchrun if ranks > 1 else ())]
+
+
+_WHOLE: dict[int, Room] = {}
+
+
 def whole(ranks: int) -> Path:
     """Return the folder of an unbroken run, which every round of this process shares."""
-    room = Room()  # left open: its folder stays until the process ends
-    room.finish(ranks=ranks)
-    return room.run
+    if ranks not in _WHOLE:
+        with contextlib.ExitStack() as stack:
+            room = stack.enter_context(Room())
+            room.finish(ranks=ranks)
+            stack.pop_all()  # its folder stays until `forget`
+        _WHOLE[ranks] = room
+    return _WHOLE[ranks].run
 
 
 def forget() -> None:
     """Remove the unbroken runs."""
-    if whole.cache_info().currsize:
-        for ranks in (1, 2):
-            shutil.rmtree(whole(ranks).parents[3])
-        whole.cache_clear()
+    while _WHOLE:
+        _WHOLE.popitem()[1].__exit__()
 
 
-def differences(folder: Path, ranks: int) -> list[str]:
-    """Return in what a finished run differs from the unbroken one: weights, states, rows and record, bit for bit."""
-    other = whole(ranks)
+def differences(folder: Path, other: Path, *, names: Sequence[str] = ("steps", "final", "best")) -> list[str]:
+    """Return in what a finished run differs from another one: weights, states, rows and record, bit for bit.
+
+    Args:
+        names: the parts of the record that count.
+    """
     states = [checkpoint.load(each / "last.pt") for each in (folder, other)]
     found = [
         f"last.pt: {key}" for key in states[0].keys() - {"config", "seconds"} if not same(*(s[key] for s in states))
@@ -198,8 +217,13 @@ def differences(folder: Path, ranks: int) -> list[str]:
     if _rows(folder) != _rows(other):
         found.append("metrics.jsonl")
     records = [json.loads((each / "record.json").read_text()) for each in (folder, other)]
-    names = ("steps", "final", "best", "config_hash")
     return found + [f"record.json: {key}" for key in names if records[0][key] != records[1][key]]
+
+
+def hold_same(folder: Path, ranks: int = 1) -> None:
+    """Raise BrokenPromiseError unless a run has ended as the unbroken one of so many ranks."""
+    found = differences(folder, whole(ranks), names=("steps", "final", "best", "config_hash"))
+    hold(not found, f"the run differs from the unbroken one in {', '.join(found)}")
 
 
 def same(a: Any, b: Any) -> bool:

@@ -8,15 +8,10 @@ import signal
 import socket
 import time
 
-from scripts.drilling.room import Room, differences, hold
+from scripts.drilling.room import Room, hold, hold_same
 from scripts.drilling.rounds import drill
 
 RESTARTS = ("--max-restarts", "2")
-
-
-def _same(room: Room, ranks: int) -> None:
-    found = differences(room.run, ranks)
-    hold(not found, f"the run differs from the unbroken one in {', '.join(found)}")
 
 
 @drill("kill-9")
@@ -27,7 +22,7 @@ def kill(room: Room) -> None:
     job.process.kill()
     job.wait()
     room.finish()
-    _same(room, 1)
+    hold_same(room.run)
 
 
 @drill("second-writer")
@@ -44,7 +39,7 @@ def second_writer(room: Room) -> None:
     hold(holder in second.text and "a run has one writer" in second.text, second.text)
     status = first.wait()
     hold(status == 0, f"the first run exits {status}:\n{first.text}")
-    _same(room, 1)
+    hold_same(room.run)
 
 
 @drill("stale-lock")
@@ -77,7 +72,7 @@ def launcher_killed(room: Room) -> None:
         time.sleep(0.1)
     hold("the launcher" in job.text and "stopped after step" in job.text, job.text)
     room.finish(ranks=2)
-    _same(room, 2)
+    hold_same(room.run, ranks=2)
 
 
 def _rank_killed(room: Room, *items: str, number: int = 1) -> None:
@@ -86,7 +81,7 @@ def _rank_killed(room: Room, *items: str, number: int = 1) -> None:
     os.kill(job.ranks()[number], signal.SIGKILL)
     status = job.wait()
     hold(status == 0, f"torchrun exits {status}:\n{job.text}")
-    _same(room, 2)
+    hold_same(room.run, ranks=2)
 
 
 @drill("rank-killed")
@@ -124,4 +119,4 @@ def late_rank(room: Room) -> None:
         os.kill(late, signal.SIGCONT)
     status = job.wait()
     hold(status == 0, f"torchrun exits {status}:\n{job.text}")
-    _same(room, 2)
+    hold_same(room.run, ranks=2)

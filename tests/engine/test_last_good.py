@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from phantom.engine.artifacts import checkpoint, records
 from phantom.engine.artifacts.records import MetricsLog
@@ -139,3 +140,21 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path
     monkeypatch.setattr(checkpoint, "save", lambda path, state: (seen.append(path.name), save(path, state)))
     fit(tmp_path)
     assert seen[-2:] == ["rows", "last.pt"] and seen[0::2] == ["rows"] * (len(seen) // 2)
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """Every bit of the zip's headers and of its table; one bit a byte of the rest, padding included."""
+    path, state = tmp_path / "last.pt", {"model": {"w": torch.arange(3.0)}, "step": 7}
+    checkpoint.save(path, state)
+    content, expected, noticed = path.read_bytes(), checkpoint.load(path), 0
+    table = content.index(b"PK\x01\x02")
+    for place in range(len(content)):
+        for bit in (1 << i for i in range(8) if place >= table or i == place % 8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            try:
+                found = checkpoint.load(path)
+            except CheckpointError:
+                noticed += 1
+            else:
+                assert tiny.same(found, expected), (place, bit)
+    assert noticed > len(content) / 4

@@ -26,6 +26,8 @@ from phantom.engine.errors import CheckpointError
 # 2: one entry of random state and carries per rank; 3: averaged weights named as those of the model
 FORMAT = 3
 LAST = "last.pt"
+# the bit of a zip entry's attributes that marks a folder
+FOLDER = 0x10
 log = logging.getLogger(__name__)
 
 # exceptions that a corrupt checkpoint can raise in zipfile, pickle and torch
@@ -114,9 +116,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         # torch.load does not look at the checksums in its files: a flipped bit would pass as another weight
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            # nor does it read an entry that is marked as a folder: it hands out memory as it finds it
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & FOLDER]
+            broken = archive.testzip() or next(iter(folders), None)
         if broken is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+            raise zipfile.BadZipFile(f"wrong checksum or kind of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

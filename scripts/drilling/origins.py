@@ -1,0 +1,139 @@
+"""Rounds of beginnings: from other weights, from the end of another run, with another number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from phantom.engine.artifacts import checkpoint
+from scripts.drilling.room import DIGITS, Room, differences, hold, whole
+from scripts.drilling.rounds import drill
+
+# without a decay of the rate, one budget is the beginning of a longer one
+STEADY = (
+    *("subset=24", "test_subset=20", "data.batch_size=8", "data.eval_batch_size=7", "ema=0.9"),
+    *("steps=null", "eval_every=null", "log_every=1", "checkpoint_every=5", "schedule=constant"),
+)
+# what makes a training independent of the number of its ranks; 1e-6 of a step is then rounding
+SHARED = ("sync_batchnorm=true", "model.dropout=0", "optimizer.eps=0.01")
+ROUNDING = 1e-4  # of the largest entry of a weight, in single precision
+
+
+def _hold_same(folder: Path, other: Path) -> None:
+    found = differences(folder, other)
+    hold(not found, f"the run differs from the unbroken one in {', '.join(found)}")
+
+
+def _kill(room: Room, *items: str, rows: int, ranks: int = 1, data: Sequence[str] = DIGITS) -> None:
+    job = room.start(*items, ranks=ranks, data=data)
+    job.until_rows(rows)
+    job.kill()
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def _other_number(room: Room, before: int, after: int) -> None:
+    with Room() as alone:
+        alone.finish(*SHARED)
+        expected = checkpoint.load(alone.run / "last.pt")
+    _kill(room, *SHARED, rows=11, ranks=before)
+    stopped = checkpoint.load(room.run / "last.pt")
+    hold(0 < stopped["step"] < expected["step"], f"it was killed at step {stopped['step']}")
+    room.finish(*SHARED, ranks=after)
+    found = checkpoint.load(room.run / "last.pt")
+    hold(found["step"] == expected["step"], f"it ends at step {found['step']}")
+    for name, weight in expected["model"].items():
+        away = float((found["model"][name] - weight).abs().max() / weight.abs().max().clamp(min=1e-3))
+        hold(away <= ROUNDING, f"{name} is {away:.1e} of its largest entry away")
+
+
+@drill("two-ranks-to-one")
+def two_to_one(room: Room) -> None:
+    """Two ranks killed, and one goes on: to rounding, the weights of one rank from the start."""
+    _other_number(room, 2, 1)
+
+
+@drill("one-rank-to-two")
+def one_to_two(room: Room) -> None:
+    """One rank killed, and two go on: the same."""
+    _other_number(room, 1, 2)
+
+
+@drill("init")
+def init(room: Room) -> None:
+    """init=<checkpoint> begins with exactly its weights, those of the moving average."""
+    still = ("optimizer.lr=0", "optimizer.weight_decay=0")
+    start = whole(1) / "last.pt"
+    room.finish(f"init={start}", *still)
+    expected, found = checkpoint.load(start)["ema"], checkpoint.load(room.run / "last.pt")["model"]
+    # the statistics of a batch norm follow the batches, whatever the rate
+    names = [name for name in expected if "running" not in name and "num_batches" not in name]
+    changed = [name for name in names if not torch.equal(found[name], expected[name])]
+    hold(len(names) > 10 and not changed, f"other weights: {', '.join(changed)}")
+
+
+@drill("init-killed")
+def init_killed(room: Room) -> None:
+    """A run with init=, killed, goes on bit for bit; it needs that file no more."""
+    start = Path(shutil.copy(whole(1) / "best.pt", room.folder / "start.pt"))
+    with Room() as alone:
+        alone.finish(f"init={start}")
+        _kill(room, f"init={start}", rows=11)
+        start.unlink()
+        room.finish(f"init={start}")
+        _hold_same(room.run, alone.run)
+
+
+def _continued(room: Room, kill: bool) -> None:
+    with Room() as first, Room() as alone:
+        first.finish("epochs=10", data=STEADY)
+        alone.finish("epochs=20", data=STEADY)
+        before = _files(first.run)
+        items = ("epochs=20", f"continue_from={first.run}")
+        if kill:
+            _kill(room, *items, rows=before["metrics.jsonl"].count(b"\n") + 12, data=STEADY)
+        room.finish(*items, data=STEADY)
+        _hold_same(room.run, alone.run)
+        hold(before == _files(first.run), "the first run was changed")
+
+
+@drill("continued")
+def continued(room: Room) -> None:
+    """A finished epochs=10, continued to epochs=20 at a constant rate: 20 epochs, bit for bit; the first run stays."""
+    _continued(room, kill=False)
+
+
+@drill("continued-killed")
+def continued_killed(room: Room) -> None:
+    """The same where the continued run is killed."""
+    _continued(room, kill=True)
+
+
+@drill("more-epochs")
+def more_epochs(room: Room) -> None:
+    """epochs=20 after a finished epochs=10, without continue_from, is a run of its own; the finished one stays."""
+    room.finish("epochs=10", data=STEADY)
+    first = room.run
+    before = _files(first)
+    job = room.finish("epochs=20", data=STEADY)
+    hold("this run is finished" not in job.text and before == _files(first), job.text)
+    with Room() as alone:
+        alone.finish("epochs=20", data=STEADY)
+        (other,) = (path.parent for path in room.runs.rglob("record.json") if path.parent != first)
+        _hold_same(other, alone.run)
+
+
+@drill("continued-short")
+def continued_short(room: Room) -> None:
+    """continue_from with a budget that is spent already is refused in one sentence, before any work."""
+    start = whole(1)
+    before = _files(start)
+    job = room.start(f"continue_from={start}")
+    status = job.wait()
+    hold(status == 1 and "ends before it begins" in job.text and "Traceback" not in job.text, job.text)
+    hold(before == _files(start) and not list(room.runs.rglob("last.pt")), "something was written")
