@@ -6,6 +6,7 @@ from scripts import drill
 from scripts.drilling.room import BrokenPromiseError, Room, forget, same
 from scripts.drilling.rounds import ROUNDS, Round
 from scripts.drilling.rounds import drill as listed
+from tests.test_docs import ROOT, tables
 
 QUICK = ("signal-at-start", "all-damaged", "wandb-mode")
 
@@ -25,6 +26,11 @@ def test_the_list_names_every_round_with_its_promise(capsys):
         for line, (name, round) in zip(lines, ROUNDS.items(), strict=True)
     )
     assert all(round.promise.endswith(".") and "\n" not in round.promise for round in ROUNDS.values())
+
+
+def test_the_page_has_the_table_of_all_rounds():
+    ((_, (heads, *rows)),) = tables((ROOT / "docs" / "survival.md").read_text())
+    assert heads == ["round", "promise"] and rows == [[round.name, round.promise] for round in ROUNDS.values()]
 
 
 @pytest.mark.parametrize("items", [["nothing"], ["seed=1"], ["--all"]], ids=lambda items: items[0])
