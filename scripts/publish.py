@@ -93,7 +93,8 @@ def _push(own: dict[str, str]) -> None:
         )
     except errors.LocalTokenNotFoundError:
         arguments.fail("nobody is logged in at the Hugging Face hub: `hf auth login` first, or set HF_TOKEN")
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+    # the base of all errors of the hub's HTTP client, which is another library by version
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         arguments.fail(f"the Hugging Face hub: {_first_line(error)}")
     print(f"{own['name']} is at {where}")
 
