@@ -32,7 +32,7 @@ def main(items: Sequence[str]) -> int:
         print(*(f"{each.name:<22} {each.promise}" for each in ROUNDS.values()), sep="\n")
         return 0
     names = chosen.words or list(ROUNDS)
-    rows, broken = [], {}
+    rows, broken = [], []
     try:
         for name in names:
             begin = time.monotonic()
@@ -40,15 +40,14 @@ def main(items: Sequence[str]) -> int:
                 try:
                     ROUNDS[name].play(room)
                 except BrokenPromiseError as error:
-                    broken[name] = str(error)
+                    broken.append(name)
+                    print(f"\n{name}: {error}\n", file=sys.stderr)
             rows.append([name, ROUNDS[name].promise, "**no**" if name in broken else "yes"])
             print(f"{name}: {rows[-1][-1]}, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     finally:
         forget()
         print(markdown.table(["round", "promise", "holds"], rows))
         print(f"\n{len(rows) - len(broken)} of {len(names)} rounds hold", flush=True)
-    for name, found in broken.items():
-        print(f"\n{name}: {found}", file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phantom.engine.artifacts import files, lock, records
+from phantom.engine.artifacts import lock, records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
@@ -66,8 +66,6 @@ def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:
         if trainer.origin is not None and "continue_from" in trainer.origin:
             copy_continued(plan)
         launcher.note_begun(folder)
-        with files.whole(folder / "config.yaml") as file:
-            file.write(trainer.config.encode())
     started = records.now()
     # a run that continues another one has that one's checkpoint in its own folder by now
     trainer.fit(resume=not anew or plan.config["continue_from"] is not None)

@@ -207,13 +207,14 @@ def forget() -> None:
 def differences(folder: Path, other: Path, *, names: Sequence[str] = ("steps", "final", "best")) -> list[str]:
     """Return in what a finished run differs from another one: weights, states, rows and record, bit for bit.
 
+    Where they began does not count.
+
     Args:
         names: the parts of the record that count.
     """
     states = [checkpoint.load(each / "last.pt") for each in (folder, other)]
-    found = [
-        f"last.pt: {key}" for key in states[0].keys() - {"config", "seconds"} if not same(*(s[key] for s in states))
-    ]
+    keys = states[0].keys() - {"config", "seconds", "origin"}
+    found = [f"last.pt: {key}" for key in sorted(keys) if not same(*(state[key] for state in states))]
     if _rows(folder) != _rows(other):
         found.append("metrics.jsonl")
     records = [json.loads((each / "record.json").read_text()) for each in (folder, other)]

@@ -38,6 +38,7 @@ def sets(tmp_path_factory):
 def test_other_data_is_neither_finished_nor_resumed(tmp_path, sets):
     record = tiny_run(tmp_path, *CIFAR, sets["c1"])
     assert set(record["data_digests"]) == {"train", "test"}
+    config = (record["path"] / "config.yaml").read_bytes()
     for part in ("record.json", "last.pt"):
         with pytest.raises(CheckpointError) as refused:
             tiny_run(tmp_path, *CIFAR, sets["c2"])
@@ -49,6 +50,7 @@ def test_other_data_is_neither_finished_nor_resumed(tmp_path, sets):
         before = (record["path"] / "last.pt").read_bytes()
         (record["path"] / "record.json").unlink(missing_ok=True)
     assert (record["path"] / "last.pt").read_bytes() == before
+    assert (record["path"] / "config.yaml").read_bytes() == config, "which names the data of that run"
     other = tiny_run(tmp_path, *CIFAR, sets["c2"], "resume=never")
     assert other["path"] == record["path"] and other["data_digests"] != record["data_digests"]
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
 from phantom.engine.artifacts import checkpoint as checkpoints
+from phantom.engine.artifacts import files
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import MetricsLog
@@ -143,6 +144,9 @@ class Trainer:
             self._resume()
         self._started = time.monotonic() - self.seconds
         main = self.shard.rank == 0
+        if main:  # once nothing was refused: until then the folder is that of the run before
+            with files.whole(self.folder / "config.yaml") as file:
+                file.write(self.config.encode())
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
         self._tracker = self.make_tracker(not resume) if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
