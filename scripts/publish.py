@@ -88,7 +88,7 @@ def _push(own: dict[str, str]) -> None:
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=[shipped.WEIGHTS, shipped.CARD, "config.yaml", "record.json"],
+            allow_patterns=[shipped.WEIGHTS, cards.NAME, "config.yaml", "record.json"],
             commit_message=f"Add {folder.name}",
         )
     except errors.LocalTokenNotFoundError:

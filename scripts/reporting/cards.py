@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from scripts.reporting import markdown
 from scripts.reporting.html.chosen import command
 
+NAME = "README.md"
 LICENCE = "mit"
 CHOSEN = {"best": "best", "last": "final"}  # where a record has the metrics of a checkpoint
 
@@ -28,7 +28,7 @@ def render(name: str, record: Mapping[str, Any]) -> str:
     }
     model, data, grad = (f"`{key}={choices[key]}`" for key in ("model", "data", "grad"))
     return markdown.page(
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        markdown.front_matter(head),
         f"# {name}",
         f"Weights of {model} on {data}, trained by {grad}: the run `{record['label']}`, seed {record['seed']}.",
         markdown.table(["of the record", ""], _facts(record)),
@@ -42,6 +42,11 @@ def render(name: str, record: Mapping[str, Any]) -> str:
         f"```\n{command(record)}\npython scripts/publish.py pack run=<folder> name=<name> "
         f"checkpoint={about['checkpoint']}\n```",
     )
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of the weights in `folder`, which has their name."""
+    (folder / NAME).write_text(render(folder.name, record))
 
 
 def headline(record: Mapping[str, Any]) -> float:

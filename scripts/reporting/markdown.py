@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import yaml
 
 RULE = re.compile(r"---:?")
 # what LaTeX reads as something else; the backslash is first replaced by a mark
@@ -80,6 +82,11 @@ def _escaped(text: str) -> str:
 def page(*blocks: str) -> str:
     """Return a page of headings, paragraphs and tables, an empty line between two of them."""
     return "\n\n".join(blocks) + "\n"
+
+
+def front_matter(fields: Mapping[str, Any]) -> str:
+    """Return the YAML that stands above a page, for programs that read it."""
+    return f"---\n{yaml.safe_dump(dict(fields), sort_keys=False)}---"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from phantom.engine.artifacts import files, records, shipped
+from phantom.engine.artifacts import records, shipped
 from phantom.engine.config.configs import Configs
 from phantom.engine.errors import ConfigError
 from phantom.engine.rebuild import evaluate_rebuilt, rebuild_run
@@ -47,6 +47,5 @@ def pack(run: Path, target: Path, *, which: str, configs: Configs) -> dict[str, 
         record=record,
         about={"checkpoint": which, "step": measured["step"], "split": split, "inputs": rebuilt.source.spec.inputs},
     )
-    with files.whole(target / shipped.CARD) as file:
-        file.write(cards.render(target.name, whole).encode())
+    cards.write(target, whole)
     return whole

@@ -47,7 +47,7 @@ def test_the_rooms_are_found():
 def test_reporting_knows_the_studies_and_no_torch(path):
     drawing = {"jinja2", "markdown_it", "plotly"} if path.startswith("scripts/reporting/html/") else {"matplotlib"}
     drawing = {"wandb_workspaces"} if path == "scripts/reporting/dashboard.py" else drawing
-    assert roots(imports(path)) <= {"scripts", *drawing}
+    assert roots(imports(path)) <= {"scripts", "yaml", *drawing}
     known = {name for name in imports(path) if name.startswith("scripts.")}
     assert all(name.startswith(("scripts.reporting", "scripts.studies")) for name in known)
 
@@ -82,11 +82,15 @@ def test_only_running_and_bench_write_numbers(path):
 
 
 def test_runs_are_planned_in_one_place():
-    """`scripts.running.process.plan` composes; the benchmark builds its own variants."""
+    """`scripts.running.process.plan` composes; the benchmark builds its own variants, and its own sources."""
     engine = ("phantom.engine.build", "phantom.engine.command", "phantom.engine.plan")
     for path in SCRIPTS:
         used = {name for name in imports(path) if name in engine}
-        assert not used or path in ("scripts/running/process.py", "scripts/bench/variants.py"), path
+        assert not used or path in (
+            "scripts/running/process.py",
+            "scripts/bench/variants.py",
+            "scripts/bench/pipeline.py",
+        ), path
 
 
 def test_nothing_bends_the_import_path():

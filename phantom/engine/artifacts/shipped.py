@@ -22,7 +22,7 @@ from phantom.engine.artifacts import files, records
 from phantom.engine.artifacts.weights import digest, read_tensors
 from phantom.engine.errors import CheckpointError
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
+WEIGHTS = "model.safetensors"
 # keys of a config that name folders of one machine
 PLACES = ("root", "cache")
 
