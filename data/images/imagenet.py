@@ -155,7 +155,7 @@ class ImageNet(Source):
         return through_buffer(passed, self.shuffle_buffer, f"buffer of {key}")
 
     def _batches(
-        self, split: str, shares: list[Keys], *, augmented: bool, key: str | None
+        self, split: str, shares: Sequence[Keys], *, augmented: bool, key: str | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pictures = self._sets[split]
         if isinstance(pictures, Parquet) and self.streaming:
