@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 REDUCED = ("tf32", "bf16")
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Switch:
