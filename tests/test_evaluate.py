@@ -90,7 +90,7 @@ def test_budgets_one_by_one_and_as_a_list(record, run, capsys):
         (["eval_solver.max_step=3"], "valid keys there: .*max_steps"),
         (["eval_solver.max_steps=0"], r"eval_solver\.max_steps=0 must be an integer >= 1"),
         (["solver.tol=-1"], "must be a number >= 0"),
-        (["precision=fp8"], "choose one of fp32, tf32, bf16"),
+        (["precision=fp8"], "choose one of auto, fp32, tf32, bf16"),
         (["model=mdeq_large"], "a trained run keeps its model"),
         (["model.final_channels=7"], r"of another model than MDEQ as built here: .*shape"),
         (["data=cifar10"], "a trained run keeps its data"),
