@@ -167,7 +167,8 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     speed = _choose_speed(plan, source, model, device, world_size)
     log.info("%s", speed)
     if speed.kernels:
-        model.cell.fuse()
+        cell: Any = find_cell(model)
+        cell.fuse()
     rules = plan.rules
     if speed.compile:
         compile_cell(model)
