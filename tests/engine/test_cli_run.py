@@ -142,8 +142,16 @@ def test_no_job_of_a_sweep_starts_before_all_are_checked(arguments, message, tmp
     assert message in capsys.readouterr().err and not started
 
 
-def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, capsys):
-    """The others wait for it in a collective: the next job of a sweep would wait for ever."""
+def test_a_sweep_of_many_processes_is_refused_before_a_job_runs(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, seen.append, "-m", "seed=0,1", f"runs={tmp_path}") == 1
+    assert seen == []
+    assert "error: -m starts one run after the other" in capsys.readouterr().err
+
+
+def test_one_of_many_processes_ends_at_its_error(tmp_path, monkeypatch, capsys):
+    """The others wait for it in a collective."""
     seen = []
 
     def job(plan):
@@ -151,8 +159,9 @@ def test_one_of_many_processes_ends_at_its_first_error(tmp_path, monkeypatch, ca
         raise DataError("damaged")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(monkeypatch, job, "-m", "seed=0,1", f"runs={tmp_path}") == 1
-    assert seen == [0]
+    assert run(monkeypatch, job, "seed=1", f"runs={tmp_path}") == 1
+    assert seen == [1]
+    assert "error: damaged" in capsys.readouterr().err
 
 
 def script(
