@@ -69,7 +69,8 @@ def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
     folder = tmp_path / "runs" / typed.folder.relative_to(typed.root)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(typed.text)
-    (folder / "record.json").write_text(json.dumps({"seed": 0, "label": typed.label, "steps": 7}))
+    found = {"seed": 0, "final": {}, "best": {}, "steps": 7}
+    (folder / "record.json").write_text(json.dumps(found | {"label": typed.label}))
     reproduce.main(["table3", "rows=imagenet_upg,cifar10_upg", "repeats=2"])
     assert [(line[0], line[-1]) for line in ran] == [
         *(("experiment=table3/imagenet_upg", f"seed={seed}") for seed in (1,)),
@@ -77,7 +78,7 @@ def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
     ]
     record = json.loads((tmp_path / "results/table3/imagenet_upg/seed0.json").read_text())
     row = "table3/imagenet_upg"
-    assert record == {"seed": 0, "label": row, "experiment": row, "steps": 7}
+    assert record == found | {"label": row, "experiment": row}
     reproduce.main(["table3", "rows=imagenet_upg", "scale=smoke"])
     assert ran[-1][0] == f"experiment={row}" and ran[-1][-2:] == ["scale=smoke", "seed=0"], "another budget"
 
