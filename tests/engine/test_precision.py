@@ -20,9 +20,14 @@ def switches():
 
 @pytest.mark.parametrize(("name", "products"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_switches(name, products, deterministic):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_switches(name, products, deterministic, gpu, monkeypatch):
+    """Without a GPU cuDNN keeps its switch, of which torch.export asks for another answer than "ieee"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    before = torch.backends.cudnn.conv.fp32_precision
     set_up(name, deterministic=deterministic)
-    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == products
+    assert torch.backends.cuda.matmul.fp32_precision == products
+    assert torch.backends.cudnn.conv.fp32_precision == (products if gpu else before)
     assert torch.are_deterministic_algorithms_enabled() is deterministic
     assert torch.backends.cudnn.benchmark is not deterministic
 

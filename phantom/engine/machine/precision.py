@@ -32,7 +32,8 @@ def set_up(precision: str, *, deterministic: bool) -> None:
     # only torch's per-backend switches: the solvers set them too, and torch refuses a mix with the older global ones
     kind = "ieee" if precision == "fp32" else "tf32"
     torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.cuda.is_available():  # once it is "ieee", torch.export fails in this process (seen with torch 2.14)
+        torch.backends.cudnn.conv.fp32_precision = kind  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
 
