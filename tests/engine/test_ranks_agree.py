@@ -30,7 +30,8 @@ def assert_same_weights(found: dict, expected: dict) -> None:
     moved = 0
     for name, weight in expected["end"].items():
         difference = float((found["end"][name] - weight).abs().max())
-        assert difference <= EQUAL * float(weight.abs().max()), (name, difference)
+        # a weight whose gradient is zero, as the bias in front of a norm, moves by rounding alone
+        assert difference <= EQUAL * float(weight.abs().max()) + 1e-13, (name, difference)
         moved += bool((weight - expected["start"][name]).abs().max() > 1e-4)
     assert moved > len(expected["end"]) / 3, "a training that goes nowhere shows nothing"
 
