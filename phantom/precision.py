@@ -10,6 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 REDUCED = ("tf32", "bf16")
+# devices with autocast, asked for once: the compiler of torch 2.11 cannot trace the question
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "privateuseone")
+AUTOCAST = frozenset(device for device in DEVICES if torch.amp.is_autocast_available(device))
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,11 +58,11 @@ def with_exact_products(function: Callable[P, R], device: str) -> Callable[P, R]
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context without autocast; a device that has none, such as meta, is left alone."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST else nullcontext()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype of the autocast that is active on `device`; None where none is."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
