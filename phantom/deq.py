@@ -201,6 +201,8 @@ def fixed_point(
 
 
 def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator) -> None:
+    if not isinstance(states, Sequence):
+        raise TypeError(f"states={states!r} must be a sequence of steps, such as ({states!r},)")
     for step in states:
         check_count("states", step, least=1, also=", a step of the solve; value is the state at its end")
     if states and (grad.needs_history or not grad.needs_equilibrium):

@@ -58,10 +58,10 @@ def check_choice(name: str, value: str | None, allowed: Sequence[str | None]) ->
         raise ValueError(f"{name}={value!r} is not known; choose one of {names}")
 
 
-def check_flag(name: str, value: bool) -> None:
-    """Raise ValueError unless `value` is true or false."""
+def check_flag(name: str, value: bool, *, also: str = "") -> None:
+    """Raise ValueError unless `value` is true or false; `also` ends the message."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be true or false")
+        raise ValueError(f"{name}={value!r} must be true or false{also}")
 
 
 def check_kind(name: str, value: object, kind: type, example: str) -> None:

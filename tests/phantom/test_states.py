@@ -161,3 +161,8 @@ def test_what_cannot_be_asked_for(settings, message):
     with pytest.raises(ValueError) as caught:
         fixed_point(lambda z: 0.5 * z, START, **settings)
     assert message in str(caught.value)
+
+
+def test_a_number_is_no_sequence_of_steps():
+    with pytest.raises(TypeError, match=r"states=2 must be a sequence of steps, such as \(2,\)"):
+        fixed_point(torch.tanh, START, states=2)

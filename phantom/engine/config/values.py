@@ -60,7 +60,7 @@ def check_root(config: dict[str, Any]) -> None:
             check_flag(key, config[key])
         for key in OPTIONAL_SWITCHES:
             if config[key] is not None:
-                check_flag(key, config[key])
+                check_flag(key, config[key], also=", or null to let speed= decide")
         if config["ema"] is not None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
     except ValueError as error:
