@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from phantom.engine.build import build_trainer
@@ -20,6 +19,7 @@ from phantom.engine.source import Source
 from phantom.engine.training.loop import Trainer
 from tests.configs.tiny_data import tiny
 from tests.engine.tiny import Killed
+from tests.phantom.processes import join, leave
 from tests.plans import plan
 from tests.tiny_run import MODEL
 
@@ -41,6 +41,7 @@ COMMON = (
     # plain descent: Adam makes steps of the rounding in a gradient of zero, as of a bias in front of a batch norm
     "optimizer=sgd",
 )
+
 # no rank count divides the sizes; last batches are short
 FAMILIES = {
     "mdeq": (*MODEL, "subset=34", "test_subset=23", "data.batch_size=10", "data.eval_batch_size=7"),
@@ -169,12 +170,11 @@ CASES = _cases()
 
 def main(rank: int, world: int, folder: Path, names: list[str], *, resume: bool) -> None:
     """Train the named cases in a group of `world` processes, or go on with them."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(rank, world, folder)
     found = {name: outcome(*CASES[name][:2], folder / name, *CASES[name][2:], resume=resume) for name in names}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """The set-up of one process, and what several need that this machine cannot give."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +12,8 @@ from torch import nn
 from phantom import DEQ
 from phantom.engine.machine import distributed
 from tests.engine import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -63,3 +70,29 @@ def test_ranks_stop_together_where_the_map_has_a_norm_over_them(inside):
         assert model.deq.group is None, "in evaluation ranks have unlike numbers of batches"
         raise KeyError
     assert model.deq.group == ("world" if inside else None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are listed on Linux")
+def test_stop_leaves_no_thread_of_the_group(tmp_path):
+    """A thread that is left may abort the process as it exits, after all of its work."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gc\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from phantom.engine.machine import distributed\n"
+        "def left():\n"
+        "    return sum('gloo' in (task / 'comm').read_text() for task in Path('/proc/self/task').iterdir())\n"
+        "device, rank, world = distributed.start('cpu')\n"
+        "model = distributed.wrap(torch.nn.Linear(3, 3), device, world, sync_batchnorm=False)\n"
+        "model(torch.ones(2, 3)).sum().backward()\n"
+        "during = left()\n"
+        "distributed.stop()\n"
+        "del model\n"  # it holds the group, too
+        "gc.collect()\n"
+        f"Path({str(tmp_path)!r}, str(rank)).write_text(f'{{during > 0}} {{left()}}')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True 0", "True 0"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
@@ -18,6 +17,7 @@ from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing, Shard
+from tests.phantom.processes import join, leave
 from tests.tiny_run import tiny_run
 
 
@@ -96,8 +96,7 @@ def command_line(folder: Path, world: int) -> None:
 
 def main(rank: int, world: int, folder: Path) -> None:
     """Run all jobs in a group of `world` processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(rank, world, folder)
     for micro in (1, 2):
         exact(folder / f"exact{micro}", rank, world, micro=micro)
     short(folder / "short", rank, world)
@@ -110,4 +109,4 @@ def main(rank: int, world: int, folder: Path) -> None:
     (folder / "one").mkdir(exist_ok=True)
     one_example(folder / "one", rank, world)
     command_line(folder / "command_line", world)
-    dist.destroy_process_group()
+    leave()

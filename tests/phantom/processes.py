@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +37,16 @@ def run_ranks(module: str, folder: Path, *more: str, world: int = 2, seconds: fl
             process.kill()
     assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def join(rank: int, world: int, folder: Path) -> None:
+    """Make this process, which has one thread, a rank of a group on the CPU."""
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+
+
+def leave() -> None:
+    """Leave the group."""
+    dist.destroy_process_group()

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit
 from tests.phantom.problems import DTYPE, randn, with_radius
+from tests.phantom.processes import join, leave
 
 BATCH, DIM = 6, 4
 TOL = 1e-12
@@ -109,10 +110,9 @@ def outcome(kind: str, solver: str, grad: str, rank: int, world: int) -> dict[st
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(rank, world, folder)
     torch.save({case: outcome(*case, rank, world) for case in CASES}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

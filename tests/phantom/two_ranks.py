@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phantom import DEQ
 from tests.phantom.cases import ESTIMATORS, SOLVE
 from tests.phantom.problems import Regression, randn
+from tests.phantom.processes import join, leave
 
 BATCH = 8
 
@@ -33,10 +33,9 @@ def gradients(grad, rank: int, world: int) -> dict[str, Tensor]:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(rank, world, folder)
     torch.save({name: gradients(grad, rank, world) for name, grad in ESTIMATORS.items()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phantom import BPTT, DEQ, NPG, SHINE, UPG, Broyden, Implicit, OneStep
 from tests.phantom.problems import DTYPE, randn, with_radius
+from tests.phantom.processes import join, leave
 
 DIM, BATCH = 4, 6
 SOLVER, FIXED = Broyden(max_steps=60, tol=1e-12), Broyden(max_steps=5, tol=None)
@@ -69,8 +69,7 @@ def gradients(model: nn.Module, shares: list[Tensor], *, world: int) -> list[lis
 
 
 def main(rank: int, world: int, folder: Path, kind: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(rank, world, folder)
     x = randn(BATCH, DIM, seed=5)
     own = list(x.tensor_split(world)[rank].tensor_split(1 if kind == "static_graph" else 2))
     found = {}
@@ -83,7 +82,7 @@ def main(rank: int, world: int, folder: Path, kind: str) -> None:
         wrapped = DistributedDataParallel(model, static_graph=kind == "static_graph")
         found[name] = (gradients(wrapped, own, world=world), gradients(alone, [x], world=1))
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,9 @@ def start(device: str) -> tuple[torch.device, int, int]:
         # Adam leaves weights of 1e-40 where a gradient has vanished, and a few of them triple the time of a product
         torch.set_flush_denormal(True)
     if world > 1 and not dist.is_initialized():
+        # DDP loads it. Loaded while there is a group, it keeps the group alive (seen with torch 2.14): the threads of
+        # gloo outlive `stop`, and now and then abort a process that has finished
+        importlib.import_module("torch._dynamo")
         launcher.leave_with()
         rank = int(os.environ["RANK"])
         dist.init_process_group(
