@@ -90,7 +90,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
         "cifar10": {"class": "CIFAR10", "batch_size": 128, "eval_batch_size": 200, **IN_MEMORY},
         # ours: the size of scale=cpu
         "cifar10_small": {
-            **{"class": "CIFAR10Small", "size": 16, "num_train": 8000, "num_test": 2000, "batch_size": 128},
+            **{"class": "CIFAR10Small", "size": 16, "num_train": 4000, "num_test": 2000, "batch_size": 128},
             **{"eval_batch_size": 200, **IN_MEMORY},
         },
         "cox2": {**TUDATASET, "name": "COX2"},
