@@ -32,7 +32,9 @@ class Row(NamedTuple):
 
 
 def work(rows: Sequence[Row], overrides: Sequence[str], *, small: bool = False, traces: bool = False) -> Work:
-    """Return the runs of some rows, seeds 0 to repeats - 1.
+    """Return the runs of some rows, seeds 0 to repeats - 1: the first seed of every row first.
+
+    Whoever has to stop then has something of every row.
 
     `repeats` is read from the config here; train.py has no use for it.
 
@@ -45,7 +47,7 @@ def work(rows: Sequence[Row], overrides: Sequence[str], *, small: bool = False, 
     """
     if any(item.startswith("seed=") for item in overrides):
         raise ConfigError("seed is set by this script, from 0 to repeats - 1; use train.py for another one")
-    runs = []
+    runs: list[tuple[int, Run]] = []
     for row in rows:
         made = plan(row.items(overrides))
         items = [item for item in row.items(overrides) if not item.startswith("repeats=")]
@@ -53,17 +55,17 @@ def work(rows: Sequence[Row], overrides: Sequence[str], *, small: bool = False, 
         kept = studies.results() / f"{made.label}{variant_of([*row.own, *typed])}"
         point = f" ({', '.join(row.own)})" if row.own else ""
         for seed in range(made.config["repeats"]):
-            runs.append(
-                Run(
-                    f"{made.label}{point}, seed {seed}",
-                    [*items, f"seed={seed}"],
-                    folder_of(made, items, seed),
-                    kept / f"seed{seed}.json",
-                    label=made.label,
-                    kind=kind_of(made.choices, made.config["scale"]),
-                )
+            run = Run(
+                f"{made.label}{point}, seed {seed}",
+                [*items, f"seed={seed}"],
+                folder_of(made, items, seed),
+                kept / f"seed{seed}.json",
+                label=made.label,
+                kind=kind_of(made.choices, made.config["scale"]),
             )
-    return Work(runs, _keep_with_traces if traces else _keep, small=small, find=typed_by_groups)
+            runs.append((seed, run))
+    by_seed = [run for _, run in sorted(runs, key=lambda pair: pair[0])]
+    return Work(by_seed, _keep_with_traces if traces else _keep, small=small, find=typed_by_groups)
 
 
 def _keep(run: Run, record: dict[str, Any]) -> None:
