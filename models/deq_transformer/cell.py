@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deq_transformer.attention import causal_mask, explicit_attention, fused_attention, relative_shift
+from models.deq_transformer.attention import (
+    causal_mask,
+    explicit_attention,
+    fused_attention,
+    padded,
+    relative_shift,
+    row_multiple,
+)
 from phantom import WeightNorm, variational_mask
 from phantom.layers import cast_for_autocast
 from phantom.validate import check_choice
@@ -42,21 +49,27 @@ class CellMasks(NamedTuple):
 
 
 class BoundAttention(NamedTuple):
-    """The tensors that attention keeps fixed during a solve.
+    """The tensors that attention keeps fixed during a solve; D and d are padded to `multiple` by zeros, in `u`, too.
 
     Args:
-        qkv: (3D, D) effective weight.
-        out: (D, D) effective weight.
-        u: (B, q, 3D) injection of the segment.
+        multiple: see `row_multiple`.
+        qkv: (3Hd, D) effective weight: H heads of width d each.
+        out: (D, Hd) effective weight, and `out_bias` (D,).
+        content_bias, position_bias: (H, 1, d).
+        u: (B, q, 3Hd) injection of the segment.
         key, value: (B, H, m, d) keys and values of the history.
-        positions: (H, d, K) projected distances over sqrt(d).
+        positions: (H, d, K) projected distances over the square root of the head's own width.
         hidden: (q, K) the causal mask, 0 or -inf.
         attend: fused or explicit attention.
         mask: (B, 1, D) dropout mask on the output.
     """
 
+    multiple: int
     qkv: Tensor
     out: Tensor
+    out_bias: Tensor
+    content_bias: Tensor
+    position_bias: Tensor
     u: Tensor
     key: Tensor
     value: Tensor
@@ -89,44 +102,63 @@ class Attention(nn.Module):
         self, u: Tensor, history: Tensor, positions: Tensor, *, masks: CellMasks, double_backward: bool
     ) -> BoundAttention:
         """Compute the fixed tensors of one solve from u (B, K, 3D), history (B, m, D) and positions (K, D)."""
-        width, (length, keys) = history.shape[2], (history.shape[1], u.shape[1])
+        heads, (length, keys) = (self.num_heads, -1), (history.shape[1], u.shape[1])
         qkv = cast_for_autocast(self.qkv())
-        past = F.linear(history, qkv[width:]) + u[:, :length, width:]
+        multiple = row_multiple(qkv)
+        # a number of zeros in every head changes no product: that of query and key, and that with the output's weight
+        qkv = padded(qkv.unflatten(0, (3, *heads)), multiple, multiple).flatten(0, 2)
+        u = padded(u.unflatten(-1, (3, *heads)), multiple).flatten(-3)
+        width = qkv.shape[0] // 3
+        past = F.linear(padded(history, multiple), qkv[width:]) + u[:, :length, width:]
         key, value = self._heads(past, 2)
+        r = F.linear(positions, cast_for_autocast(self.position())).unflatten(-1, heads)
+        scale = r.shape[-1] ** -0.5
         explicit = double_backward or masks.attention is not None
-        r = F.linear(positions, cast_for_autocast(self.position())).unflatten(-1, (self.num_heads, -1))
+        attend = partial(explicit_attention, mask=masks.attention) if explicit else fused_attention
         return BoundAttention(
+            multiple=multiple,
             qkv=qkv,
-            out=cast_for_autocast(self.out()),
+            out=padded(cast_for_autocast(self.out()).unflatten(1, heads), multiple, 1, multiple).flatten(1),
+            out_bias=padded(self.out_bias, multiple),
+            content_bias=padded(self.content_bias, multiple)[:, None].to(qkv.dtype),
+            position_bias=padded(self.position_bias, multiple)[:, None].to(qkv.dtype),
             u=u[:, length:].contiguous(),
             key=key.contiguous(),
             value=value.contiguous(),
-            positions=(r * r.shape[-1] ** -0.5).permute(1, 2, 0).contiguous(),
+            positions=padded(r * scale, multiple).permute(1, 2, 0).contiguous(),
             hidden=causal_mask(keys - length, keys, window=self.window, device=r.device, dtype=r.dtype),
-            attend=partial(explicit_attention, mask=masks.attention) if explicit else fused_attention,
-            mask=masks.out,
+            attend=partial(attend, scale=scale),
+            mask=None if masks.out is None else padded(masks.out, multiple),
         )
 
     def forward(self, x: Tensor, bound: BoundAttention) -> Tensor:
         """Return the output (B, q, D) for `x` (B, q, D)."""
-        query, key, value = self._heads(F.linear(x, bound.qkv) + bound.u, 3)
+        query, key, value = self._heads(F.linear(padded(x, bound.multiple), bound.qkv) + bound.u, 3)
         key, value = torch.cat([bound.key, key], dim=2), torch.cat([bound.value, value], dim=2)
-        by_distance = torch.matmul(query + self.position_bias[:, None].to(query.dtype), bound.positions)
+        by_distance = torch.matmul(query + bound.position_bias, bound.positions)
         bias = relative_shift(by_distance).add_(bound.hidden)
-        attended = bound.attend(query + self.content_bias[:, None].to(query.dtype), key, value, bias)
-        output = F.linear(attended.transpose(1, 2).flatten(2), bound.out, self.out_bias)
-        return output if bound.mask is None else output.mul_(bound.mask)
+        attended = bound.attend(query + bound.content_bias, key, value, bias)
+        output = F.linear(attended.transpose(1, 2).flatten(2), bound.out, bound.out_bias)
+        return _own_columns(output if bound.mask is None else output.mul_(bound.mask), x)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Return `parts` tensors (B, H, L, d) from (B, L, parts D)."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class BoundFeedForward(NamedTuple):
-    """Effective weights (I, D), (D, I) and masks of the feed-forward layers, fixed during a solve."""
+def _own_columns(output: Tensor, x: Tensor) -> Tensor:
+    """Return the columns of `output` that are not padding, as many as `x` has."""
+    return output if output.shape[-1] == x.shape[-1] else output[..., : x.shape[-1]]
 
+
+class BoundFeedForward(NamedTuple):
+    """Effective weights (I, D), (D, I), their biases and masks, fixed during a solve, I and D padded to `multiple`."""
+
+    multiple: int
     inner: Tensor
+    inner_bias: Tensor
     outer: Tensor
+    outer_bias: Tensor
     inner_mask: Tensor | None
     mask: Tensor | None
 
@@ -143,17 +175,25 @@ class FeedForward(nn.Module):
 
     def bind(self, masks: CellMasks) -> BoundFeedForward:
         """Compute the effective weights of one solve."""
+        inner, outer = cast_for_autocast(self.inner()), cast_for_autocast(self.outer())
+        multiple = row_multiple(inner)
         return BoundFeedForward(
-            cast_for_autocast(self.inner()), cast_for_autocast(self.outer()), masks.inner, masks.ffn
+            multiple=multiple,
+            inner=padded(inner, multiple, multiple),
+            inner_bias=padded(self.inner_bias, multiple),
+            outer=padded(outer, multiple, multiple),
+            outer_bias=padded(self.outer_bias, multiple),
+            inner_mask=None if masks.inner is None else padded(masks.inner, multiple),
+            mask=None if masks.ffn is None else padded(masks.ffn, multiple),
         )
 
     def forward(self, x: Tensor, bound: BoundFeedForward) -> Tensor:
         """Return the output (B, q, D) for `x` (B, q, D)."""
-        inner = F.linear(x, bound.inner, self.inner_bias)
+        inner = F.linear(padded(x, bound.multiple), bound.inner, bound.inner_bias)
         # a mask is never negative, so it commutes with the ReLU: both run in place, and autograd saves one such tensor
         inner = (inner if bound.inner_mask is None else inner.mul_(bound.inner_mask)).relu_()
-        output = F.linear(inner, bound.outer, self.outer_bias)
-        return output if bound.mask is None else output.mul_(bound.mask)
+        output = F.linear(inner, bound.outer, bound.outer_bias)
+        return _own_columns(output if bound.mask is None else output.mul_(bound.mask), x)
 
 
 class TransformerCell(nn.Module):

@@ -48,11 +48,12 @@ class UnhoistedCell(nn.Module):
             query, key, value = attention._heads(F.linear(x, qkv) + u, 3)
             query = query[:, :, m:]
             r = F.linear(positions, position).unflatten(-1, (attention.num_heads, -1))
-            r = (r * r.shape[-1] ** -0.5).permute(1, 2, 0)
+            scale = r.shape[-1] ** -0.5
+            r = (r * scale).permute(1, 2, 0)
             by_distance = (query + attention.position_bias[:, None]) @ r
             hidden = causal_mask(z.shape[1], len(positions), window=attention.window, device=z.device, dtype=z.dtype)
             bias = relative_shift(by_distance).add_(hidden)
-            attended = attention_of(query + attention.content_bias[:, None], key, value, bias)
+            attended = attention_of(query + attention.content_bias[:, None], key, value, bias, scale=scale)
             output = F.linear(attended.transpose(1, 2).flatten(2), out, attention.out_bias)
             return output if masks.out is None else output.mul_(masks.out)
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models.deq_transformer.cell as transformer_cell
-from models.deq_transformer.attention import causal_mask, relative_shift, sinusoids
+from models.deq_transformer.attention import causal_mask, padded, relative_shift, row_multiple, sinusoids
 from models.deq_transformer.cell import CellMasks, TransformerCell
 from models.deq_transformer.model import DEQTransformer
 from phantom import BPTT, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
@@ -83,6 +84,39 @@ def test_cell_is_its_formula(norm, residual, m, window, double_backward):
     torch.testing.assert_close(f(z), written_out(cell, z, u, history, window), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("options", [{}, {"double_backward": True}])
+def test_padding_for_matrix_units_changes_no_value_and_no_gradient(monkeypatch, options, dropout):
+    cell = make(d_inner=13, dropout=dropout).cell
+    cell.train()
+    u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
+    positions = sinusoids(9, 12, device="cpu", dtype=torch.float64)
+    v = torch.randn(2, 5, 12, dtype=torch.float64)
+    masks = cell._draw(u, 5)
+    found = []
+    for multiple in (1, 8):  # 12 and 13 columns, 3 heads of 4
+        monkeypatch.setattr(transformer_cell, "row_multiple", lambda _, multiple=multiple: multiple)
+        z = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        given, past = u.clone().requires_grad_(), history.clone().requires_grad_()
+        f = cell.bind(given, past, positions, masks=masks, **options)
+        assert f.keywords["attention"].qkv.shape == ((36, 12) if multiple == 1 else (72, 16))
+        cell.zero_grad()
+        out = f(f(z))
+        out.backward(v)
+        found.append([out, z.grad, given.grad, past.grad, *(p.grad.clone() for p in cell.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.bfloat16, 8), (torch.float32, 4)])
+def test_rows_of_a_gpu_are_whole_16_bytes(dtype, multiple):
+    with FakeTensorMode():
+        x = torch.empty(2, 700, device="cuda", dtype=dtype)
+        assert row_multiple(x) == multiple
+        assert padded(x, 1, multiple).shape == (2, 704 if multiple == 8 else 700)
+    assert row_multiple(torch.empty(2, 700, dtype=dtype)) == 1
+
+
 def test_fused_and_explicit_attention_agree_with_their_gradients():
     cell = make().cell
     u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
@@ -104,7 +138,9 @@ def test_fused_and_explicit_attention_agree_with_their_gradients():
 def test_double_backward_and_attention_dropout_leave_the_fused_kernel(monkeypatch):
     calls = []
     fused = transformer_cell.fused_attention
-    monkeypatch.setattr(transformer_cell, "fused_attention", lambda *args: calls.append(1) or fused(*args))
+    monkeypatch.setattr(
+        transformer_cell, "fused_attention", lambda *args, **scale: calls.append(1) or fused(*args, **scale)
+    )
     model = make(attention_dropout=0.1)
     model(*tokens(2, 5), None)
     model.eval()
