@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from numbers import Integral, Real
 
 
@@ -62,6 +63,12 @@ def check_flag(name: str, value: bool, *, also: str = "") -> None:
     """Raise ValueError unless `value` is true or false; `also` ends the message."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be true or false{also}")
+
+
+def check_triton() -> None:
+    """Raise ValueError unless Triton is installed."""
+    if find_spec("triton") is None:
+        raise ValueError("the kernels need Triton, which torch brings on Linux with a GPU: leave them out")
 
 
 def check_kind(name: str, value: object, kind: type, example: str) -> None:

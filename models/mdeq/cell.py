@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.mdeq.group_norm import GroupNorm
 from phantom import WeightNorm, variational_mask
 from phantom.layers import cast_for_autocast, check_dropout
+from phantom.validate import check_triton
 
 Branches = tuple[Tensor, ...]  # one (B, C_i, H_i, W_i) tensor per branch
 Masks = tuple[tuple[Tensor | None, ...], ...]  # per branch, per block
@@ -155,12 +156,7 @@ class MDEQCell(nn.Module):
         Raises:
             ValueError: Triton is not installed.
         """
-        try:
-            import triton  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "the kernels need Triton, which torch brings on Linux with a GPU: leave them out"
-            ) from error
+        check_triton()
         for module in self.branches.modules():
             if isinstance(module, ResidualBlock):
                 module.fused = True

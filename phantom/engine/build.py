@@ -27,6 +27,7 @@ from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Rules
+from phantom.validate import check_triton
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,11 @@ def _check_machine(config: dict[str, Any], device: torch.device, world_size: int
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
     if config["speed"] == "kernels" and device.type != "cuda":
         raise ConfigError("speed=kernels needs a GPU: use speed=auto here")
+    if config["speed"] == "kernels":
+        try:
+            check_triton()
+        except ValueError as error:
+            raise ConfigError(f"speed=kernels: {error}") from error
 
 
 def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.device, world_size: int) -> Speed:
@@ -111,6 +117,7 @@ def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.de
             world_size=world_size,
             steps=plan.budget.total(source),
             cell=getattr(model, "cell", None),
+            solver_has_kernels=hasattr(plan.deq.solver, "kernels"),
             obstacles=obstacles_to_graphs(plan.config, plan.task),
             can_compile=lambda: can_compile(device),
         )
@@ -118,18 +125,24 @@ def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.de
         raise ConfigError(str(error)) from error
 
 
-def _compile_solvers(model: nn.Module, rules: Rules) -> Rules:
-    """Let every solver of the run fuse its arithmetic; return the rules, which hold solvers, too."""
+def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
+    """Let every solver of the run fuse its arithmetic, or use the kernels that it has, as `speed` says.
 
-    def fused(solver: Any) -> Any:
-        return replace(solver, compile=True) if isinstance(solver, Solver) else solver
+    Return the rules, which hold solvers, too.
+    """
+    chosen = [name for name in ("compile", "kernels") if getattr(speed, name)]
 
-    def with_fused(grad: Any) -> Any:
-        return replace(grad, solver=fused(grad.solver)) if hasattr(grad, "solver") else grad
+    def fast(solver: Any) -> Any:
+        if not isinstance(solver, Solver):
+            return solver
+        return replace(solver, **{name: True for name in chosen if hasattr(solver, name)})
+
+    def with_fast(grad: Any) -> Any:
+        return replace(grad, solver=fast(grad.solver)) if hasattr(grad, "solver") else grad
 
     for deq in deqs_of(model):
-        deq.solver, deq.eval_solver, deq.grad = fused(deq.solver), fused(deq.eval_solver), with_fused(deq.grad)
-    return replace(rules, solver=fused(rules.solver), grad=with_fused(rules.grad))
+        deq.solver, deq.eval_solver, deq.grad = fast(deq.solver), fast(deq.eval_solver), with_fast(deq.grad)
+    return replace(rules, solver=fast(rules.solver), grad=with_fast(rules.grad))
 
 
 def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Trainer:
@@ -166,13 +179,12 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         log.info("the run begins with the weights of %s", ", ".join(f"{k} {v}" for k, v in origin.items()))
     speed = _choose_speed(plan, source, model, device, world_size)
     log.info("%s", speed)
-    if speed.kernels:
-        cell: Any = find_cell(model)
+    cell: Any = getattr(model, "cell", None)
+    if speed.kernels and hasattr(cell, "fuse"):
         cell.fuse()
-    rules = plan.rules
     if speed.compile:
         compile_cell(model)
-        rules = _compile_solvers(model, rules)
+    rules = _speed_up_solvers(model, plan.rules, speed)
     wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     folder = plan.folder

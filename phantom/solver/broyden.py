@@ -11,7 +11,9 @@ Nonlinear Equations* (1995), section 7.3, derives the same form for the line-sea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from phantom.scaling import is_read_for_nothing
 from phantom.solver.base import Solver, compiled
-from phantom.validate import check_count
+from phantom.validate import check_count, check_flag, check_triton
 
 ROOM = 32  # steps for which a solve makes room at its start
 LANES = 8  # float32 numbers in a vector register
@@ -111,17 +113,27 @@ class Broyden(Solver):
     kept (default: all of them); beyond that the oldest secant factor is dropped. Superlinear near a regular solution,
     and the solver of the paper's vision and language rows; a plain iteration is cheaper where f contracts well.
 
+    With `kernels` the two passes are Triton kernels, for states on a GPU; `compile` fuses what is between them.
+
     Source: Broyden, *A class of methods for solving nonlinear simultaneous equations* (1965).
     """
 
     memory: int | None = None
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag("kernels", self.kernels)
+        if self.kernels:
+            check_triton()
         if self.memory is not None:
             check_count("memory", self.memory, least=1)
 
     def start(self, z: Tensor, g: Tensor) -> Steps:
+        if self.kernels:
+            from phantom.solver import kernels
+
+            kernels.check_state(z)
         batch, width = z.shape
         limit = min(self.memory or self.max_steps, self.max_steps)
         room = min(limit, ROOM)
@@ -131,35 +143,42 @@ class Broyden(Solver):
         return Steps(g.new_empty((room, batch, width)), small[0], small[1], limit, masks, reads)
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:
-        secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
+        secant, append, project, combine = self._arithmetic()
         memory.make_room()
         n, position = min(memory.count, memory.limit), memory.count % memory.limit
         full = n == memory.limit
+        stored, step = memory.steps[:n], memory.steps[position]
         # once the ring is full, the place of the new step holds the oldest one, which is still needed
-        step = torch.empty_like(g) if full else memory.steps[position]
+        step = torch.empty_like(step) if full else step
         width, wider = memory.width(n), memory.width(n if full else n + 1)
         if n == 0:
-            step.copy_(g)
-            products = g.new_zeros((g.shape[0], wider))
+            weights = products = g.new_zeros((g.shape[0], wider))
+            scale = g.new_ones((g.shape[0], 1))
         else:
-            stored = memory.steps[:n]
             weights, scale, products = secant(
                 *memory.small(width),
-                _widened(_project(stored, g), width),
+                _widened(project(stored, g), width),
                 memory.place((memory.count - 1) % memory.limit),
                 memory.place(position % width),
                 full,
                 memory.reads,
             )
-            torch.div(g, scale, out=step)
-            step.unsqueeze(1).baddbmm_(weights[:, :n].unsqueeze(1), stored.transpose(0, 1))
             products = _widened(products, wider)
+        z, square = combine(step, stored, weights, scale, z, g)
         if full:
             memory.steps[position] = step
-        z, square = move(z, step)
         append(*memory.small(wider), products, square, memory.place(position), full, memory.reads)
         memory.count += 1
         return z
+
+    def _arithmetic(self) -> tuple[Callable[..., Any], ...]:
+        """Return what propose calls: secant, append, and the two passes over the stored steps, project and combine."""
+        secant, append, move = (compiled(_secant), compiled(_append), compiled(_move)) if self.compile else PLAIN
+        if self.kernels:
+            from phantom.solver import kernels
+
+            return secant, append, kernels.project, kernels.combine
+        return secant, append, _project, partial(_combine, move)
 
 
 def _secant(
@@ -200,6 +219,22 @@ def _noise(scale: Tensor, reads: bool) -> Tensor | None:
 def _move(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Return z + s (B, D) and |s|^2 (B,)."""
     return z + step, torch.linalg.vector_norm(step, dim=1).square()
+
+
+def _combine(
+    move: Callable[..., Any], step: Tensor, stored: Tensor, weights: Tensor, scale: Tensor, z: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write s = g / scale + sum_j w_j s_j into `step` (B, D); return z + s (B, D) and |s|^2 (B,) by `move`.
+
+    Args:
+        stored: (n, B, D) steps s_j; `step` is none of them.
+        weights: (B, >= n) of which the first n count.
+        scale: (B, 1).
+    """
+    torch.div(g, scale, out=step)
+    if len(stored):
+        step.unsqueeze(1).baddbmm_(weights[:, : len(stored)].unsqueeze(1), stored.transpose(0, 1))
+    return move(z, step)
 
 
 def _append(

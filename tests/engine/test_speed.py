@@ -2,10 +2,12 @@
 
 import logging
 import re
+import sys
 
 import pytest
 import torch
 
+from models.mdeq.cell import ResidualBlock
 from phantom.engine import build
 from phantom.engine.build import build_trainer
 from phantom.engine.config.values import obstacles_to_graphs
@@ -25,13 +27,16 @@ class Fusible:
 CELL = object()
 
 
-def choose(*, on_gpu=True, world_size=1, steps=COMPILE_PAYS, cell=CELL, obstacles=(), compiler=True, **keys):
+def choose(
+    *, on_gpu=True, world_size=1, steps=COMPILE_PAYS, cell=CELL, solver=False, obstacles=(), compiler=True, **keys
+):
     found = choose_speed(
         UNSET | keys,
         on_gpu=on_gpu,
         world_size=world_size,
         steps=steps,
         cell=cell,
+        solver_has_kernels=solver,
         obstacles=obstacles,
         can_compile=lambda: compiler,
     )
@@ -56,6 +61,8 @@ def choose(*, on_gpu=True, world_size=1, steps=COMPILE_PAYS, cell=CELL, obstacle
         ({"cell": None}, (False, True, False), "the model has no module `cell`"),
         ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
         ({"speed": "kernels", "cell": Fusible(), "compile": True}, (True, True, True), "f is compiled"),
+        ({"speed": "kernels", "solver": True}, (True, True, True), "f is compiled, steps are CUDA graphs, own kernels"),
+        ({"speed": "kernels", "solver": True, "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
     ],
     ids=lambda value: None if isinstance(value, tuple | str) else "-".join(value) or "default",
 )
@@ -65,8 +72,10 @@ def test_the_choice(given, expected, sentence):
     assert re.search(sentence, text), text
 
 
-def test_kernels_need_a_cell_that_has_them():
-    with pytest.raises(ValueError, match="speed=kernels needs a model whose cell has kernels"):
+def test_kernels_need_a_cell_or_a_solver_that_has_them():
+    with pytest.raises(
+        ValueError, match=r"speed=kernels needs a model whose cell has kernels.*, or solver=broyden: use"
+    ):
         choose(speed="kernels")
 
 
@@ -84,6 +93,12 @@ def test_on_a_cpu_it_is_one_line_and_nothing_else(tmp_path, caplog):
 def test_kernels_are_refused_on_a_cpu_before_the_data_are_read(tmp_path):
     with pytest.raises(ConfigError, match="speed=kernels needs a GPU"):
         build_trainer(plan(["data=cifar10", "data.root=nowhere", "speed=kernels", f"runs={tmp_path}", "device=cpu"]))
+
+
+def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="speed=kernels: the kernels need Triton"):
+        build._check_machine({"cuda_graph": None, "speed": "kernels"}, torch.device("cuda"), 1)
 
 
 def test_a_tolerance_is_an_obstacle_to_graphs(tmp_path):
@@ -110,4 +125,17 @@ def test_a_run_that_compiles_f_compiles_its_solvers(monkeypatch, tmp_path):
     deq = trainer.unwrapped.deq
     assert deq.solver.compile and deq.grad.solver.compile
     assert trainer.rules.solver.compile and trainer.rules.grad.solver.compile
-    assert trainer.speed == chosen
+    assert not deq.solver.kernels and trainer.speed == chosen
+
+
+def test_a_run_with_kernels_has_them_in_its_cell_and_in_broyden_alone(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    chosen = Speed(compile=False, cuda_graph=False, kernels=True, reason="a test")
+    monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
+    line = ["grad=implicit", "eval_solver=anderson", "subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]
+    trainer = build_trainer(plan(line))
+    deq = trainer.unwrapped.deq
+    assert deq.solver.kernels and deq.grad.solver.kernels and not deq.solver.compile
+    assert trainer.rules.solver.kernels and trainer.rules.grad.solver.kernels
+    assert not hasattr(deq.eval_solver, "kernels")
+    assert all(block.fused for block in trainer.unwrapped.modules() if isinstance(block, ResidualBlock))

@@ -19,7 +19,7 @@ class Speed:
     Args:
         compile: f is compiled.
         cuda_graph: forward and backward are replayed as CUDA graphs.
-        kernels: the cell's own kernels serve evaluations without a graph.
+        kernels: own kernels serve: the cell's in evaluations without a graph, and those of the solvers that have some.
         reason: says why, in words.
     """
 
@@ -40,6 +40,7 @@ def choose_speed(
     world_size: int,
     steps: int,
     cell: object | None,
+    solver_has_kernels: bool,
     obstacles: Sequence[str],
     can_compile: Callable[[], bool],
 ) -> Speed:
@@ -48,17 +49,21 @@ def choose_speed(
     Args:
         config: the root keys `speed`, `compile` and `cuda_graph`.
         steps: optimiser steps of the run.
-        cell: the module that computes f, if the model has one.
+        cell: the module that computes f, if the model has one; it has kernels where it has a method `fuse`.
+        solver_has_kernels: whether the solver of the model has some.
         obstacles: what CUDA graphs would need of the config, in words.
         can_compile: tries whether torch can compile here; seconds.
 
     Raises:
-        ValueError: speed=kernels, and the cell has none.
+        ValueError: speed=kernels, and neither the cell nor the solver has any.
     """
     compiles, graphs, asked = config["compile"], config["cuda_graph"], config["speed"]
     kernels = asked == "kernels"
-    if kernels and not hasattr(cell, "fuse"):
-        raise ValueError("speed=kernels needs a model whose cell has kernels, as that of an MDEQ: use speed=auto")
+    fuses = kernels and hasattr(cell, "fuse")
+    if kernels and not (fuses or solver_has_kernels):
+        raise ValueError(
+            "speed=kernels needs a model whose cell has kernels, as that of an MDEQ, or solver=broyden: use speed=auto"
+        )
     if asked == "off" or not on_gpu:
         reason = "speed=off" if asked == "off" else "there is nothing to choose on a CPU"
         return Speed(bool(compiles), bool(graphs), kernels=False, reason=reason)
@@ -69,7 +74,7 @@ def choose_speed(
             reasons.append("the model has no module `cell` to compile")
         elif steps < COMPILE_PAYS:
             reasons.append(f"{steps} steps do not earn the time to compile, {COMPILE_PAYS} do")
-        elif not kernels and not (compiles := can_compile()):
+        elif not fuses and not (compiles := can_compile()):
             reasons.append("torch cannot compile here")
     if graphs is None:
         graphs = world_size == 1 and not obstacles and steps >= GRAPH_PAYS
