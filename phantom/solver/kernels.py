@@ -7,7 +7,7 @@ problem are sums of those over its blocks, in a fixed order.
 Shapes: B problems, D unknowns each, n stored steps; float32 or float64, in which everything is added up.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # (a decorated function is Triton's language, not Python's)
 
 from __future__ import annotations
