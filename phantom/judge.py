@@ -1,0 +1,194 @@
+"""How iterates are judged: which is the best one, which problems go on, diverge, wake again or are at their floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phantom.residual import Norm, positive, residual_of, vector_norm
+from phantom.scaling import can_ask, has_numbers, is_on_host, is_out_of_range, is_read_for_nothing, read
+from phantom.solver.base import Solver
+
+# |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
+# absolute length decides under either `stop`: the relative one tends to |mu - 1| / |mu| where f grows by mu a step.
+DIVERGENCE = 1e6
+# |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
+FLOOR = 4
+
+
+class Start:
+    """What the first evaluation tells, and the rule by which iterates are judged.
+
+    Args:
+        g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,).
+        scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
+        active: (B,) who goes on, and `going`, how many; None where the host does not know.
+        stops_early: whether the host asks who goes on; without numbers to look at, a solve runs its whole budget.
+        near_rounding: whether `tol` is not far above the rounding of f(z).
+        reads: whether the host looks at every step; then `lengths` and `stop_at` are the numbers of `length` and `tol`.
+    """
+
+    def __init__(self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None) -> None:
+        self.norm: Norm = solver.norm
+        size = vector_norm(fz, solver.norm)
+        self.relative = scale is None and solver.stop == "relative"
+        scale = size if self.relative else scale
+        self.scale: Any = None if scale is None else positive(scale)
+        self.g, self.length, self.residual, _ = residual_of(fz, z, self.scale, norm=self.norm, relative=False)
+        # a NaN compares false with everything: it is never better, never converged, and always diverged
+        self.active = self.length <= torch.finfo(z.dtype).max
+        self.tol: Any = None
+        self.rounding = FLOOR * torch.finfo(z.dtype).eps
+        self.going, self.near_rounding, self.is_out_of_range = None, False, False
+        self.is_on_host = is_on_host(z)
+        self.reads = self.is_on_host and is_read_for_nothing(z) and not solver.compile
+        self._limit = None if self.reads else _limit(self.length)
+        if solver.tol is not None:
+            self.tol = self.length.new_full((), solver.tol)
+            self.active = self.active & (self.residual > self.tol)
+        self.stops_early = solver.tol is not None and has_numbers(z)
+        if can_ask(z, solver.tol):
+            self._look(size, solver.tol)
+
+    def _look(self, size: Tensor, tol: float | None) -> None:
+        scale = torch.ones_like(size) if self.scale is None else self.scale
+        columns = (self.length, size, self.active, scale)
+        self.lengths, sizes, active, scales = read(columns, on_host=self.is_on_host)  # device-to-host sync
+        self.stop_at = -inf if tol is None else self.tol.item() if self.reads else tol
+        self.is_out_of_range = is_out_of_range([*map(max, self.lengths, sizes)], self.length.dtype)
+        if tol is not None:
+            self.going = int(sum(active))
+            near = 16 * self.rounding
+            self.near_rounding = any(tol * a <= near * b for a, b in zip(scales, sizes, strict=True))
+
+    @property
+    def limit(self) -> Tensor:
+        """(B,) a longer g is divergence."""
+        if self._limit is None:
+            self._limit = _limit(self.length)
+        return self._limit
+
+    def is_at_floor(self, z: Tensor, residual: Tensor) -> Tensor:
+        """Return where the residual (B,) of `z` (B, D) is not above the rounding of f(z), which is near z."""
+        size = vector_norm(z, self.norm)
+        scale = torch.maximum(size, self.scale) if self.relative else self.scale
+        length = residual if scale is None else residual * scale
+        return length <= self.rounding * size
+
+
+def finite_or_infinite(residual: Tensor) -> Tensor:
+    """Return `residual` (B,), infinite where it is NaN: such a one is the worst."""
+    return residual.nan_to_num(inf, inf, -inf)  # not the largest number, which ONNX has in float32 alone
+
+
+def _limit(length: Tensor) -> Tensor:
+    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
+    largest = torch.finfo(length.dtype).max
+    return torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
+
+
+@dataclass
+class Rows:
+    """Where the problems of a solve stand, (B,) each.
+
+    Args:
+        residual: of the best iterate.
+        better: whether the newest iterate is the best one.
+        active: who goes on.
+        woken: who had converged, and does not any more; None where nobody was held.
+        counts: how many go on, and how many of those that did have improved, which is all of them; None where the host
+            has not looked.
+        seen: the numbers of `active` and `residual`, where the host has them already.
+    """
+
+    residual: Tensor
+    better: Tensor
+    active: Tensor
+    woken: Tensor | None = None
+    counts: tuple[int, int] | None = None
+    seen: tuple[list[bool], list[float]] | None = None
+
+
+def observe(
+    fz: Tensor, z: Tensor, rows: Rows, start: Start, *, held: bool, together: bool, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, Rows]:
+    """Return g = f(z) - z, its norm, the residual of z, and where the problems stand now."""
+    g, length, residual, scale = residual_of(
+        fz, z, start.scale, norm=start.norm, relative=start.relative, in_place=in_place
+    )
+    if together:
+        return g, length, residual, _observe_together(length, residual, rows, start)
+    if start.reads and (expected := _as_expected(length, residual, scale, rows, start, held)):
+        return g, length, residual, expected
+    # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
+    shorter = length if scale is None or not start.relative else torch.add(length, scale, alpha=start.rounding)
+    better = (residual < rows.residual) & (shorter < start.length)
+    if start.tol is None:
+        best, active, woken = torch.where(better, residual, rows.residual), rows.active & (length <= start.limit), None
+    elif not held:
+        best, woken = torch.where(better, residual, rows.residual), None
+        active = (length <= start.limit) & (best > start.tol)  # all were active
+    else:
+        better = better & rows.active
+        # a held problem was evaluated at its best iterate again: it has the same residual, if it is independent
+        again = finite_or_infinite(residual)
+        best = torch.where(better | ~rows.active, again, rows.residual)
+        woken = ~rows.active & (rows.residual <= start.tol) & (best > start.tol)
+        active = (rows.active | woken) & (length <= start.limit) & (best > start.tol)
+    return g, length, residual, Rows(best, better, active, woken)
+
+
+def _as_expected(
+    length: Tensor, residual: Tensor, scale: Tensor | None, rows: Rows, start: Start, held: bool
+) -> Rows | None:
+    """Return where the problems stand after the usual step: those that go on improve, some converge, and no more.
+
+    The rule of `observe` is a dozen operators on a few numbers, which costs more than reading these. None where the
+    step is another one, and where rounding could decide.
+    """
+    on, bests = rows.seen or (rows.active.tolist(), rows.residual.tolist())
+    residuals, lengths, going = residual.tolist(), length.tolist(), 0
+    margin, tol = 2 * start.rounding, start.stop_at
+    scales = scale.tolist() if scale is not None and start.relative else [0.0] * len(on)
+    known = zip(on, residuals, bests, lengths, scales, start.lengths, strict=True)
+    for goes_on, now, best, size, divisor, first in known:
+        if goes_on:
+            if not (now < best and size + margin * (size + divisor) < first):
+                return None
+            going += now > tol
+        elif not held or not (now <= tol or (tol < best and now < inf)):
+            return None
+    improved = sum(on)
+    if going == improved:
+        return Rows(residual, rows.active, rows.active, counts=(going, improved), seen=(on, residuals))
+    return Rows(residual, rows.active, rows.active & (residual > start.tol), counts=(going, improved))
+
+
+def _observe_together(length: Tensor, residual: Tensor, rows: Rows, start: Start) -> Rows:
+    """Return where the problems stand if the whole state is one: it is better, and goes on, or is not."""
+    whole, first = vector_norm(torch.stack((length, start.length)), start.norm)
+    better = (residual.amax() < rows.residual.amax()) & (whole < first) & rows.active
+    # where other processes go on, a state that is held is evaluated at its best iterate again, as a row is
+    again = torch.where(residual.isfinite(), residual, torch.inf)
+    best = torch.where(better | ~rows.active, again, rows.residual)
+    woken = ~rows.active & (rows.residual <= start.tol).all() & (best > start.tol).any()
+    going = (rows.active | woken) & (whole <= _limit(first)) & (best > start.tol).any()
+    return Rows(best, better, going, woken)
+
+
+def join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+    """Return the state that was evaluated last as the best one of all problems, and all of them as active."""
+    finite = length.isfinite()
+    best = torch.where(finite[:, None], z, best)
+    return best, Rows(torch.where(finite, residual, torch.inf), rows.better, torch.ones_like(rows.active))
+
+
+def count(rows: Rows, start: Start) -> tuple[int, int, int]:
+    """Return how many problems go on, have improved, and have begun to move again; the host waits once."""
+    known = (rows.active, rows.better) if rows.woken is None else (rows.active, rows.better, rows.woken)
+    found = [int(sum(flags)) for flags in read(known, on_host=start.is_on_host)]
+    return found[0], found[1], found[2] if len(found) == 3 else 0
