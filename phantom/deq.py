@@ -72,9 +72,9 @@ def fixed_point(
             the estimator; under `torch.no_grad()` it is one more. False where they are known not to.
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
-            called with the statistics. Read where the host waits anyway: with a `tol`, or on a CPU. Another
-            solve is read by `phantom.report.act_where_nobody_did(solution.stats)`, to be called after backward, where
-            you wait yourself.
+            called with the statistics. Read where the host waits anyway: with a `tol` and a `sync_every`, or on a CPU.
+            Another solve is read by `phantom.report.act_where_nobody_did(solution.stats)`, to be called after backward,
+            where you wait yourself.
         group: the process group whose ranks stop together, here and in the backward: a `ProcessGroup`, its name, or
             "world". Needed where f communicates (`SyncBatchNorm`, `fully_shard`) and a solver has a `tol`: every rank
             must evaluate f equally often, else they wait for each other for ever. All ranks of it must call this with
@@ -95,7 +95,8 @@ def fixed_point(
 
     Raises:
         SolveError: the solve has failed, with `on_failure="raise"`.
-        ValueError: with `debug`, where f is no map to solve; under torch.export, where the solver has a `tol`.
+        ValueError: with `debug`, where f is no map to solve; under torch.export, where the solver has a `tol` and a
+            `sync_every`.
 
     Returns:
         Solution: value, z0 and z_star in the form of `z0`.
@@ -127,10 +128,11 @@ def fixed_point(
             debug=debug,
             clock=clock,
         )
-    if solver.tol is not None and torch.compiler.is_exporting():
+    if solver.asks and torch.compiler.is_exporting():
         raise ValueError(
             f"torch.export records a fixed number of steps, and solver.tol={solver.tol} asks for as many as it takes: "
-            "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None)"
+            "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None), or one with "
+            "sync_every=None, which runs all its steps and holds the problems that have converged"
         )
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
@@ -182,7 +184,7 @@ def fixed_point(
         with clock("solve"):
             Confirming(flat_f, stats, solver)(z_star)
             stats.num_evals += 1
-    if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver.tol):
+    if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver):
         act(stats, on_failure, of=SOLVE)
     # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
     solution = Solution(

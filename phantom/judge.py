@@ -18,6 +18,8 @@ from phantom.solver.base import Solver
 DIVERGENCE = 1e6
 # |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
 FLOOR = 4
+# and a `tol` within so many of those may never be met
+NEAR = 16
 
 
 class Start:
@@ -27,8 +29,8 @@ class Start:
         g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,).
         scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
         active: (B,) who goes on, and `going`, how many; None where the host does not know.
-        stops_early: whether the host asks who goes on; without numbers to look at, a solve runs its whole budget.
-        near_rounding: whether `tol` is not far above the rounding of f(z).
+        asks: whether the host asks who goes on; where it does not, a solve runs its whole budget.
+        near_rounding: whether `tol` is not far above the rounding of f(z); a tensor () where the host does not know.
         reads: whether the host looks at every step; then `lengths` and `stop_at` are the numbers of `length` and `tol`.
     """
 
@@ -43,16 +45,22 @@ class Start:
         self.active = self.length <= torch.finfo(z.dtype).max
         self.tol: Any = None
         self.rounding = FLOOR * torch.finfo(z.dtype).eps
-        self.going, self.near_rounding, self.is_out_of_range = None, False, False
+        self.going, self.is_out_of_range = None, False
+        self.near_rounding: bool | Tensor = False
         self.is_on_host = is_on_host(z)
         self.reads = self.is_on_host and is_read_for_nothing(z) and not solver.compile
         self._limit = None if self.reads else _limit(self.length)
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
             self.active = self.active & (self.residual > self.tol)
-        self.stops_early = solver.tol is not None and has_numbers(z)
-        if can_ask(z, solver.tol):
+        self.asks = solver.asks and has_numbers(z)
+        if can_ask(z, solver):
             self._look(size, solver.tol)
+        elif solver.tol is not None and self.relative:
+            self.near_rounding = solver.tol <= NEAR * self.rounding
+        elif solver.tol is not None:
+            divisor = 1.0 if self.scale is None else self.scale
+            self.near_rounding = (self.tol * divisor <= NEAR * self.rounding * size).any()
 
     def _look(self, size: Tensor, tol: float | None) -> None:
         scale = torch.ones_like(size) if self.scale is None else self.scale
@@ -62,7 +70,7 @@ class Start:
         self.is_out_of_range = is_out_of_range([*map(max, self.lengths, sizes)], self.length.dtype)
         if tol is not None:
             self.going = int(sum(active))
-            near = 16 * self.rounding
+            near = NEAR * self.rounding
             self.near_rounding = any(tol * a <= near * b for a, b in zip(scales, sizes, strict=True))
 
     @property
@@ -77,7 +85,7 @@ class Start:
         size = vector_norm(z, self.norm)
         scale = torch.maximum(size, self.scale) if self.relative else self.scale
         length = residual if scale is None else residual * scale
-        return length <= self.rounding * size
+        return (length <= self.rounding * size) & self.near_rounding
 
 
 def finite_or_infinite(residual: Tensor) -> Tensor:
@@ -99,6 +107,7 @@ class Rows:
         residual: of the best iterate.
         better: whether the newest iterate is the best one.
         active: who goes on.
+        first: |g| where it began, or where it woke: a longer one is no progress.
         woken: who had converged, and does not any more; None where nobody was held.
         counts: how many go on, and how many of those that did have improved, which is all of them; None where the host
             has not looked.
@@ -108,6 +117,7 @@ class Rows:
     residual: Tensor
     better: Tensor
     active: Tensor
+    first: Tensor
     woken: Tensor | None = None
     counts: tuple[int, int] | None = None
     seen: tuple[list[bool], list[float]] | None = None
@@ -126,7 +136,7 @@ def observe(
         return g, length, residual, expected
     # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
     shorter = length if scale is None or not start.relative else torch.add(length, scale, alpha=start.rounding)
-    better = (residual < rows.residual) & (shorter < start.length)
+    better, first = (residual < rows.residual) & (shorter < rows.first), rows.first
     if start.tol is None:
         best, active, woken = torch.where(better, residual, rows.residual), rows.active & (length <= start.limit), None
     elif not held:
@@ -139,7 +149,8 @@ def observe(
         best = torch.where(better | ~rows.active, again, rows.residual)
         woken = ~rows.active & (rows.residual <= start.tol) & (best > start.tol)
         active = (rows.active | woken) & (length <= start.limit) & (best > start.tol)
-    return g, length, residual, Rows(best, better, active, woken)
+        first = torch.where(woken, torch.maximum(first, length), first)
+    return g, length, residual, Rows(best, better, active, first, woken)
 
 
 def _as_expected(
@@ -164,8 +175,8 @@ def _as_expected(
             return None
     improved = sum(on)
     if going == improved:
-        return Rows(residual, rows.active, rows.active, counts=(going, improved), seen=(on, residuals))
-    return Rows(residual, rows.active, rows.active & (residual > start.tol), counts=(going, improved))
+        return Rows(residual, rows.active, rows.active, rows.first, counts=(going, improved), seen=(on, residuals))
+    return Rows(residual, rows.active, rows.active & (residual > start.tol), rows.first, counts=(going, improved))
 
 
 def _observe_together(length: Tensor, residual: Tensor, rows: Rows, start: Start) -> Rows:
@@ -177,14 +188,15 @@ def _observe_together(length: Tensor, residual: Tensor, rows: Rows, start: Start
     best = torch.where(better | ~rows.active, again, rows.residual)
     woken = ~rows.active & (rows.residual <= start.tol).all() & (best > start.tol).any()
     going = (rows.active | woken) & (whole <= _limit(first)) & (best > start.tol).any()
-    return Rows(best, better, going, woken)
+    return Rows(best, better, going, rows.first, woken)
 
 
 def join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
     """Return the state that was evaluated last as the best one of all problems, and all of them as active."""
     finite = length.isfinite()
     best = torch.where(finite[:, None], z, best)
-    return best, Rows(torch.where(finite, residual, torch.inf), rows.better, torch.ones_like(rows.active))
+    residual = torch.where(finite, residual, torch.inf)
+    return best, Rows(residual, rows.better, torch.ones_like(rows.active), rows.first)
 
 
 def count(rows: Rows, start: Start) -> tuple[int, int, int]:

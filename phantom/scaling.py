@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from phantom.solver.base import Solver
 from phantom.state import FlatMap
 
 
@@ -25,9 +26,9 @@ def has_numbers(z: Tensor) -> bool:
     return z.device.type != "meta" and (type(z) is Tensor or not is_fake(z))
 
 
-def can_ask(z: Tensor, tol: float | None) -> bool:
+def can_ask(z: Tensor, solver: Solver) -> bool:
     """Return whether the host may look at a solve: where a `tol` makes it wait anyway, or where nothing waits."""
-    return (tol is not None and has_numbers(z)) or is_on_host(z)
+    return (solver.asks and has_numbers(z)) or is_on_host(z)
 
 
 def is_read_for_nothing(z: Tensor) -> bool:

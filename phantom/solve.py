@@ -43,7 +43,8 @@ def solve(
     those whose |f(z) - z| does not exceed the first one; it is finite whenever `z0` is.
 
     Held problems are evaluated with the others. Where the residual of one that had converged rises above `tol` again,
-    the problems depend on each other, and from there on they are one, which moves, and is judged, as a whole.
+    the problems depend on each other. From there on they are one, which moves, and is judged, as a whole, if the host
+    is told; if it is not asked, the one that woke moves again, and convergence means that of all.
 
     Args:
         f: closed map of (B, D) tensors.
@@ -92,18 +93,18 @@ def _loop(
     judged = compiled(observe) if solver.compile else observe
     propose = with_exact_products(solver.propose, z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
-    stops_early, batch, together = start.stops_early, z.shape[0], False
+    asks, batch, together = start.asks, z.shape[0], False
     best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
     residual = finite_or_infinite(start.residual)
-    rows = Rows(residual, better=torch.ones_like(start.active), active=start.active)
-    stalled = torch.zeros_like(start.active)
+    rows = Rows(residual, better=torch.ones_like(start.active), active=start.active, first=start.length)
+    stalled, dependent = torch.zeros_like(start.active), start.active.new_zeros(())
     trace, moved, confirmed, stopped = [start.residual], [stalled], True, False
-    done = stops_early and not any_rank(going != 0, group, z.device)
+    done = asks and not any_rank(going != 0, group, z.device)
     for step in range(1, solver.max_steps + 1):
         if done:
             break
         z = propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g) if together else propose(memory, z, g)
-        held = stops_early and (stopped or going != batch)
+        held = start.tol is not None and (stopped or going != batch)
         if held:
             z = torch.where(rows.active.unsqueeze(1), z, best)
         moved.append(rows.active)
@@ -112,9 +113,11 @@ def _loop(
         trace.append(residual)
         if rows.counts is not None:
             going, improved = rows.counts
-        elif stops_early and step % solver.sync_every == 0:
+        elif asks and step % solver.sync_every == 0:
             going, improved, woken = count(rows, start)  # device-to-host sync
-        if start.near_rounding and going != 0 and (improved is None or improved != before):
+        if rows.woken is not None:
+            dependent = dependent | rows.woken.any()
+        if start.near_rounding is not False and going != 0 and (improved is None or improved != before):
             stop = rows.active & ~rows.better & start.is_at_floor(best, rows.residual)
             stop = stop.all().expand(batch) if together else stop
             stalled, rows.active, stopped = stalled | stop, rows.active & ~stop, True
@@ -127,27 +130,29 @@ def _loop(
             best, rows = join(z, best, length, residual, rows)
         if watch is not None:
             watch(step, best)
+        if not asks:
+            continue
         if group is None:
             done = going == 0
         elif going is not None and step % solver.sync_every == 0:  # at the same steps, whichever ranks know more
             done = not any_rank(going != 0, group, z.device)
     if last:
         best, rows.residual, confirmed = z, finite_or_infinite(residual), True
-    converged = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
-    converged = converged.all().expand(batch) if together else converged
-    if not stops_early and not last and start.is_on_host:
+    settled = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
+    settled = settled.all().expand(batch) if together else settled
+    if start.tol is None and not last and start.is_on_host:
         confirmed = bool(rows.better.all())
     confirmed = confirmed or together
-    if group is not None and can_ask(z, solver.tol):
+    if group is not None and can_ask(z, solver):
         confirmed = not any_rank(not confirmed, group, z.device)
     stats = Stats(
         num_steps=torch.stack(moved).sum(dim=0),
         num_evals=num_evals + len(trace) - 1,
         residual=rows.residual,
-        converged=converged,
-        diverged=~(rows.active | converged | stalled),
+        converged=settled & (settled.all() | ~dependent),
+        diverged=~(rows.active | settled | stalled),
         stalled=stalled,
-        dependent=converged.new_full((), together),
+        dependent=dependent,
         trace=torch.stack(trace),
         scale=start.scale,
         confirmed=confirmed,

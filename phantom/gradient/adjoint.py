@@ -279,6 +279,6 @@ class Implicit(AdjointEstimator):
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint
-        if stats.on_failure != "ignore" and can_ask(g, self.solver.tol):
+        if stats.on_failure != "ignore" and can_ask(g, self.solver):
             act(adjoint, stats.on_failure, of=ADJOINT)
         return replace_rows(u, g, adjoint.fallback)

@@ -28,7 +28,10 @@ class Solver(ABC):
         stop: measure |f(z) - z| relative to the larger of |f(z)| and |f(z0)|, or absolutely. Only an iterate where
             |f(z) - z| is below its first value can be a solution, or a start that meets `tol` itself.
         norm: per problem, `l2`, `rms` (l2 / sqrt(D)) or `max`.
-        sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped.
+        sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped. None never asks:
+            a solve runs its whole budget, never waits for the device, and holds a problem that has stopped where it is,
+            so that states and statistics are those of `sync_every=1`, if the problems do not depend on each other. A
+            solve that is captured in a CUDA graph runs so whatever is said here.
         compile: fuse the solver's own arithmetic; a minute at the first solve, and worth it on a GPU.
     """
 
@@ -38,18 +41,24 @@ class Solver(ABC):
     tol: float | None = 1e-4
     stop: Stop = "relative"
     norm: Norm = "l2"
-    sync_every: int = 1
+    sync_every: int | None = 1
     compile: bool = False
 
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps, least=0)
-        check_count("sync_every", self.sync_every, least=1)
+        if self.sync_every is not None:
+            check_count("sync_every", self.sync_every, least=1, also=", or None (null in YAML) never to ask the device")
         if self.tol is not None and not (is_number(self.tol) and math.isfinite(self.tol) and self.tol >= 0):
             raise ValueError(f"tol={self.tol!r} must be a number >= 0, or None (null in YAML) for a fixed budget")
         check_choice("stop", self.stop, get_args(Stop))
         check_choice("norm", self.norm, get_args(Norm))
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r} must be True or False")
+
+    @property
+    def asks(self) -> bool:
+        """Whether a solve waits for the device to tell which problems go on."""
+        return self.tol is not None and self.sync_every is not None and not _is_captured()
 
     @abstractmethod
     def start(self, z: Tensor, g: Tensor) -> Any:
@@ -66,6 +75,11 @@ class Solver(ABC):
     def roll_out(self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Any]:
         """Return the last iterate (B, D) from `z` (B, D), and its statistics; a solver without residuals has this."""
         raise NotImplementedError(f"{type(self).__name__} measures residuals, and is run by phantom.solve.solve")
+
+
+def _is_captured() -> bool:
+    """Return whether a CUDA graph records what is launched now; torch asks a driver that need not be there."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -1,48 +1,25 @@
-"""A solve with a fixed budget never waits for the device; one with a tolerance, once every n steps."""
+"""A solve with a fixed budget never waits for the device; one with a tolerance, once every n steps, or never."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from phantom.solve import solve
 from tests.phantom.problems import randn
 from tests.phantom.solvers import FEW_STEPS, each
+from tests.phantom.syncs import Lists, Syncs
+
+NEVER_ASKED = {
+    f"{name}_{stop}": replace(solver, tol=1e-3, sync_every=None, stop=stop)
+    for name, solver in FEW_STEPS.items()
+    for stop in ("relative", "absolute")
+}
 
 
-class Syncs(TorchDispatchMode):
-    """Count the operations that wait for the device, or upload from the host (indexing by a Python list)."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal")
-    UPLOADING = ("lift_fresh", "_index_put_impl_", "index_put_", "index_put", "index")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting, self.uploading = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.waiting += name in self.WAITING
-        self.uploading += name in self.UPLOADING
-        return func(*args, **(kwargs or {}))
-
-
-class Lists(TorchFunctionMode):
-    """Count the calls of `tolist`, which waits as well; on a CPU it dispatches no operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.waiting += func is Tensor.tolist
-        return func(*args, **(kwargs or {}))
-
-
-@each(FEW_STEPS)
-def test_a_fixed_budget_never_waits_for_the_device(solver):
+@each(FEW_STEPS | NEVER_ASKED)
+def test_a_solve_that_never_asks_never_waits_for_the_device(solver):
     """On tensors of a GPU that have no values, reading one raises; no GPU is needed for that."""
     with FakeTensorMode(), Syncs() as syncs, Lists() as lists:
         x = torch.zeros(2, 5, device="cuda")
