@@ -93,7 +93,7 @@ def _loop(
     judged = compiled(observe) if solver.compile else observe
     propose = with_exact_products(solver.propose, z.device.type)
     in_place = in_place and not solver.compile  # a fused pass gains nothing by it
-    asks, batch, together = start.asks, z.shape[0], False
+    asks, every, batch, together = start.asks, solver.sync_every or 1, z.shape[0], False
     best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
     residual = finite_or_infinite(start.residual)
     rows = Rows(residual, better=torch.ones_like(start.active), active=start.active, first=start.length)
@@ -113,7 +113,7 @@ def _loop(
         trace.append(residual)
         if rows.counts is not None:
             going, improved = rows.counts
-        elif asks and step % solver.sync_every == 0:
+        elif asks and step % every == 0:
             going, improved, woken = count(rows, start)  # device-to-host sync
         if rows.woken is not None:
             dependent = dependent | rows.woken.any()
@@ -134,7 +134,7 @@ def _loop(
             continue
         if group is None:
             done = going == 0
-        elif going is not None and step % solver.sync_every == 0:  # at the same steps, whichever ranks know more
+        elif going is not None and step % every == 0:  # at the same steps, whichever ranks know more
             done = not any_rank(going != 0, group, z.device)
     if last:
         best, rows.residual, confirmed = z, finite_or_infinite(residual), True

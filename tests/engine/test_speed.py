@@ -50,13 +50,17 @@ def choose(
         ({"on_gpu": False}, (False, False, False), "f runs as written .there is nothing to choose on a CPU"),
         ({"on_gpu": False, "compile": True}, (True, False, False), "f is compiled"),
         ({"speed": "off"}, (False, False, False), "speed=off"),
-        ({"speed": "off", "cuda_graph": True}, (False, True, False), "steps are CUDA graphs .speed=off"),
+        (
+            {"speed": "off", "cuda_graph": True},
+            (False, True, False),
+            "steps are CUDA graphs, where a solve takes all its max_steps .speed=off",
+        ),
         ({"steps": COMPILE_PAYS - 1}, (False, True, False), f"{COMPILE_PAYS - 1} steps do not earn the time to"),
         ({"steps": GRAPH_PAYS - 1}, (False, False, False), f"{GRAPH_PAYS - 1} steps do not earn a graph"),
         ({"steps": 3, "compile": True, "cuda_graph": True}, (True, True, False), "f is compiled, steps are CUDA"),
         ({"compile": False}, (False, True, False), "steps are CUDA graphs"),
         ({"world_size": 8}, (True, False, False), "CUDA graphs take one process"),
-        ({"obstacles": ["solver.tol=null"]}, (True, False, False), r"CUDA graphs need solver\.tol=null"),
+        ({"obstacles": ["penalty=null"]}, (True, False, False), "CUDA graphs need penalty=null"),
         ({"compiler": False}, (False, True, False), "torch cannot compile here"),
         ({"cell": None}, (False, True, False), "the model has no module `cell`"),
         ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
@@ -101,11 +105,12 @@ def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
         build._check_machine({"cuda_graph": None, "speed": "kernels"}, torch.device("cuda"), 1)
 
 
-def test_a_tolerance_is_an_obstacle_to_graphs(tmp_path):
-    made = plan(["solver.tol=1e-3", f"runs={tmp_path}"])
-    assert obstacles_to_graphs(made.config, made.task) == ["solver.tol=null (a fixed budget)"]
-    made = plan(["solver.tol=null", f"runs={tmp_path}"])
+@pytest.mark.parametrize("tol", ["1e-3", "null"])
+def test_a_tolerance_is_no_obstacle_to_graphs(tol, tmp_path):
+    made = plan([f"solver.tol={tol}", "grad=implicit", f"adjoint_solver.tol={tol}", f"runs={tmp_path}"])
     assert obstacles_to_graphs(made.config, made.task) == []
+    made = plan([f"solver.tol={tol}", "accumulate=2", f"runs={tmp_path}"])
+    assert obstacles_to_graphs(made.config, made.task) == ["accumulate=1"]
 
 
 def test_precision_is_settled_by_the_machine(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ Run them with `bash scripts/test.sh tests/gpu`; without a GPU they are skipped.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,9 +78,15 @@ def test_numbers_of_the_cpu(solver, grad):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-@pytest.mark.parametrize("grad", ESTIMATORS.values(), ids=ESTIMATORS)
-def test_a_fixed_budget_never_waits(solver, grad):
+NEVER_ASKED = {name: replace(solver, tol=1e-3, sync_every=None) for name, solver in SOLVERS.items()}
+HELD = NEVER_ASKED["broyden"]
+
+
+@pytest.mark.parametrize(
+    "solver", [*SOLVERS.values(), *NEVER_ASKED.values()], ids=[*SOLVERS, *(f"{n}_to_tol" for n in SOLVERS)]
+)
+@pytest.mark.parametrize("grad", [*ESTIMATORS.values(), Implicit(solver=HELD)], ids=[*ESTIMATORS, "implicit_to_tol"])
+def test_a_solve_that_never_asks_never_waits(solver, grad):
     model, (images, labels) = tiny(solver=solver, grad=grad).to(GPU), batch()
     images, labels = images.to(GPU), labels.to(GPU)
     gradients(model, images, labels)
@@ -101,8 +108,10 @@ def stepper(model: MDEQ, timer: StepTimer):
     return step
 
 
-def run(count: int, *, graphs: bool, grad, dropout: float = 0.0) -> tuple[list[float], MDEQ, StepTimer]:
-    model, timer = tiny(grad=grad, dropout=dropout).to(GPU), StepTimer(GPU, warmup=0)
+def run(
+    count: int, *, graphs: bool, grad, dropout: float = 0.0, solver=SOLVERS["broyden"]
+) -> tuple[list[float], MDEQ, StepTimer]:
+    model, timer = tiny(solver=solver, grad=grad, dropout=dropout).to(GPU), StepTimer(GPU, warmup=0)
     step = stepper(model, timer)
     if graphs:
         step = StepGraphs(step, deqs=[model.deq], parameters=list(model.parameters()), timer=timer)
@@ -132,6 +141,17 @@ def test_replayed_steps_are_the_eager_ones(grad, dropout):
     times, _ = timer.recent()
     assert {"solve", "attach"} <= set(times), "a replay times its phases"
     assert all(seconds > 0 for seconds in times.values())
+
+
+@pytest.mark.parametrize(
+    "grad", [ESTIMATORS["npg"], Implicit(solver=replace(HELD, sync_every=1))], ids=["npg", "implicit"]
+)
+def test_a_tolerance_stays_under_capture(grad):
+    """Eager steps ask, and stop early; replayed ones have the same numbers."""
+    asks = Broyden(max_steps=30, tol=1e-2)
+    eager, _, _ = run(4 * WARM_UP_STEPS + 8, graphs=False, grad=grad, solver=asks)
+    replayed, _, _ = run(4 * WARM_UP_STEPS + 8, graphs=True, grad=grad, solver=asks)
+    assert replayed == pytest.approx(eager, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ TOL = 1e-12
 SOLVERS = {
     "plain": FixedPoint(max_steps=600, tol=TOL),
     "broyden": Broyden(max_steps=200, tol=TOL),
+    "plain_never_asked": FixedPoint(max_steps=600, tol=TOL, sync_every=None),
     "anderson_rarely_asked": Anderson(max_steps=300, tol=TOL, sync_every=3),
 }
 GRADS = {
@@ -36,6 +37,7 @@ CASES = [
     *itertools.product(("alone", "sharded"), SOLVERS, ("upg", "npg", "implicit")),
     *itertools.product(("mean", "batch_norm"), ("plain", "anderson_rarely_asked"), ("upg", "npg", "implicit_plain")),
     ("batch_norm", "plain", "implicit"),
+    ("mean", "plain_never_asked", "npg"),
 ]
 
 

@@ -82,10 +82,7 @@ def check_root(config: dict[str, Any]) -> None:
 
 def obstacles_to_graphs(config: dict[str, Any], task: Task) -> list[str]:
     """Return what the config would have to say for steps of a fixed shape that never wait for the host, in words."""
-    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
-    unbounded = [name for name, solver in solvers.items() if solver is not None and solver["tol"] is not None]
-    found = [f"{name}.tol=null (a fixed budget)" for name in unbounded]
-    found += [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
+    found = [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
     found += ["accumulate=1"] if config["accumulate"] != 1 else []
     return found + ([] if task.fixed_shapes else [f"batches of a fixed shape, which {task.kind} does not have"])
 

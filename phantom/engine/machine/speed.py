@@ -29,7 +29,8 @@ class Speed:
     reason: str
 
     def __str__(self) -> str:
-        on = {"f is compiled": self.compile, "steps are CUDA graphs": self.cuda_graph, "own kernels": self.kernels}
+        graphs = "steps are CUDA graphs, where a solve takes all its max_steps"
+        on = {"f is compiled": self.compile, graphs: self.cuda_graph, "own kernels": self.kernels}
         return f"speed: {', '.join(name for name, is_on in on.items() if is_on) or 'f runs as written'} ({self.reason})"
 
 

@@ -34,8 +34,8 @@ class StepGraphs:
     captured, and replayed from there on, with the same kernels on the same numbers. Gradients and solutions of a replay
     live in the graph's memory, until the next one.
 
-    The step must have fixed shapes and never wait for the host: fixed solver budgets (`tol=None`), one process, one
-    micro-batch, a batch that is a tuple of tensors, and no carry.
+    The step must have fixed shapes and never wait for the host: one process, one micro-batch, a batch that is a tuple
+    of tensors, and no carry. A solve to a tolerance runs its whole budget while it is captured, see `Solver`.
 
     Args:
         step: computes the score of a batch, and the gradients of `parameters` from none.
