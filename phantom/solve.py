@@ -43,8 +43,9 @@ def solve(
     those whose |f(z) - z| does not exceed the first one; it is finite whenever `z0` is.
 
     Held problems are evaluated with the others. Where the residual of one that had converged rises above `tol` again,
-    the problems depend on each other. From there on they are one, which moves, and is judged, as a whole, if the host
-    is told; if it is not asked, the one that woke moves again, and convergence means that of all.
+    the problems depend on each other, and from there on they are one, which moves, and is judged, as a whole. The host
+    must see that. Where it does not ask at that step, the problem moves again by itself, as one that begins where it
+    woke, and no problem counts as converged unless all have.
 
     Args:
         f: closed map of (B, D) tensors.

@@ -28,10 +28,10 @@ class Solver(ABC):
         stop: measure |f(z) - z| relative to the larger of |f(z)| and |f(z0)|, or absolutely. Only an iterate where
             |f(z) - z| is below its first value can be a solution, or a start that meets `tol` itself.
         norm: per problem, `l2`, `rms` (l2 / sqrt(D)) or `max`.
-        sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped. None never asks:
-            a solve runs its whole budget, never waits for the device, and holds a problem that has stopped where it is,
-            so that states and statistics are those of `sync_every=1`, if the problems do not depend on each other. A
-            solve that is captured in a CUDA graph runs so whatever is said here.
+        sync_every: with a `tol`, ask the device every so many steps whether all problems have stopped. None never asks,
+            and never waits: the solve takes all `max_steps`, and holds each problem where it stopped. The state and the
+            statistics of a problem are those of `sync_every=1`, unless it depends on others. A solve that a CUDA graph
+            captures never asks, whatever is said here.
         compile: fuse the solver's own arithmetic; a minute at the first solve, and worth it on a GPU.
     """
 
