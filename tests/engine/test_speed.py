@@ -65,7 +65,7 @@ def choose(
         ({"cell": None}, (False, True, False), "the model has no module `cell`"),
         ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
         ({"speed": "kernels", "cell": Fusible(), "compile": True}, (True, True, True), "f is compiled"),
-        ({"speed": "kernels", "solver": True}, (True, True, True), "f is compiled, steps are CUDA graphs, own kernels"),
+        ({"speed": "kernels", "solver": True}, (True, True, True), "f is compiled, .* max_steps, own kernels"),
         ({"speed": "kernels", "solver": True, "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
     ],
     ids=lambda value: None if isinstance(value, tuple | str) else "-".join(value) or "default",
