@@ -181,7 +181,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
 # relative 1e-3 is deq's; window 6 and mixing 1 too, the relative ridge is ours
 ANDERSON = {"class": "Anderson", "max_steps": 22, "memory": 6, "lam": 1.0, "ridge": 1e-6}
 FIXED_POINT = {"class": "FixedPoint", "max_steps": 30, "lam": 1.0}
-BROYDEN = {"class": "Broyden", "max_steps": 22, "memory": None}  # Table 1
+BROYDEN = {"class": "Broyden", "max_steps": 22, "memory": None, "kernels": False}  # Table 1
 RELATIVE = {"tol": 1e-3, "stop": "relative", "norm": "l2", "sync_every": 1}
 PINNED["solver"] = {
     "anderson": ANDERSON | RELATIVE,

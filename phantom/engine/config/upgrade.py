@@ -24,6 +24,7 @@ ONE_STEP = {"_target_": "phantom.NPG", "k": 1, "lam": 1.0}
 GAINED: dict[str, dict[str, Any]] = {
     "data.text.wikitext.WikiText103": {"eval_tokens": None},
     "data.images.imagenet.ImageNet": {"streaming": False, "shuffle_buffer": 1000},
+    "phantom.Broyden": {"kernels": False},
 }
 
 
