@@ -6,22 +6,26 @@ Source: Bai et al., *Multiscale Deep Equilibrium Models* (2020), with the detail
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.mdeq.convolution import Convolution, Padded, Plain, Tied
 from models.mdeq.group_norm import GroupNorm
 from phantom import WeightNorm, variational_mask
 from phantom.layers import cast_for_autocast, check_dropout
 from phantom.validate import check_triton
 
+if TYPE_CHECKING:
+    from models.mdeq.kernels import Packed
+
 Branches = tuple[Tensor, ...]  # one (B, C_i, H_i, W_i) tensor per branch
 Masks = tuple[tuple[Tensor | None, ...], ...]  # per branch, per block
+Weights = tuple[Tensor, ...]
 
 
 class BoundBlock(NamedTuple):
@@ -37,7 +41,7 @@ class BoundBlock(NamedTuple):
     conv2: Tensor
     mask: Tensor | None
     u: Tensor | None
-    packed: tuple[Tensor, Tensor] | None = None
+    packed: Packed | None = None
 
 
 class Bound(NamedTuple):
@@ -45,11 +49,13 @@ class Bound(NamedTuple):
 
     Args:
         blocks: per branch, per block.
+        fusion: weights of the stages of T_ij, per target i and source j.
         post_fuse: effective weight of the last convolution, per branch.
     """
 
     blocks: tuple[tuple[BoundBlock, ...], ...]
-    post_fuse: tuple[Tensor, ...]
+    fusion: tuple[tuple[Weights, ...], ...]
+    post_fuse: Weights
 
 
 class ResidualBlock(nn.Module):
@@ -59,6 +65,7 @@ class ResidualBlock(nn.Module):
     """
 
     fused = False  # set by `MDEQCell.fuse`
+    convolution: Convolution = Plain()  # and this by `fuse` and `pad`
 
     def __init__(self, channels: int, *, expansion: int, num_groups: int) -> None:
         super().__init__()
@@ -76,8 +83,8 @@ class ResidualBlock(nn.Module):
         if self.fused:
             from models.mdeq import kernels
 
-            packed = kernels.packed(weights[0]), kernels.packed(weights[1])
-        return BoundBlock(*weights, mask, u, packed)
+            packed = kernels.packed(*weights)
+        return BoundBlock(*map(self.convolution.bind, weights), mask, u, packed)
 
     def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
         if bound.packed is not None and not torch.is_grad_enabled():
@@ -87,8 +94,8 @@ class ResidualBlock(nn.Module):
             if kernels.fits(z, self.norm1.num_channels, self.norm1.num_groups):
                 return kernels.residual_block(z, bound.packed, bound.mask, bound.u, norms)
         # in place, under autograd too: no operation here saves a tensor that the next one overwrites
-        t = self.norm1(F.conv2d(z, bound.conv1, padding=1)).relu_()
-        t = F.conv2d(t, bound.conv2, padding=1)
+        t = self.norm1(self.convolution(z, bound.conv1, self.norm1.num_channels)).relu_()
+        t = self.convolution(t, bound.conv2, self.norm2.num_channels)
         if bound.mask is not None:
             t = t.mul_(bound.mask)
         if bound.u is not None:
@@ -99,6 +106,8 @@ class ResidualBlock(nn.Module):
 class PostFuse(nn.Module):
     """Mix the channels of a fused branch: GN(conv1x1(relu(s))), with weight normalisation and half as many groups."""
 
+    convolution: Convolution = Plain()
+
     def __init__(self, channels: int, *, num_groups: int) -> None:
         super().__init__()
         self.conv = WeightNorm(nn.Conv2d(channels, channels, 1, bias=False).weight)
@@ -106,10 +115,30 @@ class PostFuse(nn.Module):
 
     def bind(self) -> Tensor:
         """Compute the effective weight of one solve."""
-        return cast_for_autocast(self.conv())
+        return self.convolution.bind(cast_for_autocast(self.conv()))
 
     def forward(self, s: Tensor, weight: Tensor) -> Tensor:
-        return self.norm(F.conv2d(s.relu_(), weight))
+        return self.norm(self.convolution(s.relu_(), weight, self.norm.num_channels))
+
+
+class Stage(nn.Module):
+    """One stage of a transition between branches: GN(conv(x)), then relu where another stage follows."""
+
+    convolution: Convolution = Plain()
+
+    def __init__(self, conv: nn.Conv2d, *, num_groups: int, relu: bool) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = GroupNorm(num_groups, conv.out_channels)
+        self.relu = relu
+
+    def bind(self) -> Tensor:
+        """Return the weight of one solve."""
+        return self.convolution.bind(cast_for_autocast(self.conv.weight))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = self.norm(self.convolution(x, weight, self.norm.num_channels, stride=self.conv.stride[0]))
+        return x.relu_() if self.relu else x
 
 
 class MDEQCell(nn.Module):
@@ -153,6 +182,8 @@ class MDEQCell(nn.Module):
     def fuse(self) -> None:
         """Let evaluations without a graph use the Triton kernels of `models.mdeq.kernels`, where these serve the state.
 
+        Those with a graph share one weight gradient, see `models.mdeq.convolution.Tied`.
+
         Raises:
             ValueError: Triton is not installed.
         """
@@ -160,6 +191,16 @@ class MDEQCell(nn.Module):
         for module in self.branches.modules():
             if isinstance(module, ResidualBlock):
                 module.fused = True
+        self._convolve_by(Tied())
+
+    def pad(self) -> None:
+        """Let convolutions see channels padded to what matrix units like, see `models.mdeq.convolution.Padded`."""
+        self._convolve_by(Padded())
+
+    def _convolve_by(self, convolution: Convolution) -> None:
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, PostFuse, Stage)):
+                module.convolution = convolution
 
     def bind(
         self, injection: tuple[Tensor | None, ...], *, masks: Masks | None = None
@@ -177,7 +218,8 @@ class MDEQCell(nn.Module):
             )
             for row, drawn, u in zip(self.branches, masks, injection, strict=True)
         )
-        return partial(self, bound=Bound(blocks, tuple(layer.bind() for layer in self.post_fuse)))
+        fusion = tuple(tuple(tuple(stage.bind() for stage in stages) for stages in row) for row in self.fusion)
+        return partial(self, bound=Bound(blocks, fusion, tuple(layer.bind() for layer in self.post_fuse)))
 
     def forward(self, z: Branches, bound: Bound) -> Branches:
         """Apply F once. Everything that varies is an argument, so `cell.compile()` makes one graph."""
@@ -186,18 +228,24 @@ class MDEQCell(nn.Module):
             for block, bound_block in zip(row, bound_row, strict=True):
                 x = block(x, bound_block)
             b.append(x)
-        layers = zip(self.post_fuse, bound.post_fuse, strict=True)
-        return tuple(post_fuse(self._fuse(i, b), weight) for i, (post_fuse, weight) in enumerate(layers))
+        layers = zip(self.post_fuse, bound.fusion, bound.post_fuse, strict=True)
+        return tuple(layer(self._fuse(i, b, weights), weight) for i, (layer, weights, weight) in enumerate(layers))
 
-    def _fuse(self, i: int, b: list[Tensor]) -> Tensor:
+    def _fuse(self, i: int, b: list[Tensor], weights: tuple[Weights, ...]) -> Tensor:
         """Return s_i, a new tensor that the caller may overwrite; b does not change."""
-        size = b[i].shape[-2:]
+
+        def moved(j: int) -> Tensor:
+            x = b[j]
+            for stage, weight in zip(self.fusion[i][j], weights[j], strict=True):
+                x = stage(x, weight)
+            return _resize(x, b[i].shape[-2:])
+
         # the first T_ij(b_j) with j != i is a new tensor: add the other terms to it in place
         first = int(i == 0)
-        s = _resize(self.fusion[i][first](b[first]), size)
+        s = moved(first)
         for j in range(len(b)):
             if j != first:
-                s = s.add_(b[i] if j == i else _resize(self.fusion[i][j](b[j]), size))
+                s = s.add_(moved(j))
         return s
 
     def _draw(self, u: Tensor) -> Masks:
@@ -213,26 +261,17 @@ class MDEQCell(nn.Module):
         )
 
 
-def _transition(channels: tuple[int, ...], *, source: int, target: int, num_groups: int) -> nn.Module:
-    """Return the learned part of T_ij (target i, source j); the cell upsamples, which takes no parameters."""
-    if source == target:
-        return nn.Identity()
+def _transition(channels: tuple[int, ...], *, source: int, target: int, num_groups: int) -> nn.ModuleList:
+    """Return the stages of T_ij (target i, source j), none of the identity; the cell upsamples."""
     a, b = channels[source], channels[target]
     if source > target:
-        return nn.Sequential(_stage(nn.Conv2d(a, b, 1, bias=False), num_groups, relu=False))
+        return nn.ModuleList([Stage(nn.Conv2d(a, b, 1, bias=False), num_groups=num_groups, relu=False)])
     stages = []
     for level in range(source + 1, target + 1):
         last = level == target
         conv = nn.Conv2d(a, b if last else a, 3, stride=2, padding=1, bias=False)
-        stages.append(_stage(conv, num_groups, relu=not last))
-    return nn.Sequential(*stages)
-
-
-def _stage(conv: nn.Conv2d, num_groups: int, *, relu: bool) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=GroupNorm(num_groups, conv.out_channels))
-    if relu:
-        layers["relu"] = nn.ReLU(inplace=True)
-    return nn.Sequential(layers)
+        stages.append(Stage(conv, num_groups=num_groups, relu=not last))
+    return nn.ModuleList(stages)
 
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:

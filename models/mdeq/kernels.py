@@ -13,7 +13,7 @@ Shapes: B images, C channels, I = E C inner channels, H x W pixels, G norm group
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -157,16 +157,36 @@ def conv_norm_add_norm(
     tl.store(out + place, s.to(out.dtype.element_ty), mask=known)
 
 
-def packed(weight: Tensor) -> Tensor:
-    """Return a 3x3 weight (O, C, 3, 3) as the kernels read it, (3, 3, C, O), without a graph."""
-    return weight.detach().permute(2, 3, 1, 0).contiguous()
+class Packed(NamedTuple):
+    """What the kernels read of a block's weights, fixed during a solve.
+
+    Args:
+        conv1: (3, 3, C, I); its dtype and that of `conv2` is that of the products.
+        conv2: (3, 3, I, C).
+        precision: of products of float32, in Triton's words.
+    """
+
+    conv1: Tensor
+    conv2: Tensor
+    precision: str
+
+
+def packed(conv1: Tensor, conv2: Tensor) -> Packed:
+    """Return the 3x3 weights (I, C, 3, 3) and (C, I, 3, 3) as the kernels read them, without a graph."""
+    # torch allows TF32 by this switch, which its compiler cannot read inside f; bfloat16 products do not look at it
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return Packed(*(weight.detach().permute(2, 3, 1, 0).contiguous() for weight in (conv1, conv2)), precision)
+
+
+INTERPRETED = not isinstance(conv_norm_relu, triton.JITFunction)
 
 
 def fits(z: Tensor, inner: int, num_groups: int) -> bool:
     """Return whether the kernels serve z (B, C, H, W) with `inner` channels in `num_groups` groups."""
     _, channels, height, width = z.shape
     return (
-        height * width <= MAX_PIXELS
+        (z.is_cuda or INTERPRETED)
+        and height * width <= MAX_PIXELS
         and max(channels, inner // num_groups) <= MAX_CHANNELS
         and z.dtype in (torch.float32, torch.bfloat16)
         and z.is_contiguous(memory_format=torch.channels_last)
@@ -175,7 +195,7 @@ def fits(z: Tensor, inner: int, num_groups: int) -> bool:
 
 def residual_block(
     z: Tensor,
-    weights: tuple[Tensor, Tensor],
+    weights: Packed,
     mask: Tensor | None,
     u: Tensor | None,
     norms: tuple[GroupNorm, GroupNorm, GroupNorm],
@@ -185,37 +205,35 @@ def residual_block(
     """Return the residual block of z (B, C, H, W), in its dtype and channels_last; see `fits` for what it takes.
 
     Args:
-        weights: (3, 3, C, I) and (3, 3, I, C), by `packed`; their dtype is that of the products.
+        weights: by `packed`.
         mask: (B, C, 1, 1) or None.
         u: (B, C, H, W) or None; made channels_last where it is not.
         norms: of the block, in order.
         num_warps: of a program.
     """
     batch, channels, height, width = z.shape
-    inner, groups = weights[0].shape[-1], norms[0].num_groups
-    t = torch.empty((batch, height, width, inner), device=z.device, dtype=weights[1].dtype)
+    inner, groups = weights.conv1.shape[-1], norms[0].num_groups
+    t = torch.empty((batch, height, width, inner), device=z.device, dtype=weights.conv2.dtype)
     out = torch.empty_like(z)
     u = None if u is None else u.contiguous(memory_format=torch.channels_last)
     affine = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
-    # torch allows TF32 by this switch; bfloat16 products do not look at it
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     common: dict[str, Any] = {
         "C": channels,
         "I": inner,
         "BLOCK_C": block_of(channels),
         "PIXELS": block_of(height * width),
-        "PRECISION": precision,
+        "PRECISION": weights.precision,
         "num_warps": num_warps,
         "num_stages": NUM_STAGES,
     }
     conv_norm_relu[(batch, groups)](
-        *(z, weights[0], *affine[:2], t, height, width, norms[0].eps),
+        *(z, weights.conv1, *affine[:2], t, height, width, norms[0].eps),
         GROUP=inner // groups,
         BLOCK_O=block_of(inner // groups),
         **common,
     )
     conv_norm_add_norm[(batch,)](
-        *(t, weights[1], z if mask is None else mask, z if u is None else u, z, *affine[2:]),
+        *(t, weights.conv2, z if mask is None else mask, z if u is None else u, z, *affine[2:]),
         *(out, height, width, norms[1].eps),
         GROUP=channels // groups,
         BLOCK_I=32,

@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils._triton
 
 from models.mdeq.cell import MDEQCell
 
@@ -43,6 +46,27 @@ def test_without_triton_a_sentence_says_so(monkeypatch):
     cell = MDEQCell(channels=(8, 16), expansion=2, num_groups=4, num_blocks=1, dropout=0.0)
     with pytest.raises(ValueError, match="the kernels need Triton"):
         cell.fuse()
+
+
+def test_a_cell_with_kernels_is_one_graph_where_f_is_compiled(monkeypatch):
+    from models.mdeq import kernels
+
+    # torch's compiler looks for a GPU before it knows a kernel
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "fits", lambda *_: True)
+    cell = MDEQCell(channels=(8, 16), expansion=2, num_groups=4, num_blocks=1, dropout=0.0)
+    cell.fuse()
+    names = []
+
+    def record(graph, _):
+        names.extend(node.name for node in graph.graph.nodes)
+        return lambda *_: ()  # there is nothing to run the kernels on
+
+    cell.compile(fullgraph=True, backend=record)
+    z = tuple(torch.randn(2, c, s, s) for c, s in ((8, 6), (16, 3)))
+    with torch.no_grad(), suppress(IndexError):
+        cell.bind((z[0], None))(z)
+    assert sum(name.startswith("triton_kernel_wrapper") for name in names) == 2 * len(cell.channels)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
