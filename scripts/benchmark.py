@@ -10,7 +10,8 @@
 Overrides are those of train.py (without data), and `batch`, `size` (pixels of a side, tokens of a segment, nodes of a
 graph), `classes` (or words of the vocabulary) and `hoist` (false: a Transformer cell that computes nothing once per
 solve); commas sweep. Batches are random, the memory of a language model is full. Budgets are fixed (`solver.tol=null`)
-unless given. All variants run in turn, round after round, in one process; ratios are paired by round. `clock=cpu
+unless given. `compile` and `speed` concern the cell alone here; solvers have `solver.compile` and `solver.kernels`. All
+variants run in turn, round after round, in one process; ratios are paired by round. `clock=cpu
 threads=1` suits a machine that others use, too.
 
     clock=wall|cpu   on a GPU, wall reads events

@@ -100,8 +100,8 @@ def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
 def _check_machine(config: dict[str, Any], device: torch.device, world_size: int) -> None:
     if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
         raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
-    if config["speed"] == "kernels" and device.type != "cuda":
-        raise ConfigError("speed=kernels needs a GPU: use speed=auto here")
+    if config["speed"] in ("kernels", "padded") and device.type != "cuda":
+        raise ConfigError(f"speed={config['speed']} needs a GPU: use speed=auto here")
     if config["speed"] == "kernels":
         try:
             check_triton()
@@ -182,6 +182,8 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     cell: Any = getattr(model, "cell", None)
     if speed.kernels and hasattr(cell, "fuse"):
         cell.fuse()
+    if speed.padded:
+        cell.pad()
     if speed.compile:
         compile_cell(model)
     rules = _speed_up_solvers(model, plan.rules, speed)

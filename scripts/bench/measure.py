@@ -78,7 +78,7 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, timer: StepT
 
 def _peer_row(setting: v.Setting, device: torch.device, timer: StepTimer) -> Row:
     variant = v.make(setting, device)
-    hidden = ("precision=", "gradient_precision=", "compile=", "model.channels")
+    hidden = ("precision=", "gradient_precision=", "compile=", "speed=", "model.channels")
     names = [word for word in setting.label.split() if not word.startswith(hidden)]
     variant.label = " ".join(["torchdeq", *names])
     variant.model = replace_deq(variant.model, TorchDEQ)

@@ -36,6 +36,8 @@ from train import CONFIGS
 OWN = {"batch": "32", "size": "32", "classes": "10", "hoist": "true"}
 # a fixed budget, unless the command line says otherwise: equal work is what can be compared
 FIXED = ("solver.tol", "adjoint_solver.tol")
+# the cell's method that gives it the form of `speed`; like `compile`, it leaves solvers to keys of their own
+FORMS = {"kernels": "fuse", "padded": "pad"}
 # training moves the weights, and a benchmark wants every step alike
 RATE = 1e-6
 
@@ -163,6 +165,7 @@ def make(setting: Setting, device: torch.device) -> Variant:
         if kind != "language_modelling" or made.config["compile"]:
             raise ConfigError("hoist=false is for the DEQ Transformer, and not for compile=true")
         model.cell = UnhoistedCell(model.cell)
+    _set_form(model, made.config["speed"])
     if made.config["compile"]:
         compile_cell(model)
     optimizer = made.make_optimizer(model.parameters())
@@ -180,6 +183,18 @@ def make(setting: Setting, device: torch.device) -> Variant:
         carry=carry,
         optimizer=optimizer,
     )
+
+
+def _set_form(model: nn.Module, speed: str) -> None:
+    if speed not in FORMS:
+        return
+    cell = getattr(model, "cell", None)
+    if not hasattr(cell, FORMS[speed]):
+        raise ConfigError(f"speed={speed} needs a model whose cell has that form, as that of an MDEQ: leave it out")
+    try:
+        getattr(cell, FORMS[speed])()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _kind_of(leaf: str) -> str:
@@ -201,7 +216,7 @@ def for_peer(setting: Setting) -> Setting:
     config = copy.deepcopy(setting.plan.config)
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
-    config |= {"compile": False, "cuda_graph": False, "gradient_precision": None}
+    config |= {"compile": False, "cuda_graph": False, "speed": "off", "gradient_precision": None}
     for solver in (config["solver"], config["adjoint_solver"], config["grad"].get("solver")):
         if solver is not None:
             solver["compile"] = False

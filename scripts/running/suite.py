@@ -59,6 +59,8 @@ def items(study: dict[str, Any], row: dict[str, Any], *, rehearse: bool) -> list
         if found["model"] == "deq_transformer":
             found |= {"model": "deq_transformer_small", "classes": "3000"}
         found |= {"repeats": "1", "clock": "cpu", "threads": "1", "device": "cpu"}
+        if "speed" in found and not find_spec("triton"):
+            found["speed"] = "off,padded"  # torch brings Triton with CUDA alone
         found |= {"growth": "2"} if "growth" in row else {}
         found |= {"peer": "torchdeq"} if find_spec("torchdeq") else {}
     else:

@@ -82,7 +82,7 @@ BEFORE_DATA = [
     ("keep_checkpoints=0", "keep_checkpoints=0 must be an integer >= 1"),
     ("log_every=true", "log_every=True must be an integer >= 1"),
     ("compile=maybe", "compile='maybe' must be true or false, or null to let speed= decide"),
-    ("speed=fast", "speed='fast' is not known; choose one of auto, off, kernels"),
+    ("speed=fast", "speed='fast' is not known; choose one of auto, off, kernels, padded"),
     ("precision=fp8", "precision='fp8' is not known; choose one of auto, fp32, tf32, bf16"),
     ("gradient_precision=fp16", "choose one of null, bf16"),
     ("on_failure=loud", "choose one of useless, ignore, warn, raise"),

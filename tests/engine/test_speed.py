@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.mdeq.cell import ResidualBlock
+from models.mdeq.convolution import Padded
 from phantom.engine import build
 from phantom.engine.build import build_trainer
 from phantom.engine.config.values import obstacles_to_graphs
@@ -21,7 +22,12 @@ UNSET = {"speed": "auto", "compile": None, "cuda_graph": None}
 
 class Fusible:
     def fuse(self):
-        raise AssertionError("choosing fuses nothing")
+        raise AssertionError("choosing changes nothing")
+
+
+class Paddable:
+    def pad(self):
+        raise AssertionError("choosing changes nothing")
 
 
 CELL = object()
@@ -76,6 +82,15 @@ def test_the_choice(given, expected, sentence):
     assert re.search(sentence, text), text
 
 
+def test_padding_is_as_auto_and_needs_a_cell_that_pads():
+    for steps, on in ((COMPILE_PAYS, True), (GRAPH_PAYS - 1, False)):
+        found, text = choose(speed="padded", cell=Paddable(), steps=steps)
+        assert found == (on, on, False) and "padded channels (" in text
+    for cell in (CELL, None):
+        with pytest.raises(ValueError, match="speed=padded needs a model whose cell pads its channels"):
+            choose(speed="padded", cell=cell)
+
+
 def test_kernels_need_a_cell_or_a_solver_that_has_them():
     with pytest.raises(
         ValueError, match=r"speed=kernels needs a model whose cell has kernels.*, or solver=broyden: use"
@@ -94,9 +109,10 @@ def test_on_a_cpu_it_is_one_line_and_nothing_else(tmp_path, caplog):
     assert trainers[0].folder == trainers[1].folder, "how fast a run is does not make it another one"
 
 
-def test_kernels_are_refused_on_a_cpu_before_the_data_are_read(tmp_path):
-    with pytest.raises(ConfigError, match="speed=kernels needs a GPU"):
-        build_trainer(plan(["data=cifar10", "data.root=nowhere", "speed=kernels", f"runs={tmp_path}", "device=cpu"]))
+@pytest.mark.parametrize("speed", ["kernels", "padded"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu_before_the_data_are_read(speed, tmp_path):
+    with pytest.raises(ConfigError, match=f"speed={speed} needs a GPU"):
+        build_trainer(plan(["data=cifar10", "data.root=nowhere", f"speed={speed}", f"runs={tmp_path}", "device=cpu"]))
 
 
 def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
@@ -123,7 +139,7 @@ def test_precision_is_settled_by_the_machine(monkeypatch, tmp_path):
 
 
 def test_a_run_that_compiles_f_compiles_its_solvers(monkeypatch, tmp_path):
-    chosen = Speed(compile=True, cuda_graph=False, kernels=False, reason="a test")
+    chosen = Speed(compile=True, cuda_graph=False, kernels=False, padded=False, reason="a test")
     monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
     monkeypatch.setattr(build, "compile_cell", lambda model: None)
     trainer = build_trainer(plan(["grad=implicit", "subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]))
@@ -135,7 +151,7 @@ def test_a_run_that_compiles_f_compiles_its_solvers(monkeypatch, tmp_path):
 
 def test_a_run_with_kernels_has_them_in_its_cell_and_in_broyden_alone(monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    chosen = Speed(compile=False, cuda_graph=False, kernels=True, reason="a test")
+    chosen = Speed(compile=False, cuda_graph=False, kernels=True, padded=False, reason="a test")
     monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
     line = ["grad=implicit", "eval_solver=anderson", "subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]
     trainer = build_trainer(plan(line))
@@ -144,3 +160,10 @@ def test_a_run_with_kernels_has_them_in_its_cell_and_in_broyden_alone(monkeypatc
     assert trainer.rules.solver.kernels and trainer.rules.grad.solver.kernels
     assert not hasattr(deq.eval_solver, "kernels")
     assert all(block.fused for block in trainer.unwrapped.modules() if isinstance(block, ResidualBlock))
+
+
+def test_a_run_that_pads_has_a_cell_that_pads(monkeypatch, tmp_path):
+    chosen = Speed(compile=False, cuda_graph=False, kernels=False, padded=True, reason="a test")
+    monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
+    trainer = build_trainer(plan(["subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]))
+    assert isinstance(trainer.unwrapped.cell.post_fuse[0].convolution, Padded)

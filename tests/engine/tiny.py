@@ -156,7 +156,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         "shard": Shard(),
         "device": CPU,
         "precision": "fp32",
-        "speed": Speed(compile=False, cuda_graph=False, kernels=False, reason="a test"),
+        "speed": Speed(compile=False, cuda_graph=False, kernels=False, padded=False, reason="a test"),
         "progress": False,
         "folder": folder,
         "config": "seed: 0\n",

@@ -1,7 +1,13 @@
 """The suite's page pairs what belongs together, and a step that leaks is seen."""
 
+import sys
+
+import pytest
 import torch
 
+from models.mdeq.convolution import Padded, Plain
+from phantom.engine.errors import ConfigError
+from phantom.engine.measure.timing import StepTimer
 from scripts.bench import measure, variants
 from scripts.bench.growth import measure_growth
 from scripts.reporting import benchmarks, suites
@@ -57,6 +63,33 @@ def test_growth_counts_what_a_step_leaves_behind():
 
 
 def test_every_way_to_run_ours_has_the_same_peer():
-    options = ["grad=implicit", "compile=true,false", "gradient_precision=null,bf16", "precision=fp32"]
+    options = [
+        "grad=implicit",
+        "compile=true,false",
+        "gradient_precision=null,bf16",
+        "speed=off,padded",
+        "precision=fp32",
+    ]
     peers = [variants.for_peer(setting) for setting in variants.settings([*SMALL, *options])]
-    assert len(peers) == 4 and all(peer.plan.config == peers[0].plan.config for peer in peers)
+    assert len(peers) == 8 and all(peer.plan.config == peers[0].plan.config for peer in peers)
+
+
+def test_forms_of_the_cell_are_variants_beside_the_plain_one():
+    made = {s.label: variants.make(s, CPU) for s in variants.settings([*SMALL, "k=2", "speed=off,padded"])}
+    forms = {label: type(variant.model.cell.post_fuse[0].convolution) for label, variant in made.items()}
+    assert forms == {"upg k=2 speed=off": Plain, "upg k=2 speed=padded": Padded}
+    losses = [float(variant.step(StepTimer(CPU)).tally.loss_sum) for variant in made.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_form_that_the_cell_does_not_have_is_refused():
+    (setting,) = variants.settings(["model=ignn", "size=5", "batch=2", "classes=2", "speed=padded"])
+    with pytest.raises(ConfigError, match="speed=padded needs a model whose cell has that form"):
+        variants.make(setting, CPU)
+
+
+def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (setting,) = variants.settings([*SMALL, "speed=kernels"])
+    with pytest.raises(ConfigError, match="the kernels need Triton"):
+        variants.make(setting, CPU)
