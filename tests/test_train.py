@@ -34,7 +34,20 @@ FIELDS = {
     ),
     *("precision", "gradient_precision", "compile", "cuda_graph"),
     *("device", "versions", "commit", "dirty", "started", "finished"),
-    *("wall_seconds", "steps", "final", "best", "train", "times", "items_per_second", "unit", "peak_memory"),
+    *(
+        "wall_seconds",
+        "training_seconds",
+        "target",
+        "reached",
+        "steps",
+        "final",
+        "best",
+        "train",
+        "times",
+        "items_per_second",
+        "unit",
+        "peak_memory",
+    ),
 }
 
 
@@ -65,6 +78,8 @@ def test_the_record(record):
     assert record["num_parameters"] == sum(record["parameter_groups"].values())
     assert {"step", "solve", "attach", "backward", "optimizer"} <= set(record["times"])
     assert torch.__version__.startswith(record["versions"]["torch"])
+    assert (record["target"], record["reached"]) == (None, None)
+    assert 0 < record["training_seconds"] < record["wall_seconds"] + 0.1
     for key in ("items_per_second", "peak_memory", "wall_seconds"):
         assert record[key] > 0
     assert record["started"] <= record["finished"]

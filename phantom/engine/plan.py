@@ -197,7 +197,7 @@ def _rules(config: dict[str, Any], deq: DEQ) -> Rules:
 
 
 def _budget(config: dict[str, Any]) -> Budget:
-    names = ("epochs", "steps", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
+    names = ("epochs", "steps", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "target")
     return Budget(**{name: config[name] for name in names}, eval_splits=tuple(config["eval_splits"]))
 
 

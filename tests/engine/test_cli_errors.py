@@ -93,6 +93,8 @@ BEFORE_DATA = [
     ("wandb=of", "wandb='of' is not known; choose one of auto, online, offline, disabled"),
     ("ema=1.5", r"ema=1\.5 must be in \(0, 1\), or null"),
     ("ema=x", r"ema='x' must be in \(0, 1\), or null"),
+    ("target=high", "target='high' must be a number >= 0, or null to train to the end of the budget"),
+    ("target=true", "target=True must be a number >= 0"),
     ("runs=null", "runs=None must be a name"),
     ("init=''", "init='' must be a path or null"),
     ("init=a continue_from=b", "init and continue_from exclude each other"),

@@ -103,6 +103,17 @@ def test_all_ranks_evaluate_the_same_batch_statistics(folder, ema):
             assert ranks[0]["final"][split][name] == pytest.approx(metrics[name], rel=EQUAL)
 
 
+def test_ranks_stop_at_a_target_together(folder, tmp_path):
+    """At the step at which one process does, before the end, with the same metrics."""
+    ranks = [torch.load(folder / "target" / f"rank{rank}.pt") for rank in range(2)]
+    assert tiny.same(*ranks)
+    (tmp_path / "alone").mkdir()
+    two_ranks.target(tmp_path / "alone", 0, 1)
+    alone = torch.load(tmp_path / "alone" / "rank0.pt")
+    assert alone["reached"] and 1 < alone["step"] == ranks[0]["step"] < 30
+    assert ranks[0]["best"]["valid"]["accuracy"] == pytest.approx(alone["best"]["valid"]["accuracy"], rel=EQUAL)
+
+
 def test_a_rank_without_an_example_knows_what_the_others_found(folder, tmp_path):
     alone = two_ranks.trainer(tmp_path, 0, 1, noisy=False, count=1)
     options = {"shard": alone.shard, "device": tiny.CPU, "precision": "fp32"}

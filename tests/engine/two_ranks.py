@@ -20,6 +20,8 @@ from tests.engine.tiny import Killed, Killing, Shard
 from tests.phantom.processes import join, leave
 from tests.tiny_run import tiny_run
 
+TARGET = 60.0  # percent of forty validation vectors
+
 
 def activity(f, z):
     """A penalty without random probes: the mean square of f at the equilibrium, over all problems."""
@@ -78,6 +80,14 @@ def batch_statistics(folder: Path, rank: int, world: int, *, ema: float | None) 
     torch.save({"buffers": buffers, "final": run.final, "best": run.best}, folder / f"rank{rank}.pt")
 
 
+def target(folder: Path, rank: int, world: int) -> None:
+    """Stop at a target; each rank notes where it stopped."""
+    changes = {"count": 40, "budget": tiny.budget(epochs=3, eval_every=1, target=TARGET)}
+    run = trainer(folder, rank, world, noisy=False, **changes)
+    run.fit(resume=False)
+    torch.save({"step": run.step, "reached": run.reached, "best": run.best}, folder / f"rank{rank}.pt")
+
+
 def one_example(folder: Path, rank: int, world: int) -> None:
     """One example to evaluate on, which one of the ranks has; and none at all, of which both must say so."""
     run = trainer(folder, rank, world, noisy=False, count=1)
@@ -106,6 +116,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         name = folder / f"statistics{ema}"
         name.mkdir(exist_ok=True)
         batch_statistics(name, rank, world, ema=ema)
+    (folder / "target").mkdir(exist_ok=True)
+    target(folder / "target", rank, world)
     (folder / "one").mkdir(exist_ok=True)
     one_example(folder / "one", rank, world)
     command_line(folder / "command_line", world)

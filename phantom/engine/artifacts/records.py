@@ -31,7 +31,7 @@ CIRCUMSTANCES = (
     *("data.root", "data.download", "data.cache"),
 )
 # keys that came later: a run that does not use them is the run that it was before
-LATER = ("init", "continue_from")
+LATER = ("init", "continue_from", "target")
 # keys that may change where a run goes on from another one, see `continue_from`
 BUDGET = ("epochs", "steps", "smoke_steps", "schedule", "eval_every", "eval_splits", "scale", "repeats", *LATER)
 LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
@@ -75,7 +75,9 @@ class Record:
         official_parameter_count: where the original counts otherwise, such as a shared weight twice; else None.
         folder: the run folder, relative to the folder of all runs.
         dirty: whether the code differed from `commit`; None where that is not known.
-        wall_seconds: of training and evaluations, summed over restarts.
+        wall_seconds: of training and evaluations, summed over restarts; training_seconds: without evaluations and the
+            checkpoints that they and `checkpoint_every` write, and with the time to compile.
+        target: the value of the headline metric at which the run was to stop, or None; `reached`: whether it did.
         final, best: metrics per split at the last evaluation, and at the one where the first split was best.
         train: the last training row; `times`: seconds by phase; `items_per_second`: in step time, of `unit`.
         peak_memory: of this job, in bytes: allocated on a GPU, or resident for the process on a CPU.
@@ -111,7 +113,10 @@ class Record:
     started: str
     finished: str
     wall_seconds: float
+    training_seconds: float | None = None
     steps: int
+    target: float | None = None
+    reached: bool | None = None
     final: dict[str, dict[str, float]]
     best: dict[str, dict[str, float]]
     train: dict[str, float]

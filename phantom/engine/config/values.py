@@ -31,7 +31,7 @@ SWITCHES = ("deterministic", "sync_batchnorm", "progress")
 OPTIONAL_SWITCHES = ("compile", "cuda_graph")
 TEXTS = ("runs", "wandb_project")
 OPTIONAL_TEXTS = ("init", "continue_from")
-OTHERS = ("seed", "ema", "eval_splits")
+OTHERS = ("seed", "ema", "target", "eval_splits")
 KEYS = (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *OPTIONAL_SWITCHES, *TEXTS, *OPTIONAL_TEXTS, *OTHERS)
 
 
@@ -63,6 +63,8 @@ def check_root(config: dict[str, Any]) -> None:
                 check_flag(key, config[key], also=", or null to let speed= decide")
         if config["ema"] is not None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
+        if config["target"] is not None:
+            check_number("target", config["target"], ">= 0", also=", or null to train to the end of the budget")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for key in TEXTS:

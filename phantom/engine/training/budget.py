@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phantom.engine.source import Source
+from phantom.engine.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class Budget:
         keep_checkpoints: number of these to keep: last.pt, then last-1.pt, ...
         eval_splits: splits to evaluate; the headline metric of the first one selects the best checkpoint, and `best`
             in the record is what that checkpoint gives on all of them.
+        target: stop at the first evaluation whose headline metric on the first split is as good; None trains to the
+            end.
     """
 
     epochs: int
@@ -29,6 +33,17 @@ class Budget:
     checkpoint_every: int | None
     keep_checkpoints: int
     eval_splits: tuple[str, ...]
+    target: float | None = None
+
+    def reached(self, best: Mapping[str, Mapping[str, float]], task: Task) -> bool | None:
+        """Return whether the best evaluation, its metrics by split, is as good as the target; None without a target."""
+        if self.target is None:
+            return None
+        found = best.get(self.eval_splits[0])
+        if found is None:
+            return False
+        value = found[task.metric]
+        return value >= self.target if task.mode == "max" else value <= self.target
 
     def total(self, source: Source) -> int:
         """Return the number of optimiser steps of the whole budget."""

@@ -7,7 +7,6 @@ device-to-host synchronisations are at log rows, evaluations and checkpoints, ma
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import MetricsLog
 from phantom.engine.artifacts.redistribution import carries_to_resume
 from phantom.engine.artifacts.tracking import Tracker
-from phantom.engine.errors import CheckpointError, DivergenceError
+from phantom.engine.errors import CheckpointError
 from phantom.engine.machine import distributed
 from phantom.engine.machine.lateness import LateRanks
 from phantom.engine.machine.memory import peak_memory
@@ -41,6 +40,7 @@ from phantom.engine.training.evaluation import StoppedError, batch_to, evaluate
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
 from phantom.engine.training.step import Step
+from phantom.engine.training.stopwatch import Stopwatch
 
 NEW_RANK = 7919  # a prime, so that the seeds of new ranks at different steps are different
 log = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class Trainer:
 
     data: which data it trains on.
     step: optimiser steps taken; `total`: those of the whole budget.
-    seconds: wall clock of `fit` with its evaluations, summed over restarts; work lost after the last checkpoint is not
-        counted.
+    stopwatch: wall clock of `fit`, summed over restarts, and of its training without evaluations and their checkpoints;
+        work lost after the last checkpoint is not counted.
     best, final: metrics per split at the best evaluation so far and at the last one; train_report: the last row.
     """
 
@@ -90,13 +90,13 @@ class Trainer:
     origin: dict[str, Any] | None = None
 
     step: int = 0
-    seconds: float = 0.0
     best: dict[str, dict[str, float]] = field(default_factory=dict)
     final: dict[str, dict[str, float]] = field(default_factory=dict)
     train_report: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.device)
+        self.stopwatch = Stopwatch()
         self.data = Data(self.source.digests(), self.config)
         self.total = self.budget.total(self.source)
         self._deqs = deqs_of(self.unwrapped)
@@ -116,7 +116,6 @@ class Trainer:
             cuda_graph=self.speed.cuda_graph,
             timer=self.timer,
         )
-        self._started = 0.0
         self._interruption = Interruption()
         self._late_ranks = LateRanks()
         # the epoch of a step whose evaluation a signal cut short
@@ -127,7 +126,7 @@ class Trainer:
         self._progress: Progress | None = None
 
     def fit(self, *, resume: bool) -> None:
-        """Train to the end of the budget. A second call finds the budget spent, and does nothing.
+        """Train to the end of the budget, or to its target. A second call finds that done, and does nothing.
 
         SIGTERM, SIGINT and SIGUSR2 end it after the step, or in the evaluation, that they reach on any rank, with a
         checkpoint that continues to the same numbers.
@@ -138,11 +137,11 @@ class Trainer:
             DataError: a process that loads data has died.
             Interrupted: a signal asked for the end; a SystemExit with status 128 + its number.
         """
-        if self._progress is not None and self.step >= self.total:
+        if self._progress is not None and self._ended:
             return
         if resume:
             self._resume()
-        self._started = time.monotonic() - self.seconds
+        self.stopwatch.start()
         main = self.shard.rank == 0
         if main:  # once nothing was refused: until then the folder is that of the run before
             with files.whole(self.folder / "config.yaml") as file:
@@ -182,6 +181,15 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     @property
+    def reached(self) -> bool | None:
+        """Whether an evaluation was as good as the target, the same on all ranks; None where the run has no target."""
+        return self.budget.reached(self.best, self.task)
+
+    @property
+    def _ended(self) -> bool:
+        return self.step >= self.total or self.reached is True
+
+    @property
     def _shown(self) -> Progress:
         assert self._progress is not None, "fit opens it"
         return self._progress
@@ -196,7 +204,7 @@ class Trainer:
         before = 0
         for epoch, length in enumerate(self._lengths()):
             start, before = self.step - before, before + length
-            if start >= length or self.step >= self.total:
+            if start >= length or self._ended:
                 continue
             if start == 0:
                 self._take_step.reset_carries()
@@ -204,7 +212,7 @@ class Trainer:
                 self._train_step(micro_batches, epoch)
                 self.step += 1
                 self._after_step(micro_batches, epoch, end_of_epoch=self.step == before)
-                if self.step >= self.total:
+                if self._ended:
                     return
                 if self._signalled() if self.shard.world == 1 else self._take_step.vote.passed:
                     self._stop()
@@ -225,7 +233,7 @@ class Trainer:
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
         saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
         if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
-            self._check_finite(epoch)
+            self._take_step.check_finite(epoch, self.folder)
             batch = batch_to(micro_batches[0], self.device)
             measured = self.monitor.measure(self.unwrapped, self.task, batch, self._take_step.carries[0])
             self._write({"kind": "monitor", **measured}, epoch)
@@ -236,9 +244,10 @@ class Trainer:
 
     def _look(self, epoch: int, *, evaluates: bool) -> None:
         """Evaluate if asked to, and save."""
-        if evaluates:
-            self._evaluate(epoch)
-        self._save(checkpoints.LAST)
+        with self.stopwatch.pause():
+            if evaluates:
+                self._evaluate(epoch)
+            self._save(checkpoints.LAST)
 
     def _signalled(self) -> bool:
         return self._interruption.number > 0
@@ -246,7 +255,7 @@ class Trainer:
     def _stop(self) -> NoReturn:
         """Save between two steps, or before an evaluation, and end; every rank must call this."""
         number = max(distributed.gather(self._interruption.number))
-        self._check_finite(self._evaluation_due or 0)
+        self._take_step.check_finite(self._evaluation_due or 0, self.folder)
         self._save(checkpoints.LAST)
         log.warning(
             "%s: stopped after step %d of %d. The same command goes on from there, as if nothing had happened: %s",
@@ -259,18 +268,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- rows and evaluations
 
-    def _check_finite(self, epoch: int) -> None:
-        first_bad = int(self._take_step.first_bad)
-        if first_bad >= 0:
-            raise DivergenceError(
-                f"the loss or its gradient stopped being finite at step {first_bad} (epoch {epoch}). The last good "
-                f"checkpoint, if one was saved, is {self.folder / 'last.pt'}. Try a smaller optimizer.lr, "
-                "clipping=total, a smaller lam or k, more solver.max_steps, precision=fp32, or look for a broken batch "
-                "near that step"
-            )
-
     def _flush(self, epoch: int) -> None:
-        self._check_finite(epoch)
+        self._take_step.check_finite(epoch, self.folder)
         window = self._take_step.window
         if window.tally is None:
             return
@@ -335,7 +334,7 @@ class Trainer:
         carries = batch_to(self._take_step.carries, torch.device("cpu"))
         window = batch_to(self._take_step.window.state(), torch.device("cpu"))
         ranks = distributed.gather({"rng": checkpoints.rng_state(self.device), "carries": carries, "window": window})
-        self.seconds = time.monotonic() - self._started
+        seconds = self.stopwatch.state()
         if self._log is None:  # not the first rank
             return
         self._log.sync()
@@ -344,7 +343,7 @@ class Trainer:
             "ema": None if self._take_step.average is None else self._take_step.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": seconds,
             "best": self.best,
             "final": self.final,
             "train_report": self.train_report,
@@ -381,7 +380,7 @@ class Trainer:
             checkpoints.load_weights(self._take_step.average.module, state["ema"], path)
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
-        self.seconds = state.get("seconds", 0.0)  # which early checkpoints do not know
+        self.stopwatch.load(state.get("seconds", 0.0))  # which early checkpoints do not know
         self.origin = state.get("origin", self.origin) or self.origin
         ranks, rank = state["ranks"], self.shard.rank
         carries = carries_to_resume(ranks, self.shard, by_rows=self.task.carry_rows, path=path)

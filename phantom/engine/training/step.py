@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from phantom.deq import deqs_of
+from phantom.engine.errors import DivergenceError
 from phantom.engine.machine.precision import autocast
 from phantom.engine.machine.vote import Vote
 from phantom.engine.measure.solves import SolveMeter
@@ -133,6 +135,24 @@ class Step:
         self.timer.end_step(total.count * self.shard.world)
         self.window.tally = total if self.window.tally is None else self.window.tally + total
         return score
+
+    def check_finite(self, epoch: int, folder: Path) -> None:
+        """Look whether every step so far was finite: a device-to-host synchronisation.
+
+        Args:
+            epoch, folder: where the run stands and where its checkpoints lie, for the message.
+
+        Raises:
+            DivergenceError: names the first step that was not.
+        """
+        first_bad = int(self.first_bad)
+        if first_bad >= 0:
+            raise DivergenceError(
+                f"the loss or its gradient stopped being finite at step {first_bad} (epoch {epoch}). The last good "
+                f"checkpoint, if one was saved, is {folder / 'last.pt'}. Try a smaller optimizer.lr, "
+                "clipping=total, a smaller lam or k, more solver.max_steps, precision=fp32, or look for a broken batch "
+                "near that step"
+            )
 
     def reset_carries(self) -> None:
         """Forget what was carried, as at the start of an epoch."""
