@@ -2,7 +2,8 @@
 
 results/<study>/study.yaml has a `title`, and what the study shows:
 
-    tables     by the name of its page: `rows` of experiments, whose seeds are averaged, or with `protocols` their folds
+    tables     by the name of its page: `rows` of experiments, whose seeds are averaged, or with `protocols` their
+               folds, or with a `target` the seconds of training until their metric is as good
     grids      `experiments` by name, each at every point of the `grid` of its scale; a `function` of
                scripts/reporting/grids/ draws them
     figure     `lines` of experiments, each in every one of the `panels`: curves of a metric over the epochs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import studies
-from scripts.reporting import benchmarks, explore, figures, markdown, suites, sweeps, tables
+from scripts.reporting import benchmarks, explore, figures, markdown, suites, sweeps, tables, targets
 from scripts.reporting.grids.runs import Runs, runs_of
 
 # of these the tables are kept as CSV and LaTeX, too
@@ -19,7 +19,7 @@ def of(study: dict[str, Any]) -> dict[Path, str]:
     """Return the text of every page of a study that has something to show, by the path it is kept at."""
     folder, found = study["folder"], {}
     for name, table in study.get("tables", {}).items():
-        found[folder / f"{name}.md"] = tables.render(table)
+        found[folder / f"{name}.md"] = (targets if "target" in table else tables).render(table)
     if "figure" in study:
         entries = studies.curves(folder / "curves.json")
         found[folder / "curves.md"] = figures.table(study["figure"], entries)

@@ -62,6 +62,7 @@ def test_takes_a_step(name, tmp_path, monkeypatch):
     first = name.split("/")[1].split("_")[0]
     leaf = {
         "table1": "cifar10",
+        "speedrun": "cifar10",
         "fig2": "cifar10",
         "fig3": "cifar10",
         "reasoners": "sudoku",
