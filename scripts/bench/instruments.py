@@ -1,4 +1,4 @@
-"""A tracer of operators, synchronisations and memory: it takes the place of a step's timer."""
+"""A tracer of operators, their work, synchronisations and memory: it takes the place of a step's timer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from scripts.bench import traffic
 
 # operators after which the host waits for the device: their result, or the shape of it, is needed on the host
 _SYNCS = {
@@ -27,6 +29,8 @@ _SYNCS = {
 class Tracer(TorchDispatchMode):
     """Count operators and host synchronisations by phase, and the peak of live bytes by the phase that made them.
 
+    `flops`, by number format, and `moved`, in bytes, are those of all operators: see scripts/bench/traffic.py.
+
     Exact on every device: it follows each storage from the operator that allocates it to its release. Views are not
     counted as operators. Compiled code is one opaque call to it, so trace eager variants.
     """
@@ -36,6 +40,8 @@ class Tracer(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         self.evals: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.moved = 0
         self.peak: dict[str, int] = defaultdict(int)
         self.peak_total = 0
         self.peak_gradient = 0  # of all that is alive once a phase `attach` has begun
@@ -70,6 +76,10 @@ class Tracer(TorchDispatchMode):
         name = self._stack[-1]
         if not func.is_view:
             self.ops[name] += 1
+        self.moved += traffic.bytes_of(func, args, kwargs or {}, out)
+        found = traffic.flops_of(func, args, kwargs or {}, out)
+        if found is not None:
+            self.flops[str(found[0]).removeprefix("torch.")] += found[1]
         if _synchronises(func, args, out):
             self.syncs[name] += 1
         for leaf in tree_leaves(out):

@@ -56,7 +56,8 @@ def build_rows(settings: Sequence[v.Setting], device: torch.device, timer: StepT
         first = time.perf_counter() - begun
         work = v.work_of(row.variant, score)
         row.facts = facts_of(row.variant, score, work)
-        row.facts |= {"compile_seconds": first} if setting.plan.config["compile"] else trace(row.variant)
+        compiled = setting.plan.config["compile"]
+        row.facts |= {"compile_seconds": first} | eager_work(setting, device) if compiled else trace(row.variant)
         for deq in deqs_of(row.variant.model):
             deq.clock = timer.phase
         model = replace_deq(row.variant.model, lambda deq, work=work: Floor(work, timer.phase, deq.gradient_precision))
@@ -108,7 +109,8 @@ def facts_of(variant: v.Variant, score: Any, work: Sequence[Work]) -> dict[str, 
 
 
 def trace(variant: v.Variant) -> dict[str, Any]:
-    """Return operators, host synchronisations and evaluations of f by phase, and the peak memory of one step by part.
+    """Return what one step does: operators, host synchronisations and evaluations of f by phase, peak memory by part,
+    FLOPs by number format, and bytes that are read and written.
 
     Solver history is what the solve phase holds outside of f at its peak, temporaries included; activations are what
     the attach phase holds.
@@ -127,7 +129,18 @@ def trace(variant: v.Variant) -> dict[str, Any]:
             "backward": tracer.peak["backward"],
             "total": tracer.peak_total,
         },
+        **_work(tracer, variant),
     }
+
+
+def eager_work(setting: v.Setting, device: torch.device) -> dict[str, Any]:
+    """Return FLOPs and bytes of a step of the setting that is not compiled: a tracer sees no compiled operator."""
+    variant = v.make(v.eager(setting), device)
+    return _work(traced(variant.model, variant.step)[0], variant)
+
+
+def _work(tracer: Tracer, variant: v.Variant) -> dict[str, Any]:
+    return {"flops": dict(tracer.flops), "moved_bytes": tracer.moved, "precision": variant.plan.config["precision"]}
 
 
 def traced(model: nn.Module, step: Callable[[Tracer], Any]) -> tuple[Tracer, Any]:

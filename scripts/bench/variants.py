@@ -213,14 +213,27 @@ def for_peer(setting: Setting) -> Setting:
 
     Its number format is float32, or TF32 where ours is anything else (the same on a CPU).
     """
-    config = copy.deepcopy(setting.plan.config)
+    config = _eager(setting)
     if "channels_last" in config["model"]:
         config["model"]["channels_last"] = False
-    config |= {"compile": False, "cuda_graph": False, "speed": "off", "gradient_precision": None}
+    config |= {"gradient_precision": None, "precision": "fp32" if config["precision"] == "fp32" else "tf32"}
+    return _with_config(setting, config)
+
+
+def eager(setting: Setting) -> Setting:
+    """Return the setting without compiled code and CUDA graphs."""
+    return _with_config(setting, _eager(setting))
+
+
+def _eager(setting: Setting) -> dict[str, Any]:
+    config = copy.deepcopy(setting.plan.config) | {"compile": False, "cuda_graph": False, "speed": "off"}
     for solver in (config["solver"], config["adjoint_solver"], config["grad"].get("solver")):
         if solver is not None:
             solver["compile"] = False
-    config["precision"] = "fp32" if config["precision"] == "fp32" else "tf32"
+    return config
+
+
+def _with_config(setting: Setting, config: dict[str, Any]) -> Setting:
     made = plan_of(config, configs=CONFIGS, choices=setting.plan.choices, overrides=setting.plan.overrides)
     return replace(setting, plan=made)
 

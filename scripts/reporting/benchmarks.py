@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown, pipeline, small
+from scripts.reporting import limits, markdown, pipeline, small
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest", "total")
 HEADS = ("variant", "solve", "attach", "backward", "optimiser", "rest", "total", "items/s")
@@ -44,6 +44,7 @@ def render(result: dict[str, Any]) -> str:
                 for item in result["ratios"][key]
             ]
             blocks += [f"## {title}", markdown.table(["", *parts], rows, "lrrr")]
+    blocks += limits.blocks(result)
     traced = [row for row in result["rows"] if "peak_bytes" in row]
     if traced:
         heads = ["variant", "solver", "f in the solve", "activations", "backward", "total", "parameters"]

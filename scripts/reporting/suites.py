@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.reporting import markdown, small
+from scripts.reporting import limits, markdown, small
 from scripts.reporting.benchmarks import growth_table, interval_cell
 
 SPEED = ("model", "variant", "torchdeq / ours", "ours / floor")
@@ -36,6 +36,7 @@ def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> st
         markdown.table(SPEED, speed, "llrrrr"),
         "## Implicit differentiation over phantom gradients",
         markdown.table(IMPLICIT, implicit, "llrrrrl"),
+        *limits.of_a_suite([(name, result) for name, _, result in results]),
         *apart,
     )
 
