@@ -18,6 +18,8 @@ from phantom.engine.tasks.base import Score
 from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.cuda_graph import WARM_UP_STEPS, StepGraphs
 from scripts import benchmark
+from scripts.bench import measure, variants
+from scripts.reporting import limits
 from tests.plans import plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -234,3 +236,21 @@ def test_the_benchmark_replays_its_steps(options):
     rows = benchmark.main([*ours, "repeats=2"])["rows"]
     assert len(rows) == 4, "each with its floor"
     assert all(row["seconds"][phase]["low"] > 0 for row in rows for phase in ("solve", "backward"))
+    for row in rows[::2]:  # the work of an eager step, counted, takes at least its limit
+        found = limits.limits(row, limits.Card(bandwidth=1e15, flops=dict.fromkeys(("fp32", "tf32", "bf16"), 1e18)))
+        assert found is not None and 0 < max(found) < row["seconds"]["total"]["median"]
+
+
+def test_work_is_counted_as_on_a_cpu():
+    """FLOPs do not depend on the device, and bytes hardly: what differs are the buffers of its own kernels."""
+    (setting,) = variants.settings(["model=mdeq_tiny", "batch=2", "size=8", "solver.max_steps=2", "precision=fp32"])
+    cpu, gpu = (measure.trace(variants.make(setting, torch.device(name))) for name in ("cpu", "cuda"))
+    assert gpu["flops"] == cpu["flops"] and gpu["moved_bytes"] == pytest.approx(cpu["moved_bytes"], rel=0.1)
+
+
+def test_a_replayed_run_stops_at_its_target(tmp_path):
+    trainer = make_trainer(tmp_path, "cuda_graph=true", "target=5", "eval_every=6")
+    trainer.fit(resume=False)
+    assert trainer.reached and trainer.step in (6, 12)
+    watch = trainer.stopwatch
+    assert 0 < trainer.timer.summary()["step"]["median"] * (trainer.step - 4) < watch.training < watch.total
