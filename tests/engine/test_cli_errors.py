@@ -32,7 +32,7 @@ BEFORE_DATA = [
     ("solver=null", r"solver=null is not known\. Choose one of anderson, broyden, fixed_point, rollout$"),
     ("clipping=none", r"clipping=none is not known\. Choose one of each, total, null$"),
     ("experiment=table1/upg_k5", r"did you mean table1/upg_k5_lam0\.5\? Choose one of table1/implicit, "),
-    ("experiment=table9/upg", r"Choose one of chains, .*language, ppi_synthetic, reasoners, table1, .*table4, null$"),
+    ("experiment=table9/upg", r"Choose one of chains, .*language, ppi_synthetic, .*speedrun, table1, .*table4, null$"),
     ("scale=papr", r"did you mean paper\? Choose one of cpu, gpu, paper, smoke$"),
     ("solver._target_=phantom.engine.Nothing", r"solver: .*phantom\.engine\.Nothing"),
     ("model._target_=torch.nn.Linear", "declares no `kinds`"),
