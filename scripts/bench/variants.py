@@ -229,7 +229,7 @@ def _eager(setting: Setting) -> dict[str, Any]:
     config = copy.deepcopy(setting.plan.config) | {"compile": False, "cuda_graph": False, "speed": "off"}
     for solver in (config["solver"], config["adjoint_solver"], config["grad"].get("solver")):
         if solver is not None:
-            solver["compile"] = False
+            solver |= {name: False for name in ("compile", "kernels") if name in solver}
     return config
 
 
