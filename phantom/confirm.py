@@ -25,6 +25,7 @@ class Confirming:
 
     def __init__(self, f: FlatMap, stats: Stats, solver: Solver) -> None:
         self.f, self._stats, self._solver = f, stats, solver
+        self.frozen: FlatMap | None = getattr(f, "frozen", None)
 
     def __call__(self, z: Tensor) -> Tensor:
         fz = self.f(z)

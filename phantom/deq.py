@@ -13,6 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from phantom import transforms
 from phantom.check import check
 from phantom.confirm import Confirming
+from phantom.frozen import frozen
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
@@ -137,7 +138,7 @@ def fixed_point(
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
-    flat_f, start = Pure(packing.wrap(f)), packing.pack(z0)
+    flat_f, start = _flat(f, packing), packing.pack(z0)
     flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
     visited: dict[int, Tensor] = {}
@@ -172,7 +173,7 @@ def fixed_point(
         with clock("attach"):
             if gradient_precision is not None:
                 with torch.autocast(flat_z0.device.type, dtype=gradient_precision):
-                    flat_f = Pure(packing.wrap(f), flat_f.writes)  # f keeps the autocast it is wrapped under
+                    flat_f = _flat(f, packing, flat_f.writes)  # f keeps the autocast it is wrapped under
             confirming = Confirming(flat_f, stats, solver) if unsure and gradient_precision is None else flat_f
             if unrolled:
                 flat.unrolled = []
@@ -200,6 +201,12 @@ def fixed_point(
         with clock("attach"):
             solution.penalty = regularizer(f, solution.z_star)
     return solution
+
+
+def _flat(f: Map, packing: Packing, writes: bool | None = None) -> Pure:
+    """Return f as a map of (B, D) tensors; where it is a compiled module, with a map for products with its Jacobian."""
+    held = frozen(f)
+    return Pure(packing.wrap(f), writes, None if held is None else Pure(packing.wrap(held), writes))
 
 
 def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator) -> None:

@@ -19,10 +19,11 @@ class Pure:
     Args:
         f: map of (B, D) tensors.
         writes: whether f writes to its argument; None where that is not known yet.
+        frozen: the same map, whose value has a graph to z alone; see `phantom.frozen`.
     """
 
-    def __init__(self, f: FlatMap, writes: bool | None = None) -> None:
-        self.f, self.writes, self._has_versions = f, writes, None
+    def __init__(self, f: FlatMap, writes: bool | None = None, frozen: FlatMap | None = None) -> None:
+        self.f, self.writes, self.frozen, self._has_versions = f, writes, frozen, None
 
     def __call__(self, z: Tensor) -> Tensor:
         first = self._has_versions is None

@@ -43,14 +43,28 @@ class _Backward:
     stats: Stats
     history: Any
     is_adjoint: bool = False  # f is the map of an adjoint equation itself, and its inputs are given
+    frozen: FlatMap | None = None  # compiled f for products with J; see `phantom.frozen`
 
     def cotangent(self, g: Tensor) -> Tensor:
-        def vjp(u: Tensor) -> Tensor:
+        point: tuple[Tensor, Tensor] | None = None
+
+        def product(u: Tensor) -> Tensor:
+            nonlocal point
+            point = point or self._point()
             self.stats.num_vjps += 1
-            return self.linear.vjp(u)
+            return vjp(*point, u)
 
         with torch.no_grad():
-            return self.estimator.cotangent(vjp, g, self.stats, self.history)
+            return self.estimator.cotangent(product, g, self.stats, self.history)
+
+    def _point(self) -> tuple[Tensor, Tensor]:
+        """Return f(z) and z of the products with J: those of the value, or where f is compiled one evaluation more."""
+        if self.frozen is None:
+            return self.linear.fz, self.linear.z
+        self.stats.num_evals += 1
+        with torch.enable_grad():
+            z = self.linear.z.detach().requires_grad_()
+            return self.frozen(z), z
 
     def cotangents(self, g: Tensor) -> Tensor:
         """Return u for a `g` under vmap, of `is_grads_batched=True` for one."""
@@ -114,7 +128,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     if equilibrium.is_adjoint:
         fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
     else:
-        with Readings(z) as readings:
+        with _uncompiled(), Readings(z) as readings:
             fz, inputs = equilibrium.f(z), readings.tensors
         if [*map(edge_of, inputs)] != [*ctx.next_functions[1:]] or readings.missed(fz):
             raise RuntimeError(
@@ -164,7 +178,7 @@ class AdjointEstimator(GradientEstimator):
         stats.num_evals += 1
         if linear.is_frozen:
             return linear.fz.detach()
-        backward = _Backward(self, f, linear, stats, solution.history)
+        backward = _Backward(self, f, linear, stats, solution.history, frozen=getattr(f, "frozen", None))
         return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
 
     def _attach_under(self, levels: transforms.Levels, f: FlatMap, solution: Solution) -> Tensor:

@@ -11,10 +11,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from phantom import DEQ, Solution, State, Stats
 from phantom.deq import Clock
+from phantom.frozen import frozen
 from phantom.state import Map, Packing
 from scripts.bench.instruments import Tracer
 
@@ -65,7 +66,7 @@ class Floor(nn.Module):
         cast = nullcontext()
         if self.gradient_precision is not None:
             cast = torch.autocast((z0[0] if isinstance(z0, tuple) else z0).device.type, dtype=self.gradient_precision)
-        # as in the adjoint estimators: a compiled backward computes the gradients of all parameters with every vjp
+        # as in the adjoint estimators, whose products have an evaluation of their own where f is compiled
         stance = torch.compiler.set_stance("force_eager") if work.vjps else nullcontext()
         with self.clock("attach"), cast, stance:
             parts = z if isinstance(z, tuple) else (z,)
@@ -74,14 +75,22 @@ class Floor(nn.Module):
             value = start if isinstance(z, tuple) else start[0]
             for _ in range(work.graph_evals):
                 value = f(value)
-            outputs = value if isinstance(value, tuple) else (value,)
-            outputs = tuple(out.to(part.dtype) for out, part in zip(outputs, parts, strict=True))
+            outputs = _parts(value, like=parts)
             value = outputs if isinstance(z, tuple) else outputs[0]
         with self.clock("backward"):
             u = tuple(part.detach() for part in outputs)
+            if work.vjps and (held := frozen(f)) is not None:
+                start = tuple(part.detach().requires_grad_() for part in start)
+                with cast:
+                    outputs = _parts(held(start if isinstance(z, tuple) else start[0]), like=parts)
             for _ in range(work.vjps):
                 u = torch.autograd.grad(outputs, start, u, retain_graph=True)
         return Solution(value=value, z0=z0, z_star=z, stats=Stats.of_no_solve(Packing(z0).pack(z0)))
+
+
+def _parts(value: State, *, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outputs = value if isinstance(value, tuple) else (value,)
+    return tuple(out.to(part.dtype) for out, part in zip(outputs, like, strict=True))
 
 
 class Traced(nn.Module):

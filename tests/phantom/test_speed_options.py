@@ -122,7 +122,7 @@ def gradients(model: MDEQ, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("grad", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_a_compiled_cell_has_the_same_gradients(grad):
-    """Of a compiled cell, adjoint estimators run the solve alone: their one evaluation with a graph is eager."""
+    """Adjoint estimators run one evaluation with a graph eagerly, and another one, of z alone, compiled."""
     images = randn(3, 3, 8, 8, seed=1)
     expected = gradients(tiny(grad).double(), images)
     found = gradients(tiny(grad, compiled=True).double(), images)

@@ -1,0 +1,37 @@
+"""f with everything but z held: what products with the Jacobian of compiled code need."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config
+from torch.utils._pytree import tree_map_only
+
+from phantom.state import Map, State
+
+
+def frozen(f: Map) -> Map | None:
+    """Return f as a map whose value has a graph to z alone, where f is a module that is compiled, bound by `partial`.
+
+    The backward of compiled code is one piece: a product with the Jacobian of f would compute the gradients of all
+    weights, too. Here they need none. The module compiles itself once more for this. Of any other f it is None.
+    """
+    call = f if isinstance(f, partial) else partial(f)
+    module = call.func
+    if not isinstance(module, nn.Module) or module._compiled_call_impl is None:
+        return None
+    held = dict(chain(module.named_parameters(), module.named_buffers()))
+    if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in held.values()):
+        return None  # a sharded weight gathers itself
+    held = {name: tensor.detach() for name, tensor in held.items()}
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (call.args, call.keywords))
+
+    def map_of_z(z: State) -> State:
+        # several products run backward through one evaluation, which may not overwrite what it has saved
+        with config.patch(donated_buffer=False):
+            return torch.func.functional_call(module, held, (*args, z), kwargs)
+
+    return map_of_z

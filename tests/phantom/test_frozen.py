@@ -1,0 +1,132 @@
+"""Products with the Jacobian of a compiled cell: exact, of z alone, compiled once, and counted."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from phantom import NPG, Broyden, Implicit, fixed_point
+from tests.phantom.problems import DTYPE, randn
+
+DIM, BATCH = 4, 3
+SOLVER = Broyden(max_steps=60, tol=1e-13)
+EXACT = Implicit(solver=SOLVER)
+
+
+class Cell(nn.Module):
+    """tanh(0.3 W z + c s x), which reads a weight, a buffer and what it is bound to."""
+
+    c: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(DIM, DIM, seed=1))
+        self.register_buffer("c", torch.tensor(0.7, dtype=DTYPE))
+
+    def forward(self, z: Tensor, *, bound: tuple[Tensor, Tensor]) -> Tensor:
+        x, scale = bound
+        return torch.tanh(0.3 * z @ self.weight.T + self.c * scale * x)
+
+
+class Backend:
+    """Compile nothing; keep the number of gradients that the backward of each graph computes."""
+
+    def __init__(self) -> None:
+        self.gradients: list[int] = []
+        self._compile = aot_autograd(
+            fw_compiler=lambda module, _: make_boxed_func(module.forward), bw_compiler=self._keep
+        )
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        return self._compile(module, inputs)
+
+    def _keep(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        (output,) = module.graph.find_nodes(op="output")
+        self.gradients.append(sum(gradient is not None for gradient in output.args[0]))
+        return make_boxed_func(module.forward)
+
+
+@pytest.fixture
+def backend():
+    torch._dynamo.reset()
+    yield Backend()
+    torch._dynamo.reset()
+
+
+def compiled(backend: Backend) -> Cell:
+    cell = Cell()
+    cell.compile(fullgraph=True, dynamic=False, backend=backend)
+    return cell
+
+
+def step(cell: Cell, grad, *, seed: int, hide: bool = False) -> list[Tensor]:
+    """Return the gradients of a loss: those of the weight, the input and the scale."""
+    x, scale = randn(BATCH, DIM, seed=seed).requires_grad_(), randn(DIM, seed=seed + 1).requires_grad_()
+    f = partial(cell, bound=(x, 2 * scale))
+    solution = fixed_point((lambda z: f(z)) if hide else f, randn(BATCH, DIM, seed=9), solver=SOLVER, grad=grad)
+    return list(torch.autograd.grad(solution.value.square().sum(), [cell.weight, x, scale]))
+
+
+def dense(cell: Cell, *, seed: int) -> list[Tensor]:
+    """Return the same by a dense solve of (I - J^T) u = g."""
+    x, scale = randn(BATCH, DIM, seed=seed).requires_grad_(), randn(DIM, seed=seed + 1).requires_grad_()
+    z = torch.zeros(BATCH, DIM, dtype=DTYPE)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(400):
+            z = cell(z, bound=(x, 2 * scale)).detach()
+        matrix = torch.autograd.functional.jacobian(lambda z: cell(z, bound=(x, 2 * scale)), z)
+        size = z.numel()
+        u = torch.linalg.solve(torch.eye(size, dtype=DTYPE) - matrix.reshape(size, size).T, 2 * z.flatten())
+        return list(torch.autograd.grad(cell(z, bound=(x, 2 * scale)), [cell.weight, x, scale], u.view_as(z)))
+
+
+def test_the_backward_of_a_product_computes_one_gradient_and_is_compiled_once(backend):
+    cell = compiled(backend)
+    for seed in (2, 4, 6):
+        for found, expected in zip(step(cell, EXACT, seed=seed), dense(cell, seed=seed), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert backend.gradients == [1]
+        with torch.no_grad():
+            cell.weight.mul_(0.9)
+    assert cell.weight.grad is None and cell.weight.requires_grad and isinstance(cell.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_neumann_sum_is_that_of_eager_code(backend, k):
+    grad, cell = NPG(k=k, lam=0.6), compiled(backend)
+    for found, expected in zip(step(cell, grad, seed=2), step(Cell(), grad, seed=2), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert backend.gradients == [1] * (k > 1), "one term has no product"
+
+
+def test_a_closure_hides_the_module_and_runs_eagerly(backend):
+    cell = compiled(backend)
+    for found, expected in zip(step(cell, EXACT, seed=2, hide=True), dense(cell, seed=2), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert backend.gradients == []
+
+
+def test_a_second_derivative_is_that_of_eager_code(backend):
+    def penalty(cell: Cell) -> Tensor:
+        x = randn(BATCH, DIM, seed=2).requires_grad_()
+        bound = (x, torch.ones(DIM, dtype=DTYPE))
+        value = fixed_point(partial(cell, bound=bound), torch.zeros_like(x), solver=SOLVER, grad=EXACT).value
+        (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), cell.weight)
+        return second
+
+    torch.testing.assert_close(penalty(compiled(backend)), penalty(Cell()), rtol=1e-8, atol=1e-10)
+
+
+def test_the_extra_evaluation_is_counted(backend):
+    cell = compiled(backend)
+    x = randn(BATCH, DIM, seed=2)
+    f = partial(cell, bound=(x, torch.ones(DIM, dtype=DTYPE)))
+    solution = fixed_point(f, torch.zeros_like(x), solver=SOLVER, grad=NPG(k=4))
+    before = solution.stats.num_evals
+    solution.value.sum().backward()
+    assert solution.stats.num_evals == before + 1 and solution.stats.num_vjps == 3
