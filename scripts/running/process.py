@@ -136,7 +136,7 @@ def execute(work: Work, jobs: int | None, stop: Stop) -> list[Run]:
     def start(run: Run) -> dict[str, Any] | None:
         if failed.is_set() or stop.told:
             return None
-        print(run.line(), flush=True)
+        print(f"{run.line()}\n", end="", flush=True)  # in one piece: threads print at a time
         try:
             return work.take(run, alone, stop)
         except Stopped:
