@@ -13,7 +13,7 @@ import evaluate
 from evaluate import WEIGHTS, pretrained, shipped_names
 from phantom.engine.artifacts.weights import digest
 from phantom.engine.build import build_trainer
-from phantom.engine.errors import DataError
+from phantom.engine.errors import UserError
 from scripts.reporting import cards
 from tests.plans import plan
 
@@ -26,7 +26,7 @@ def record_of(name: str) -> dict:
 
 
 def test_there_are_some():
-    assert {"reasoner_sudoku4", "ignn_cox2_fold0"} <= set(NAMES)
+    assert {"reasoner_sudoku4", "ignn_cox2_fold0", "mdeq_tiny_cifar10_small"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +35,9 @@ def test_the_number_of_the_record(name):
     about = record["weights"]
     try:
         found = evaluate.evaluate_one({"weights": name}, ["device=cpu"])
-    except DataError as error:
+    except UserError as error:  # of data that is not at hand, which some sources say as they are built
+        if "Set the folder with data.root" not in str(error):
+            raise
         config = yaml.safe_load((WEIGHTS / name / "config.yaml").read_text())
         assert "root" in config["data"], "data that is generated cannot be missing"
         pytest.skip(f"{error}")
