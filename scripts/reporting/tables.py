@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def _seeds(table: dict[str, Any]) -> str:
         + (TIMED if timed else "")
     )
     rows = []
-    for row in table["rows"]:
-        scale, records = records_of(row["experiment"])
+    for row, scale, records in _shown(table):
         best = [record["best"][split][metric] for record in records]
         last = [record["final"][split][metric] for record in records]
         cells = [budget(row, scale, records), *measured(records)]
@@ -60,6 +60,19 @@ def _seeds(table: dict[str, Any]) -> str:
         shown[1:1] = difference(row["paper"], best if scale == "paper" else []) if compared else []
         rows.append([row["name"], row["paper"], *shown, *cells])
     return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
+
+
+def _shown(table: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, list[dict[str, Any]]]]:
+    """Yield (row, scale, records): every row at its largest budget, and at scale=cpu, too, where the table has that.
+
+    Rows are compared at one budget.
+    """
+    for row in table["rows"]:
+        largest, records = records_of(row["experiment"])
+        yield row, largest, records
+        smaller = read(studies.record_folder(row["experiment"], "cpu")) if "cpu" in table.get("scales", {}) else []
+        if smaller and largest != "cpu":
+            yield row, "cpu", smaller
 
 
 def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:

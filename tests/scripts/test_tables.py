@@ -117,6 +117,20 @@ def test_a_smaller_budget_names_the_data_it_was_trained_on(keep):
     ]
 
 
+def test_a_table_with_a_budget_of_its_own_shows_it_beside_the_larger_one(keep):
+    keep("t/a", record(80, 70))
+    keep("t/a@cpu", record(50, 40))
+    keep("t/b@cpu", record(45, 40))
+    keep("t/a@gpu", record(60, 40))
+    rows = [{"experiment": "t/a"}, {"experiment": "t/b"}, {"experiment": "t/c"}]
+    best = [(row["row"], row["best"], row["difference"]) for row in table(*rows, scales={"cpu": ["data=small"]})]
+    assert best == [
+        *(("t/a", "80.00 (1)", "-10.00"), ("t/a", "50.00 (1) [cpu]", "--")),
+        *(("t/b", "45.00 (1) [cpu]", "--"), ("t/c", "--", "--")),
+    ]
+    assert len(table(*rows)) == 3
+
+
 def grouped(*names: str) -> list[dict]:
     return [{"experiment": name, "group": name[2], "speed": "1.4x"} for name in names]
 
