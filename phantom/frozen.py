@@ -14,14 +14,14 @@ from phantom.state import Map, State
 
 
 def frozen(f: Map) -> Map | None:
-    """Return f as a map whose value has a graph to z alone, where f is a module that is compiled, bound by `partial`.
+    """Return f as a map whose value has a graph to z alone, where f is a compiled module, or `partial` of one.
 
     The backward of compiled code is one piece: a product with the Jacobian of f would compute the gradients of all
     weights, too. Here they need none. The module compiles itself once more for this. Of any other f it is None.
     """
     call = f if isinstance(f, partial) else partial(f)
     module = call.func
-    if not isinstance(module, nn.Module) or module._compiled_call_impl is None:
+    if not isinstance(module, nn.Module) or not _is_compiled(module):
         return None
     held = dict(chain(module.named_parameters(), module.named_buffers()))
     if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in held.values()):
@@ -35,3 +35,8 @@ def frozen(f: Map) -> Map | None:
             return torch.func.functional_call(module, held, (*args, z), kwargs)
 
     return map_of_z
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # by module.compile(), or wrapped by torch.compile(module), whose class would take torch._dynamo to name
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

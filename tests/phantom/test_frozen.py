@@ -95,6 +95,38 @@ def test_the_backward_of_a_product_computes_one_gradient_and_is_compiled_once(ba
     assert cell.weight.grad is None and cell.weight.requires_grad and isinstance(cell.weight, nn.Parameter)
 
 
+class Closed(nn.Module):
+    """The cell with an input of its own, on a state of one part or of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.x = Cell(), nn.Parameter(randn(BATCH, DIM, seed=2))
+
+    def forward(self, z: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        whole = z if isinstance(z, Tensor) else torch.cat(z, 1)
+        out = self.cell(whole, bound=(self.x, torch.ones(DIM, dtype=DTYPE)))
+        return out if isinstance(z, Tensor) else out.split([1, DIM - 1], 1)
+
+
+@pytest.mark.parametrize("way", ["module", "wrapped"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_way_to_compile_a_module_and_every_state(backend, way, parts):
+    def gradients(model: nn.Module, own: nn.Module) -> list[Tensor]:
+        start = torch.zeros(BATCH, DIM, dtype=DTYPE)
+        z0 = start if parts == 1 else start.split([1, DIM - 1], 1)
+        value = fixed_point(model, z0, solver=SOLVER, grad=EXACT).value
+        loss = sum(part.square().sum() for part in ((value,) if parts == 1 else value))
+        return list(torch.autograd.grad(loss, list(own.parameters())))
+
+    expected, model = gradients(plain := Closed(), plain), Closed()
+    if way == "module":
+        model.compile(backend=backend)
+    found = gradients(model if way == "module" else torch.compile(model, backend=backend), model)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert backend.gradients == [parts], "of each part of the state, and of no weight"
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_neumann_sum_is_that_of_eager_code(backend, k):
     grad, cell = NPG(k=k, lam=0.6), compiled(backend)
