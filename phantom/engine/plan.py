@@ -89,7 +89,9 @@ class Plan:
 
     def differences(self, text: str) -> list[str]:
         """Return the root keys that say another run than the config saved as `text`; see `records.CIRCUMSTANCES`."""
-        return records.differences(self.config, upgrade(yaml.safe_load(text), self.defaults))
+        # both, as a leaf need not write every argument of a nested part
+        now, then = (upgrade(config, self.defaults) for config in (self.config, yaml.safe_load(text)))
+        return records.differences(now, then)
 
 
 def make_plan(overrides: Sequence[str], configs: Configs) -> Plan:

@@ -101,6 +101,12 @@ def test_a_leaf_is_its_constructor(group, leaf, tmp_path, monkeypatch):
             refused()
 
 
+@pytest.mark.parametrize(("group", "leaf"), LEAVES, ids=lambda part: part)
+def test_a_run_with_it_resumes_its_own_checkpoint(group, leaf):
+    made = plan([f"{group}={leaf}", *chosen_with(group, leaf)])
+    assert made.differences(made.text) == []
+
+
 @pytest.mark.parametrize("leaf", CONFIGS.leaves("data"))
 def test_data_says_what_it_is(leaf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
