@@ -128,6 +128,8 @@ def test_a_continued_run_differs_in_its_budget_alone(tmp_path):
     ):
         with pytest.raises((ConfigError, CheckpointError), match=message):
             tiny_run(tmp_path, *items, f"continue_from={first}")
+    other = tiny_run(tmp_path, "steps=4", "eval_splits=[train]", f"continue_from={first}")
+    assert other["final"].keys() == other["best"].keys() == {"train"} and other["best"]["train"]["step"] == 4
     record = tiny_run(tmp_path, "steps=4", "schedule=constant", f"continue_from={first}")
     assert record["steps"] == 4 and json.loads((record["path"] / "record.json").read_text())["origin"]["step"] == 2
     made = plan(["steps=4", f"continue_from={first}"])

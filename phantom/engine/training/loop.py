@@ -302,7 +302,7 @@ class Trainer:
         for split, metrics in found.items():
             self._write({"kind": "eval", "split": split, **metrics}, epoch)
             self._shown.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
-            self.final[split] = metrics
+        self.final = found
         self._select(epoch)
         self.timer.reset_marks()
 
@@ -310,7 +310,8 @@ class Trainer:
         """Keep weights, and metrics on all splits, of the evaluation at which the first split was best."""
         metric, first = self.task.metric, self.budget.eval_splits[0]
         sign = 1 if self.task.mode == "max" else -1
-        if not self.best or sign * self.final[first][metric] > sign * self.best[first][metric]:
+        # a continued run may have chosen by another split
+        if next(iter(self.best), None) != first or sign * self.final[first][metric] > sign * self.best[first][metric]:
             self.best = {split: {**metrics, "epoch": epoch, "step": self.step} for split, metrics in self.final.items()}
             self._save("best.pt")
 
