@@ -20,7 +20,7 @@
     gpus=<n>           every run under torchrun, with a process on each of n GPUs of this machine
     deadline=<s>       begin nothing after s seconds and tell what runs then to end; SIGTERM does the same at any time
     again              run what has a record, too
-    list               print the commands and run nothing
+    list               say the cost, print the commands and run nothing
 
 Everything else goes to train.py, or is a setting of a measure (those are in study.yaml). The command says first what it
 will run, and what that costs by the records of runs of the same kind. What has a record in results/ is not run;
@@ -95,15 +95,15 @@ def main(items: Sequence[str]) -> None:
             parts += [Part(study["name"], work, jobs if training else None) for work in found]
     except UserError as error:
         arguments.fail(str(error))
-    if "list" in words:
-        for part in parts:
-            print(*(run.line() for run in part.work.runs), sep="\n")
-        return
     if not parts:
         print(f"nothing is missing in {name}; `again` runs it once more", file=sys.stderr)
     for part in parts:
         of = f" of {part.study}" if name == ALL else ""
         print(f"to run{of}: {len(part.work.runs)}. {part.work.cost}.", file=sys.stderr)
+    if "list" in words:
+        for run in (run for part in parts for run in part.work.runs):
+            print(run.line())
+        return
     _run(parts, stop, others_go_on=name == ALL)
 
 

@@ -92,8 +92,10 @@ def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_
 
 def test_a_list_of_all_commands_composes_and_runs_nothing(ran, tmp_path, capsys):
     reproduce.main(["table1", "list", "data.root=/my data"])
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
     assert len(lines) == 8 * 6 and not ran and not kept(tmp_path)
+    assert said.err.startswith("to run: 48. "), "what they cost"
     words = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "train.py"] and "data.root=/my data" in line for line in words)
     seeds = [composed(line[2:])[0]["seed"] for line in words[::8]]
