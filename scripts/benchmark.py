@@ -74,6 +74,8 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
     command = "python scripts/benchmark.py " + shlex.join(items)
     if len(words) > 1:
         arguments.fail(f"{' and '.join(words)} are two benchmarks: name one")
+    if words == ["pipeline"] and options.peer:
+        arguments.fail("pipeline times the loading of data, which torchdeq does not have: leave peer= out")
     if words and (options.device != "cpu" or options.growth is not None or (overrides and words == ["small"])):
         arguments.fail(
             f"{words[0]} takes clock, threads, device=cpu, repeats, warmup, title and out alone, small takes peer, "

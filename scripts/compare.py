@@ -37,6 +37,8 @@ def main(items: Sequence[str]) -> bool:
         rtol = float(own.get("rtol", 0))
     except ValueError:
         arguments.fail(f"rtol={own['rtol']} must be a number, such as 1e-6")
+    if overrides and all(map(parting.is_run, sides)):
+        arguments.fail(f"both sides are runs that are there: {overrides[0]} has nothing to change, leave it out")
     runs = []
     for side in sides:
         with tempfile.TemporaryDirectory() as folder:

@@ -44,6 +44,8 @@ def main(items: Sequence[str]) -> None:
         arguments.fail("wandb is not installed: pip install wandb")
     try:
         if words:
+            if asked := [key for key in ("metric", "split") if key in own]:
+                arguments.fail(f"{asked[0]}= is that of the dashboards; export sends records with all their metrics")
             count = export.send(wandb, project=project, entity=own.get("entity"), mode=mode, say=print)
             print(
                 f"{count} records are in {project}"

@@ -30,9 +30,11 @@ def main(names: Sequence[str]) -> None:
     if names and names[0] == "html":
         _write_html(names[1:])
         return
-    own = arguments.split(
+    own, _, others = arguments.split(
         [name for name in names if name.startswith("-") or "=" in name], doc=__doc__, own=("sweep",)
-    ).own
+    )
+    if others:
+        arguments.fail(f"{others[0]} is not known here; runs=<folder> and out=<file> go with `html`, see --help")
     names = [name for name in names if "=" not in name]
     if "sweep" in own:
         folder = Path(own["sweep"])

@@ -126,7 +126,7 @@ def _run(parts: Sequence[Part], stop: Stop, *, others_go_on: bool) -> None:
         for study, work, jobs in parts:
             try:
                 left += process.execute(work, jobs, stop)
-            except RuntimeError as error:
+            except (RuntimeError, UserError) as error:
                 if not others_go_on:
                     arguments.fail(str(error))
                 print(f"error: {study}: {error}", file=sys.stderr, flush=True)

@@ -53,15 +53,16 @@ def ratios(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     return {
         "overhead": [ratio(row, row.floor) for row in ours if row.floor],
         "speedup": [ratio(row.peer, row) for row in ours if row.peer],
-        "implicit": [ratio(a, b) for group in (ours, list(peers)) for a in group for b in group if _comparable(a, b)],
+        "implicit": [ratio(a, b) for group in (ours, list(peers)) for a in group for b in group if comparable(a, b)],
         "hoisting": [ratio(a, b) for a in (*ours, *peers) for b in ours if _unhoisted(a, b)],
     }
 
 
-def _comparable(a: Row, b: Row) -> bool:
+def comparable(a: Row, b: Row) -> bool:
     """Return whether a is implicit, b is not, and nothing else tells them apart."""
-    words = [{w for w in row.variant.label.split() if not w.startswith("k=")} for row in (a, b)]
-    names = {"implicit", "upg", "npg", "bptt"}
+    own = ("k=", "lam=", "adjoint_solver")  # of one of the two estimators alone
+    words = [{w for w in row.variant.label.split() if not w.startswith(own)} for row in (a, b)]
+    names = {"implicit", "upg", "npg", "bptt", "onestep", "shine"}
     return "implicit" in words[0] and "implicit" not in words[1] and words[0] - names == words[1] - names
 
 

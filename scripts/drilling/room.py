@@ -96,7 +96,10 @@ class Job:
 
     def wait(self, seconds: float = SECONDS) -> int:
         """Wait for the end and return the exit status; 128 + n where signal n ended it."""
-        status = self.process.wait(seconds)
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise BrokenPromiseError(f"the run was not over after {seconds:g} s:\n{self.text}") from None
         return status if status >= 0 else 128 - status
 
     def kill(self) -> None:

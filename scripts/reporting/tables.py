@@ -122,7 +122,12 @@ def difference(paper: str, values: list[float]) -> list[str]:
 
 
 def training_seconds(records: list[dict[str, Any]]) -> float | None:
-    """Return the time of a training without evaluations: median step time times steps, the median over the runs."""
+    """Return the time of a training without evaluations: median step time times steps, the median over the runs.
+
+    None where no run was timed, or where they ran on several devices.
+    """
+    if len({record["device"] for record in records}) > 1:
+        return None
     times = [record["times"]["step"]["median"] * record["steps"] for record in records if "step" in record["times"]]
     return statistics.median(times) if times else None
 
@@ -159,24 +164,32 @@ def precision(record: dict[str, Any]) -> str:
     return record["precision"] + (f" (gradient part {own})" if own else "")
 
 
+def other_precisions(records: list[dict[str, Any]]) -> list[str]:
+    """Return the precisions of some runs, sorted; none where all of them are float32."""
+    found = {precision(record) for record in records}
+    return [] if found <= {"fp32"} else sorted(found)
+
+
 def budget(row: dict[str, Any], scale: str, records: list[dict[str, Any]]) -> str:
     """Return the scale, the steps and a precision other than float32; a row without a number of the paper is `full`."""
     if not records:
         return "--"
     name = "full" if scale == "paper" and row["paper"] == "--" else scale
-    precisions = {precision(record) for record in records} - {"fp32"}
-    return ", ".join([name, f"{records[0]['steps']} steps", *sorted(precisions)])
+    return ", ".join([name, f"{records[0]['steps']} steps", *other_precisions(records)])
 
 
 def measured(records: list[dict[str, Any]]) -> list[str]:
     """Return the cells on parameters, step time, peak memory and commits."""
     if not records:
         return ["--"] * 4
-    steps = [1e3 * record["times"]["step"]["median"] for record in records if "step" in record["times"]]
+    timed: dict[str, list[float]] = {}
+    for record in records:
+        if "step" in record["times"]:
+            timed.setdefault(record["device"], []).append(1e3 * record["times"]["step"]["median"])
     commits = {(record["commit"] or "none")[:8] + ("*" if record["dirty"] else "") for record in records}
     return [
         f"{records[0]['num_parameters']:,}",
-        f"{statistics.median(steps):.1f} on {records[0]['device']}" if steps else "--",
+        "; ".join(f"{statistics.median(steps):.1f} on {device}" for device, steps in sorted(timed.items())) or "--",
         f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
         ", ".join(sorted(commits)),
     ]

@@ -44,10 +44,15 @@ def _cells(table: dict[str, Any], row: dict[str, Any]) -> list[str]:
         _range([record["wall_seconds"] for record in found], ".0f"),
         ", ".join(sorted({f"{record['world_size']} x {record['device']}" for record in shown})),
         ", ".join(sorted({tables.precision(record) for record in shown})),
-        f"{scale}, {max(record['steps'] for record in records)} steps at most",
+        _budget(scale, [record["steps"] for record in records if not record["reached"]]),
         ", ".join(sorted({(r["commit"] or "none")[:8] + ("*" if r["dirty"] else "") for r in records})),
         f"`{_command(shown[0])}`",
     ]
+
+
+def _budget(scale: str, spent: list[int]) -> str:
+    """Return the scale, and the steps of the runs that spent all of theirs: the others have not told how many."""
+    return f"{scale}, {max(spent)} steps at most" if spent else scale
 
 
 def _command(record: dict[str, Any]) -> str:

@@ -44,6 +44,11 @@ def work(row: Row, overrides: Sequence[str], folds: Sequence[int] = tuple(range(
     made = plan(items)
     if "fold" not in made.config["data"]:
         raise ConfigError(f"{made.label} has no folds; use train.py")
+    if "test" not in made.config["eval_splits"] or made.budget.target is not None:
+        raise ConfigError(
+            f"the protocols of folds compare epochs on test: eval_splits={made.config['eval_splits']} must have it, as "
+            f"eval_splits=[valid,test], and target={made.budget.target} must be null"
+        )
     kept = studies.results() / f"{made.label}{variant_of(overrides)}.json"
     kind = kind_of(made.choices, made.config["scale"])
     runs = []

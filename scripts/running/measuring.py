@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from phantom.engine.artifacts import records
+from phantom.engine.config.overrides import parse
 from phantom.engine.errors import ConfigError
 from scripts.running.process import Run, Work
 from scripts.running.stopping import Stop
@@ -92,12 +92,21 @@ def _settings(where: str, part: dict[str, Any], overrides: Sequence[str]) -> tup
         raise ConfigError(f"{where} has no setting {', '.join(unknown)}; it has {', '.join(part['settings'])}")
     chosen = part["settings"] | scales[scale]
     for key, text in found.items():
-        value = yaml.safe_load(text)
+        (item,) = parse([f"{key}={text}"])
+        value = item.value()
         if isinstance(value, list) != isinstance(chosen[key], list):
             kind = "a list, as [1,2]" if isinstance(chosen[key], list) else "one value"
             raise ConfigError(f"{key}={text}: {where} takes {kind} there")
+        if are_numbers(chosen[key]) and not are_numbers(value):
+            raise ConfigError(f"{key}={text}: {where} takes numbers there")
         chosen[key] = value
     return scale, chosen
+
+
+def are_numbers(value: Any) -> bool:
+    """Return whether a setting is a number, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
 
 
 def _cost(part: dict[str, Any], scale: str) -> str:

@@ -65,6 +65,11 @@ def counted(rows: list[dict[str, Any]]) -> int:
     )
 
 
+def is_run(side: str) -> bool:
+    """Return whether a side is the folder of a run."""
+    return (Path(side) / "metrics.jsonl").exists()
+
+
 def read(side: str, overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a side: those of a run folder, or of a run of `overrides` in the empty `folder`.
 
@@ -75,9 +80,8 @@ def read(side: str, overrides: Sequence[str], folder: Path) -> list[dict[str, An
     Raises:
         RuntimeError: it is none of these, or its run failed.
     """
-    metrics = Path(side) / "metrics.jsonl"
-    if metrics.exists():
-        return _rows(metrics)
+    if is_run(side):
+        return _rows(Path(side) / "metrics.jsonl")
     if side == "." or "=" in side:
         return _run(ROOT, [*overrides, *(side.split() if "=" in side else [])], folder)
     with _checkout(side, folder / "code") as code:

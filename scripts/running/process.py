@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from phantom.engine.artifacts import records
+from phantom.engine.artifacts.identity import Data, check_same_data
+from phantom.engine.build import build_source
+from phantom.engine.config.recipes import canonical
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.run import finished_folder
 from scripts import studies
@@ -95,7 +98,8 @@ def plan(overrides: Sequence[str]) -> Plan:
 
 def folder_of(made: Plan, overrides: Sequence[str], seed: int) -> Path:
     """Return the folder of a run that has the plan's label, and `overrides` for its command line."""
-    return studies.ROOT / records.run_folder(Path(made.config["runs"]), made.label, overrides, seed)
+    root = studies.ROOT / Path(made.config["runs"]).expanduser()
+    return records.run_folder(root, made.label, canonical(overrides, CONFIGS), seed)
 
 
 def variant_of(overrides: Sequence[str]) -> str:
@@ -111,7 +115,9 @@ def cores() -> int:
 
 
 def at_a_time(work: Work, jobs: int | None) -> int:
-    """Return how many runs of the work run at a time, where `jobs` were asked for."""
+    """Return how many runs of the work run at a time, where `jobs` were asked for; on GPUs one takes all of them."""
+    if any(run.gpus is not None for run in work.runs):
+        return 1
     return min(jobs or (cores() if work.small else 1), max(1, len(work.runs)))
 
 
@@ -164,8 +170,12 @@ def execute(work: Work, jobs: int | None, stop: Stop) -> list[Run]:
             record = future.result()
             if record is None:
                 left.append(started[future])
-            else:
+                continue
+            try:
                 work.keep(started[future], record)
+            except BaseException:
+                failed.set()
+                raise
     return [run for run in runs if run in left]
 
 
@@ -173,12 +183,18 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     """Return a finished run of a row's config that was typed as model=, data= and grad=, and its record as the row's.
 
     Returns None where there is none, or where the row's own folder has the record.
+
+    Raises:
+        CheckpointError: it is of other data than those that the row would read.
     """
     made = make_plan(run.overrides, CONFIGS)
-    folder = finished_folder(made, studies.ROOT / made.config["runs"])
+    folder = finished_folder(made, studies.ROOT / Path(made.config["runs"]).expanduser())
     if folder is None or folder == run.folder:
         return None
     record = json.loads((folder / "record.json").read_text())
+    then = Data(record.get("data_digests", {}), (folder / "config.yaml").read_text())
+    if then.root != Data({}, made.text).root:  # the data may have moved
+        check_same_data(then, Data(build_source(made).digests(), made.text), folder / "record.json")
     return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
 
 
@@ -187,7 +203,8 @@ def train(
 ) -> dict[str, Any]:
     """Run `train.py <overrides>` and return the record it leaves in `folder`, with the CPU seconds of that process.
 
-    A finished run is not trained again, an interrupted one resumes; the seconds are those of the process that finished.
+    A finished run is not trained again but under resume=never, an interrupted one resumes; the seconds are those of the
+    process that finished.
 
     Args:
         alone: show what the run prints, and leave it all threads; otherwise it has one thread and no progress bar.
@@ -195,10 +212,11 @@ def train(
         stop: when to end it.
 
     Raises:
-        Stopped: it was told to end before it had a record.
+        Stopped: it was told to end before it had a record, under resume=never one of its own.
         RuntimeError: the process failed; the message holds the end of its output.
     """
-    new = not (folder / "record.json").exists()
+    path = folder / "record.json"
+    before = path.read_bytes() if path.exists() else None
     items = [*overrides, *([] if alone else ["progress=false"])]
     environment = dict(os.environ) if alone else {"OMP_NUM_THREADS": "1", **os.environ}
     captured = {} if alone else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -212,9 +230,9 @@ def train(
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     reader.join()
-    path = folder / "record.json"
+    new = path.exists() and path.read_bytes() != before
     ended = stop is not None and stop.told
-    if process.returncode and ended and not path.exists():
+    if process.returncode and ended and not (new or (path.exists() and "resume=never" not in overrides)):
         raise Stopped(shlex.join(["train.py", *items]))
     if process.returncode and not ended:
         shown = "\n" + "".join(output[-15:]) if output else " see above; start again to resume there"

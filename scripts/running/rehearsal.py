@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data.paths import data_root
+from phantom.engine.errors import ConfigError
 
 
 class Rehearsal(NamedTuple):
@@ -66,8 +67,15 @@ REHEARSALS = {
 
 
 def items(model: str, data: str, overrides: Sequence[str]) -> list[str]:
-    """Return what a row of this model and data changes at scale=smoke; `overrides` may name the folder of the data."""
+    """Return what a row of this model and data changes at scale=smoke; `overrides` may name the folder of the data.
+
+    Raises:
+        ConfigError: they name one that is not there.
+    """
     found = REHEARSALS.get((model, data), Rehearsal(""))
     root = next((item.partition("=")[2] for item in overrides if item.startswith("data.root=")), None)
-    there = not found.folder or data_root(root, found.folder).is_dir()
+    named = root not in (None, "null")
+    if named and not root.startswith("hf:") and not data_root(root, found.folder).is_dir():
+        raise ConfigError(f"data.root={root} is no folder: correct it, or leave it out for generated data")
+    there = not found.folder or named or data_root(None, found.folder).is_dir()
     return [*(found.real if there else found.generated), *found.items]

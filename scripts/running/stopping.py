@@ -40,8 +40,10 @@ class Stop:
         return self._told.is_set()
 
     def now(self) -> None:
-        """Tell every run that is under way, and all that would begin."""
+        """Tell every run that is under way, and all that would begin; a second time would end them at once."""
         with self._lock:
+            if self.told:
+                return
             self._told.set()
             for process in self._processes:
                 process.terminate()

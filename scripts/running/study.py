@@ -63,6 +63,9 @@ def works(
         raise ConfigError(f"{study['name']} has no scale=cpu; it has {', '.join(scales_of(study))}")
     named = rows_of(study)
     wanted = [named[name] for name in arguments.some(own, "rows", list(named), study["name"])]
+    folded = {row["experiment"] for table in tables if "protocols" in table for row in table["rows"]}
+    if "folds" in own and not folded & set(wanted):
+        arguments.fail(f"none of the rows {', '.join(wanted)} has folds: leave folds= out")
     found = []
     for table in tables:
         rows = [_row(table, name, (), overrides) for name in _among(wanted, table["rows"])]
@@ -73,12 +76,12 @@ def works(
         elif "folds" not in own:
             found.append((table, _lacking(seeds.work(rows, overrides, small=scale in SMALL), again)))
     for grid in grids:
-        rows = [
-            _row(grid, point.experiment, point.overrides, overrides)
-            for point in studies.points(grid, scale)
-            if point.experiment in wanted
-        ]
-        found.append((grid, _lacking(seeds.work(rows, overrides, small=scale in SMALL, traces=True), again)))
+        try:
+            points, others = studies.chosen(grid, scale, overrides)
+        except ValueError as error:
+            raise ConfigError(f"{study['name']}: {error}") from error
+        rows = [_row(grid, point.experiment, point.overrides, others) for point in points if point.experiment in wanted]
+        found.append((grid, _lacking(seeds.work(rows, others, small=scale in SMALL, traces=True), again)))
     if "figure" in study:
         figure = study["figure"] | {
             "lines": [line for name in wanted for line in study["figure"]["lines"] if line["experiment"] == name]

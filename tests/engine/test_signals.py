@@ -13,7 +13,7 @@ import torch
 
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.machine.lateness import Lateness
-from phantom.engine.machine.signals import STOPPING, Interrupted, Interruption
+from phantom.engine.machine.signals import ECHO, STOPPING, Interrupted, Interruption
 from phantom.engine.machine.vote import Vote
 from tests.engine import tiny
 
@@ -131,6 +131,10 @@ def test_the_second_signal_ends_at_once_whatever_the_process_does(first, work):
         assert process.stdout.readline() == "begun\n"
         process.send_signal(first)
         assert process.stdout.readline() == "first\n"
+        if first == signal.SIGTERM:  # at once, it would be the first one, sent along
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1.5 * ECHO)
+            assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
     finally:

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from phantom.engine.config.overrides import expand
 from scripts import benchmark, studies
 from scripts.bench import variants
+from scripts.bench.ratios import comparable
 from scripts.reporting import suites
 from scripts.running import suite
 
@@ -26,6 +28,7 @@ ROWS = [(name, row) for name in SUITES for row in studies.load(name)["benchmark"
         (["model=mdeq_tiny", "batch=0"], "batch=0 must be an integer >= 1"),
         (["small", "k=3"], "small takes clock, threads"),
         (["pipeline", "growth=3"], "pipeline takes clock, threads"),
+        (["pipeline", "peer=torchdeq"], "leave peer= out"),
         (["pipeline", "small"], "pipeline and small are two benchmarks"),
         (["pipeline", "model=ignn", "data=cox2_synthetic"], "of the kind graph_classification: name data=imagenet"),
         (["pipeline", "data=imagenet", "data.root=/nowhere"], "no ImageNet in /nowhere"),
@@ -106,3 +109,21 @@ def test_a_suite_goes_on_after_a_failure_and_stops_at_its_deadline(monkeypatch, 
     study = studies.load("benchmark/cpu")
     assert suite.run(study, ["ignn"], deadline=-1.0, rehearse=True) == [] and len(ran) == 2
     assert "ignn: left out, the deadline has passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "are"),
+    [
+        ("implicit", "upg k=5", True),
+        ("implicit", "upg k=5 lam=0.8", True),
+        ("implicit adjoint_solver=anderson", "onestep", True),
+        ("implicit", "shine", True),
+        ("implicit", "implicit", False),
+        ("upg k=5", "implicit", False),
+        ("implicit batch=8", "upg k=5 batch=16", False),
+        ("implicit torchdeq", "upg k=5", False),
+    ],
+)
+def test_implicit_is_compared_with_every_other_estimator_under_the_same_settings(a, b, are):
+    rows = [SimpleNamespace(variant=SimpleNamespace(label=label)) for label in (a, b)]
+    assert comparable(*rows) is are

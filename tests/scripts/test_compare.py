@@ -42,6 +42,8 @@ def test_run_folders(tmp_path, capsys):
     assert compare.main([paths[0], paths[0]]) is True
     agreed = capsys.readouterr().out
     assert agreed.startswith("they agree in all") and int(agreed.split()[4]) > 20
+    with pytest.raises(SystemExit, match="steps=3 has nothing to change"):
+        compare.main([*paths, "steps=3"])
     assert compare.main(paths) is False
     assert "they part at train step 1: loss is" in capsys.readouterr().out
 

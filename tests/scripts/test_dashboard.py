@@ -70,6 +70,7 @@ def test_curves_are_sent_by_step():
         (["model=x"], "model=x is not known"),
         (["mode=offline"], "mode= is that of `export`"),
         (["export", "mode=sometimes"], "choose online or offline"),
+        (["export", "metric=perplexity"], "metric= is that of the dashboards"),
         (["make"], "'make' is neither one of export"),
     ],
 )

@@ -1,9 +1,11 @@
 """The fault drill's list and its table; three rounds in every suite, the others where slow tests run."""
 
+import sys
+
 import pytest
 
 from scripts import drill
-from scripts.drilling.room import BrokenPromiseError, Room, forget, same
+from scripts.drilling.room import BrokenPromiseError, Job, Room, forget, same
 from scripts.drilling.rounds import ROUNDS, Round
 from scripts.drilling.rounds import drill as listed
 from tests.test_docs import ROOT, tables
@@ -70,3 +72,14 @@ def test_runs_that_differ_in_one_number_are_not_the_same():
 def test_a_round_holds(name):
     with Room() as room:
         ROUNDS[name].play(room)
+
+
+def test_a_job_that_hangs_breaks_its_promise(tmp_path):
+    job = Job(
+        [sys.executable, "-c", "import time; time.sleep(60)"], runs=tmp_path, log=tmp_path / "log", environment={}
+    )
+    try:
+        with pytest.raises(BrokenPromiseError, match=r"was not over after 0\.1 s"):
+            job.wait(0.1)
+    finally:
+        job.kill()

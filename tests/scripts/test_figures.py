@@ -14,7 +14,8 @@ FIGURE = {
 
 
 def entry(panel: str, line: str, values: list[float], commit: str = "0123456789") -> dict:
-    return {"panel": panel, "line": line, "epochs": list(range(len(values))), "values": values, "commit": commit}
+    curve = {"epochs": list(range(len(values))), "values": values}
+    return {"panel": panel, "line": line, **curve, "commit": commit, "dirty": commit == "abc"}
 
 
 def test_the_table_shows_last_and_best_and_what_was_not_run():
@@ -22,7 +23,12 @@ def test_the_table_shows_last_and_best_and_what_was_not_run():
     rows = figures.table(FIGURE, entries).splitlines()
     assert "| Implicit | 100.0 (100.0, 0) | -- |" in rows
     assert "| UPG | -- | 60.0 (70.0, 1) |" in rows
-    assert any(row.startswith("Commit 01234567, abc.") for row in rows)
+    assert any(row.startswith("Commit 01234567, abc* (* marks uncommitted changes). The curves") for row in rows)
+    entries = [
+        item | {"precision": name, "gradient_precision": None}
+        for item, name in zip(entries, ("fp32", "bf16"), strict=True)
+    ]
+    assert " Precision bf16, fp32. " in figures.table(FIGURE, entries)
 
 
 def test_the_lines_drawn_are_the_values_recorded(tmp_path, monkeypatch):

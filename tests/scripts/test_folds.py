@@ -87,6 +87,9 @@ def test_curves_are_read_by_split(tmp_path):
         (["table4", "rows=cox2_implicit", "seed=3"], "seed is set"),
         (["table4", "rows=cox2_implicit", "repeats=3"], "one run per fold"),
         (["table4", "rows=cox2_implicit", "folds=10"], "no fold 10; it has 0, .*, 9"),
+        (["table4", "rows=ppi_implicit", "folds=3"], "none of the rows table4/ppi_implicit has folds"),
+        (["table4", "rows=cox2_implicit", "data.validation=0.1", "eval_splits=[valid]"], r"=\['valid'\] must have it"),
+        (["table4", "rows=cox2_implicit", "target=85"], "target=85.* must be null"),
         (["table4", "rows=nothing"], "error: table4 has no row nothing"),
     ],
 )

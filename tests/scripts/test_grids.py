@@ -7,7 +7,8 @@ from scripts.reporting.grids import accuracy, cosine
 from scripts.reporting.grids.runs import runs_of
 from scripts.running import measuring
 
-ABOUT = {"commit": "0123456789", "dirty": False, "device": "card", "steps": 100}
+ABOUT = {"commit": "0123456789", "dirty": False, "device": "card", "precision": "fp32", "gradient_precision": None}
+ABOUT |= {"steps": 100}
 FIG2 = {"title": "F2", "experiments": {"Implicit": "f/implicit"}, "grid": {"paper": {}}, "function": "cosine"}
 FIG3 = {
     **{"title": "F3", "function": "accuracy", "metric": "accuracy", "split": "test"},

@@ -23,6 +23,13 @@ def run(folder, *overrides: str, panels=("short", "long"), again=False, figure=F
     process.execute(lines.work(figure, folder, overrides, panels=panels, again=again), 1, Stop())
 
 
+def test_what_the_panels_and_the_figure_need_cannot_be_changed(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.length=40 is what the panels differ in: .* of short, long"):
+        run(tmp_path, "data.length=40")
+    with pytest.raises(ConfigError, match=r"shows test, which eval_splits=\['train'\] must have"):
+        run(tmp_path, "eval_splits=[train]")
+
+
 @pytest.fixture
 def jobs(monkeypatch):
     """Train nothing, and note what would be trained."""
@@ -55,7 +62,7 @@ def test_runs_are_kept_by_panel_and_line(tmp_path, jobs):
 def test_overrides_make_another_figure(tmp_path, jobs):
     run(tmp_path, "scale=smoke", panels=["short"])
     run(tmp_path, "epochs=5", "device=cpu", panels=["short"])
-    assert {path.name for path in tmp_path.iterdir()} == {"curves@smoke.json", "curves@epochs=5.json"}
+    assert {path.name for path in tmp_path.glob("*.json")} == {"curves@smoke.json", "curves@epochs=5.json"}
     assert jobs[1][0] == ["experiment=chains/implicit", "epochs=5", "data.length=8", "device=cpu"]
     with pytest.raises(ConfigError, match="experiment's seed"):
         run(tmp_path, "seed=3")

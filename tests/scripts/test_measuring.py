@@ -71,6 +71,11 @@ def test_other_settings_have_records_of_their_own(seen, tmp_path, capsys):
     assert "cost unknown" in capsys.readouterr().err
 
 
+def test_a_number_is_read_as_train_py_reads_it(seen):
+    reproduce.main(["study", "rows=two", "size=1e-6"])
+    assert seen == [([0], 1e-6)]
+
+
 def test_list_prints_the_commands_alone(seen, tmp_path, capsys):
     reproduce.main(["study", "list", "scale=smoke"])
     assert capsys.readouterr().out.splitlines() == [
@@ -87,6 +92,8 @@ def test_list_prints_the_commands_alone(seen, tmp_path, capsys):
         (["depth=3"], "study, one has no setting depth; it has seeds, size"),
         (["seeds=3"], r"seeds=3: study, one takes a list, as \[1,2\] there"),
         (["size=[3]"], r"size=\[3\]: study, one takes one value there"),
+        (["size=ten"], "size=ten: study, one takes numbers there"),
+        (["seeds=[1,two]"], r"seeds=\[1,two\]: study, one takes numbers there"),
         (["jobs=2"], "one thing after the other"),
     ],
 )

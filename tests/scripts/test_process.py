@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +74,9 @@ def test_where_a_run_lies_is_planned():
     assert (made.config["data"]["length"], made.label) == (20, "chains/implicit")
     folder = process.folder_of(made, items, made.config["seed"])
     assert folder == studies.ROOT / "runs" / "chains/implicit" / "data.length=20" / "seed42"
+    for more in ("runs=~/mine", "recipe=none"):
+        made = process.plan([*items, more])
+        assert process.folder_of(made, [*items, more], made.config["seed"]) == made.folder
 
 
 def work(tmp_path, monkeypatch, *, failing: str = "", **options) -> tuple[process.Work, list[str], list[str]]:
@@ -98,6 +104,23 @@ def test_one_at_a_time_unless_they_are_small(tmp_path, monkeypatch, capsys):
         done, started, kept = work(tmp_path, monkeypatch, **options)
         process.execute(done, jobs, Stop())
         assert sorted(started) == ["a False", "b False", "c False"] and sorted(kept) == ["aa", "bb", "cc"]
+
+
+def test_on_gpus_one_run_takes_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "cores", lambda: 8)
+    done, _, _ = work(tmp_path, monkeypatch, small=True)
+    assert process.at_a_time(done, None) == 3
+    assert process.at_a_time(replace(done, runs=[run._replace(gpus=8) for run in done.runs]), None) == 1
+
+
+def test_a_record_that_cannot_be_kept_ends_it(tmp_path, monkeypatch):
+    def keep(run, record):
+        raise ValueError(f"{run.name} has no test split")
+
+    done, started, _ = work(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="has no test split"):
+        process.execute(replace(done, runs=[done.runs[0]] * 50, keep=keep), 2, Stop())
+    assert len(started) < 50
 
 
 def test_the_first_failure_ends_it(tmp_path, monkeypatch):
@@ -156,6 +179,32 @@ def test_a_run_that_is_told_to_end_when_it_has_finished_is_kept(tmp_path, monkey
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "record.json").write_text("{}")
     assert process.train([f"folder={tmp_path / 'run'}"], tmp_path / "run", stop=stop) == {}
+
+
+def test_a_run_that_was_to_begin_anew_and_did_not_leaves_no_record_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    (tmp_path / "record.json").write_text("{}")
+    stop = Stop()
+    stop.now()
+    with pytest.raises(Stopped):
+        process.train(["resume=never"], tmp_path, stop=stop)
+    write = f"import pathlib; pathlib.Path({str(tmp_path / 'record.json')!r}).write_text('{{\"new\": 1}}')"
+    (tmp_path / "train.py").write_text(write)
+    assert process.train(["resume=never"], tmp_path).keys() == {"new", "cpu_seconds"}
+
+
+def test_a_second_signal_is_not_sent_to_a_run(tmp_path):
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print(1, flush=True)); print(0, flush=True)"
+    line = [sys.executable, "-c", f"{code}; time.sleep(1); time.sleep(1)"]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    stop = Stop()
+    with stop.watching(child):
+        assert child.stdout.readline() == "0\n"
+        stop.now()
+        assert child.stdout.readline() == "1\n"
+        stop.now()
+        assert child.communicate(timeout=30)[0] == ""
 
 
 def test_after_so_many_seconds_nothing_begins(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 
 from phantom.engine.artifacts import records
+from phantom.engine.errors import ConfigError
 from scripts.running import rehearsal
 from tests.plans import plan
 
@@ -42,3 +43,6 @@ def test_a_folder_that_is_named_counts(tmp_path):
     assert "data=images_synthetic" not in items
     assert "data=images_synthetic" in rehearsal.items("mdeq_tiny", "cifar10", [])
     assert rehearsal.items("ignn", "chains", []) == []
+    assert "data=images_synthetic" not in rehearsal.items("mdeq_small", "imagenet", ["data.root=hf:ILSVRC/imagenet-1k"])
+    with pytest.raises(ConfigError, match=r"data\.root=/nowhere is no folder"):
+        rehearsal.items("mdeq_tiny", "cifar10", ["data.root=/nowhere"])

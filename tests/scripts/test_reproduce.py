@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +86,29 @@ def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
     assert ran[-1][0] == f"experiment={row}" and ran[-1][-2:] == ["scale=smoke", "seed=0"], "another budget"
 
 
+def test_a_typed_run_of_other_data_is_not_the_row(ran, tmp_path, monkeypatch):
+    for name, content in (("mine", "abc"), ("copies", "xyz")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "digest").write_text(content)
+    typed = plan(["data=cifar10", "grad=npg", "model=mdeq_tiny", f"data.root={tmp_path / 'copies'}"])
+    folder = tmp_path / "runs" / typed.folder.relative_to(typed.root)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(typed.text)
+    found = {"seed": 0, "final": {}, "best": {}, "label": typed.label, "data_digests": {"train": "xyz"}}
+    (folder / "record.json").write_text(json.dumps(found))
+    digest = lambda made: {"train": (Path(made.config["data"]["root"]) / "digest").read_text()}  # noqa: E731
+    monkeypatch.setattr(process, "build_source", lambda made: SimpleNamespace(digests=lambda: digest(made)))
+    row = ["table1", "rows=npg_k5_lam0.5", "repeats=1"]
+    with pytest.raises(
+        SystemExit, match=r"of other data than these \(train xyz there, abc here\): that run read .*copies"
+    ):
+        reproduce.main([*row, f"data.root={tmp_path / 'mine'}"])
+    assert not ran and not kept(tmp_path)
+    (tmp_path / "mine/digest").write_text("xyz")
+    reproduce.main([*row, f"data.root={tmp_path / 'mine'}"])
+    assert not ran and kept(tmp_path) == {"table1/npg_k5_lam0.5/seed0.json"}, "the data have moved"
+
+
 def test_other_budgets_and_other_experiments_have_folders_of_their_own(ran, tmp_path):
     reproduce.main(["table3", "rows=imagenet_upg", "scale=smoke"])
     reproduce.main(["table3", "rows=imagenet_upg", "k=3"])
@@ -141,6 +166,16 @@ def test_a_point_of_a_grid_is_in_the_name_of_its_record(ran, tmp_path):
     for point in studies.points(studies.load("grid")["grids"]["one"], "gpu"):
         found = studies.record_folder(point.experiment, "paper", point.overrides) / "seed0.json"
         assert json.loads(found.read_text())["monitor"] == [{"step": 1, "spectral_radius": 0.9}]
+
+
+def test_an_override_of_an_axis_chooses_points_of_a_grid(ran, tmp_path, capsys):
+    (tmp_path / "results/fig3").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "results/fig3/study.yaml", tmp_path / "results/fig3")
+    reproduce.main(["fig3", "scale=cpu", "k=5", "lam=1", "list"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [[item for item in line if item.startswith(("k=", "lam="))] for line in lines] == [["k=5", "lam=1.0"]] * 2
+    with pytest.raises(SystemExit, match="error: fig3: k=7 is no point of the grid; k is one of 1, 3, 5, 9"):
+        reproduce.main(["fig3", "scale=cpu", "k=7"])
 
 
 def test_torchrun_is_in_the_command(ran, capsys):

@@ -66,6 +66,15 @@ def test_mean_deviation_and_count(keep):
     assert row["best"] == "84.00 ± 3.27 (3)"
 
 
+def test_steps_timed_on_two_devices_are_not_one_number(keep):
+    times = [{"times": {"step": {"median": seconds}}} for seconds in (0.1, 0.3, 9.0)]
+    keep("t/a", record(80, 70, **times[0]), record(80, 70, **times[1]), record(80, 70, device="other", **times[2]))
+    (row,) = table({"experiment": "t/a"})
+    assert row["step ms"] == "200.0 on card; 9000.0 on other"
+    (row,) = table({"experiment": "t/a", "group": "g", "speed": "--"})
+    assert (row["training h"], row["speed"]) == ("--", "--")
+
+
 def test_a_missing_run_has_no_number(keep):
     keep("t/b", record(80, 70))
     absent, single = table({"experiment": "t/a"}, {"experiment": "t/b"})

@@ -54,6 +54,10 @@ def test_mean_best_and_how_many(tmp_path, monkeypatch):
     }
 
 
+def test_runs_that_all_got_there_do_not_tell_the_steps_of_their_budget(tmp_path, monkeypatch):
+    assert row(tmp_path, monkeypatch, record(0, 30.0), record(1, 20.0))["budget"] == "paper"
+
+
 def test_what_was_not_reached_has_no_seconds(tmp_path, monkeypatch):
     found = row(tmp_path, monkeypatch, record(0, 30.0, reached=False), name="t/a@smoke")
     assert found["reached"] == "0 of 1 [smoke, digits]"

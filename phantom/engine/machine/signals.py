@@ -18,7 +18,7 @@ from typing import Any
 from phantom.engine.machine import launcher
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-# seconds in which a second signal counts as the same one, where a launcher or a scheduler sends it along
+# seconds in which a second signal counts as the first one, sent along by who started the run and heard it, too
 ECHO = 1.0
 
 
@@ -123,9 +123,14 @@ class Interruption:
         now = time.monotonic()
         if not self.number:
             self.number, self._first = number, now
-        elif not launcher.is_there() or now - self._first > ECHO:
+        elif not self._is_echo(number, now):
             _say(f"{name_of(number)}, the second signal: the run ends at once; what was saved before is kept")
             os._exit(128 + number)
+
+    def _is_echo(self, number: int, now: float) -> bool:
+        # of a terminal alone, the second Ctrl-C is always meant
+        sent_along = launcher.is_there() or number == self.number != signal.SIGINT
+        return sent_along and now - self._first <= ECHO
 
 
 def _say(text: str) -> None:
