@@ -109,7 +109,7 @@ def fixed_point(
     group = name_of(group)
     check_choice("returns", returns, RETURNS)
     _check_extras(states, unrolled, grad)
-    if _is_compiled_around(grad):
+    if _is_compiled_around(grad, regularizer):
         from phantom.compiled import outside
 
         return outside(
@@ -230,10 +230,12 @@ def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimato
     return value
 
 
-def _is_compiled_around(grad: GradientEstimator) -> bool:
-    """Return whether torch.compile is at work around a solve; it traces an unrolled iteration alone, which has none."""
+def _is_compiled_around(grad: GradientEstimator, regularizer: Regularizer | None) -> bool:
+    """Return whether torch.compile is at work around what it cannot trace: a solve, or a penalty, whose backward
+    differentiates f twice. An unrolled iteration alone it can.
+    """
     if torch.compiler.is_dynamo_compiling():
-        return grad.needs_equilibrium or not torch.is_grad_enabled()
+        return grad.needs_equilibrium or regularizer is not None or not torch.is_grad_enabled()
     return get_eval_frame_callback() not in (None, False)
 
 

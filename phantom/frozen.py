@@ -1,7 +1,9 @@
-"""f with everything but z held: what products with the Jacobian of compiled code need."""
+"""What products with the Jacobian of a compiled f need: f with everything but z held, or f as written."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 
@@ -35,6 +37,15 @@ def frozen(f: Map) -> Map | None:
             return torch.func.functional_call(module, held, (*args, z), kwargs)
 
     return map_of_z
+
+
+def uncompiled() -> AbstractContextManager:
+    """Run f as written during the body: the backward of a compiled f is one piece, and has no derivative of its own.
+
+    In one piece, every vjp computes the gradients of all weights. torch._dynamo takes seconds to load, and has nothing
+    compiled where nobody has loaded it.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -113,6 +113,8 @@ class Reasoner(nn.Module):
         self.cell = cell(width=d_model, length=length)
         if differentiate == "pair" and len(self.cell.states) == 1:
             raise ValueError("differentiate='pair' needs a cell of two states; with one, a cycle is one call")
+        if differentiate == "pair" and deq.grad.needs_history:
+            raise ValueError("differentiate='pair' ends with calls of no solve, and grad=shine reuses one: use 'cycle'")
         for name in self.cell.states:
             self.register_buffer(f"start_{name}", cut_normal_(torch.empty(d_model), 1.0))
         self.readout = linear(d_model, vocab_size)
@@ -198,10 +200,16 @@ class Reasoner(nn.Module):
             grad=self.deq.grad,
             regularizer=self.deq.regularizer,
             gradient_precision=self.deq.gradient_precision,
+            on_failure="ignore",
+            group=self.deq.group,
             clock=self.deq.clock,
         )
-        stats = replace(before.stats, num_evals=before.stats.num_evals + solution.stats.num_evals)
-        return replace(solution, stats=stats)
+        # the solve was the one before; the backward adds its cost to these, and follows their policy
+        stats, num_evals = solution.stats, solution.stats.num_evals
+        for field in fields(stats):
+            setattr(stats, field.name, getattr(before.stats, field.name))
+        stats.num_evals += num_evals
+        return solution
 
     def _bound(self, x: Tensor, noise: Noise | None) -> dict:
         rotary = None if self.cosines is None else (self.cosines, self.sines)
@@ -278,11 +286,13 @@ class Reasoner(nn.Module):
 
     def _evaluate(self, inputs: Tensor, labels: Tensor) -> tuple[Outcome, tuple[Solution], None]:
         """Run all supervision steps from every start; `models.reasoner.evaluation` says what it counts."""
-        runs = []
+        runs, num_evals = [], 0
         for restart in range(self.supervision.restarts):
             # the same draws for every puzzle, so that no answer depends on the batch it is in
             run, step = self._run(inputs, labels, torch.Generator().manual_seed(restart))
             runs.append(run)
+            num_evals += step.solution.stats.num_evals
+        step.solution.stats.num_evals = num_evals
         loss, sums = score(runs, (labels != IGNORED).sum(dim=1))
         return Outcome(loss, sums), (step.solution,), None
 

@@ -16,7 +16,7 @@ from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.config.values import obstacles_to_graphs
-from phantom.engine.continuation import check_continued
+from phantom.engine.continuation import check_budget, check_continued
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, precision
 from phantom.engine.machine.compiler import can_compile, check_compiler
@@ -171,6 +171,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         raise ConfigError(
             f"eval_splits={list(wanted)} must name splits of the data, which has {', '.join(source.splits)}"
         )
+    check_budget(origin, plan.budget.total(source))
     source.to(device)
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     model = build_model(plan, source.spec).to(device)

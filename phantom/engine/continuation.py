@@ -23,7 +23,7 @@ def check_continued(plan: Plan) -> dict[str, Any] | None:
     """Return facts about the run that `plan` continues, for the record; None where it continues none.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run; see `check_budget` for the rest.
         CheckpointError: its checkpoint is damaged, or of a config that differs in more than the budget.
     """
     if plan.config["continue_from"] is None:
@@ -36,11 +36,20 @@ def check_continued(plan: Plan) -> dict[str, Any] | None:
         )
     state = checkpoint.load(folder / "last.pt")
     checkpoint.check_config(state, plan.differences_to_resume, folder / "last.pt")
-    if plan.budget.steps is not None and plan.budget.steps <= state["step"]:
-        raise ConfigError(
-            f"steps={plan.budget.steps} ends before it begins: {folder} stands at step {state['step']}; use more steps"
-        )
     return {"continue_from": plan.config["continue_from"], "step": state["step"]}
+
+
+def check_budget(origin: dict[str, Any] | None, total: int) -> None:
+    """Raise where a run of `total` steps has nothing to add to the one that it continues.
+
+    Raises:
+        ConfigError: that one has taken as many.
+    """
+    if origin is not None and "continue_from" in origin and total <= origin["step"]:
+        raise ConfigError(
+            f"the budget of {total} steps ends before it begins: continue_from={origin['continue_from']} stands at "
+            f"step {origin['step']}; use more epochs, and more steps where steps= is set"
+        )
 
 
 def copy_continued(plan: Plan) -> None:

@@ -63,7 +63,8 @@ def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:
     if main:
         for path in [path for name in (_LEAVES if anew else ()) for path in folder.glob(name)]:
             path.unlink()
-        if trainer.origin is not None and "continue_from" in trainer.origin:
+        # where torchrun has started the processes again, the folder stands further on already
+        if trainer.origin is not None and "continue_from" in trainer.origin and not (folder / "last.pt").exists():
             copy_continued(plan)
         launcher.note_begun(folder)
     started = records.now()

@@ -6,10 +6,8 @@ solution u of (I - J^T) u = g, and the ordinary graph carries u to parameters an
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phantom import transforms
+from phantom.frozen import uncompiled
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
@@ -128,7 +127,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     if equilibrium.is_adjoint:
         fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
     else:
-        with _uncompiled(), Readings(z) as readings:
+        with uncompiled(), Readings(z) as readings:
             fz, inputs = equilibrium.f(z), readings.tensors
         if [*map(edge_of, inputs)] != [*ctx.next_functions[1:]] or readings.missed(fz):
             raise RuntimeError(
@@ -173,7 +172,7 @@ class AdjointEstimator(GradientEstimator):
         stats = solution.stats
         if transforms.are_active():
             return self._attach_under(transforms.Levels(), f, solution)
-        with _uncompiled():
+        with uncompiled():
             linear = Linearisation(f, solution.z_star)
         stats.num_evals += 1
         if linear.is_frozen:
@@ -213,14 +212,6 @@ class AdjointEstimator(GradientEstimator):
             stats.num_evals += 1
             value = value + inverse((fz - levels.constant(fz)) - (value - levels.constant(value)))
         return value
-
-
-def _uncompiled() -> AbstractContextManager:
-    """Run f eagerly: the backward of a compiled f is one piece, where every vjp computes the gradients of all weights.
-
-    torch._dynamo takes seconds to load, and has nothing compiled where nobody has loaded it.
-    """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks.base import Score
 from phantom.engine.tasks.images import ImageClassification
 from tests.engine import tiny
@@ -49,6 +50,15 @@ def test_evaluations_start_without_a_past_and_leave_that_of_training_alone(tmp_p
     assert len(task.evaluated) == 6 * 2 * 3, "six evaluations of two splits, in batches of 5, 5 and 2"
     assert_relayed(task.evaluated, micro=1, steps=3)
     assert_relayed(task.trained, micro=2, steps=STEPS)
+
+
+def test_the_monitor_measures_the_step_with_the_carry_that_it_had(tmp_path):
+    task, monitor = Relay(), Monitor(every=1, radius_steps=2)
+    tiny.trainer(tmp_path, task=task, monitor=monitor, budget=tiny.budget(epochs=1)).fit(resume=False)
+    assert len(task.trained) == 2 * STEPS
+    for step in range(STEPS):
+        (batch, carry), (again, measured) = task.trained[2 * step : 2 * step + 2]
+        assert torch.equal(batch, again) and measured is carry
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])

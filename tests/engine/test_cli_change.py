@@ -2,7 +2,7 @@
 
 import pytest
 
-from phantom.engine.config.overrides import change
+from phantom.engine.config.overrides import change, expand
 from phantom.engine.errors import ConfigError
 from train import CONFIGS
 
@@ -29,6 +29,14 @@ def test_values(item, path, value):
     assert found == value and type(found) is type(value)
 
 
+def test_a_root_key_that_the_data_repeat_is_changed_in_both_places():
+    saved = config() | {"subset": 8, "test_subset": None, "data": {"subset": 8, "test_subset": None, "batch_size": 4}}
+    found = change(saved, ["test_subset=3", "subset=null"], CONFIGS)
+    assert (found["test_subset"], found["data"]) == (3, {"subset": None, "test_subset": 3, "batch_size": 4})
+    with pytest.raises(ConfigError, match="'test_subset=3' changes nothing: the data of this run take no test_subset"):
+        change(saved | {"data": {"streams": 4}}, ["test_subset=3"], CONFIGS)
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
@@ -41,3 +49,7 @@ def test_values(item, path, value):
 def test_mistakes(item, message):
     with pytest.raises(ConfigError, match=message):
         change(config(), [item], CONFIGS)
+
+
+def test_a_job_of_a_sweep_has_its_other_items_as_they_were_typed():
+    assert expand(["init=w.pt", "seed=0,1"]) == [["init=w.pt", "seed=0"], ["init=w.pt", "seed=1"]]

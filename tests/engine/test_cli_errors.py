@@ -44,6 +44,8 @@ BEFORE_DATA = [
     ("lam=1.5", r"lam=1\.5 must be in \(0, 1\]"),
     ("lam=0", r"lam=0 must be in \(0, 1\]"),
     ("lam=x", r"lam='x' must be in \(0, 1\]"),
+    ("model=ignn data=cox2 subset=32", "subset is not used: the chosen data take no subset; leave it out"),
+    ("smoke_steps=3", "smoke_steps is not used at scale=paper: add scale=smoke, or use steps"),
     ("grad=implicit k=9", rf"k is not used by the chosen gradient estimator: {UNUSED}npg\|upg; leave k out"),
     ("grad=one_step lam=0.5", rf"lam is not used .* {UNUSED}npg\|upg"),
     ("grad=upg adjoint_solver.max_steps=5", rf"adjoint_solver is not used .* {UNUSED}implicit; leave"),

@@ -105,12 +105,21 @@ def test_a_measurement_leaves_the_run_as_it_was():
     assert model.training
 
 
-def test_a_monitored_run_is_the_same_run(tmp_path):
+def project(model, arguments):
+    """Change a weight where it is used, as a model does that keeps it in a ball."""
+    with torch.no_grad():
+        model.cell.weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_monitored_run_is_the_same_run(tmp_path, projects):
     monitor = Monitor(every=2, radius_steps=2, exact_solver=EXACT)
     runs = []
     for name, each in (("with", monitor), ("without", None)):
         torch.manual_seed(0)
         model = tiny.Classifier(dropout=0.5, batch_norm=True)
+        if projects:
+            model.register_forward_pre_hook(project)
         run = tiny.trainer(
             tmp_path / name, unwrapped=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), monitor=each
         )

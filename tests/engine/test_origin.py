@@ -124,7 +124,8 @@ def test_a_continued_run_differs_in_its_budget_alone(tmp_path):
     first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
     for items, message in (
         (["steps=4", "lam=0.7"], r"another config \(different: grad, lam\)"),
-        (["steps=2"], "steps=2 ends before it begins: .* stands at step 2"),
+        (["steps=2"], "budget of 2 steps ends before it begins: .* stands at step 2; use more epochs"),
+        (["steps=1", "eval_splits=[train]"], "budget of 1 steps ends before it begins"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=message):
             tiny_run(tmp_path, *items, f"continue_from={first}")
@@ -134,3 +135,20 @@ def test_a_continued_run_differs_in_its_budget_alone(tmp_path):
     assert record["steps"] == 4 and json.loads((record["path"] / "record.json").read_text())["origin"]["step"] == 2
     made = plan(["steps=4", f"continue_from={first}"])
     assert made.differences(plan(["steps=2"]).text) and not made.differences_to_resume(plan(["steps=2"]).text)
+
+
+def test_epochs_that_are_spent_add_nothing(tmp_path):
+    first = tiny_run(tmp_path, "steps=null", "epochs=1", "eval_every=null")
+    with pytest.raises(ConfigError, match=f"budget of {first['steps']} steps ends before it begins"):
+        tiny_run(tmp_path, "steps=9", "epochs=1", "eval_every=null", f"continue_from={first['path']}")
+
+
+def test_where_torchrun_starts_again_a_continued_run_keeps_what_it_has_done(tmp_path, monkeypatch):
+    first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
+    items = ["steps=4", "eval_every=2", f"continue_from={first}", "resume=never"]
+    record = tiny_run(tmp_path, *items)
+    (record["path"] / "record.json").unlink()
+    monkeypatch.setattr("phantom.engine.machine.launcher.has_begun", lambda folder: True)
+    monkeypatch.setattr("phantom.engine.training.step.Step.__call__", lambda *_, **__: pytest.fail("trained again"))
+    again = tiny_run(tmp_path, *items)
+    assert (again["steps"], again["final"], again["origin"]) == (4, record["final"], record["origin"])

@@ -80,6 +80,15 @@ def test_the_penalty_applies_to_its_share_of_the_steps():
     assert active == pytest.approx(600, abs=82)  # four standard deviations
 
 
+def test_an_evaluation_has_no_penalty_and_no_jitter():
+    layer = DEQ(solver=SOLVER, grad=GRAD)
+    both = rules(penalty=Penalty(regularizer=JacobianRegularizer(), weight=0.5), jitter=Jitter(below=5))
+    both.apply([layer], 3, 10)
+    assert layer.regularizer is not None
+    both.restore([layer])
+    assert layer.regularizer is None and layer.solver == SOLVER
+
+
 def test_pretraining_unrolls_then_solves(tmp_path):
     pretraining = Pretraining(steps=4, layers=3)
     found = budgets(tmp_path, rules(pretraining=pretraining, jitter=Jitter(below=5)))

@@ -1,10 +1,14 @@
 """Durations by phase with a clock under control."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from phantom.deq import deqs_of
 from phantom.engine.measure import timing
 from phantom.engine.measure.timing import StepTimer
+from tests.engine import tiny
 
 
 @pytest.fixture
@@ -138,3 +142,11 @@ def test_marks_can_be_kept_and_counted_again(clock):
     watch.add_marks(marks)
     watch.end_step(1)
     assert watch.recent()[0] == {"optimizer": 1.0, "solve": 2.0}
+
+
+def test_the_average_of_the_weights_is_evaluated_without_a_clock(tmp_path):
+    run = tiny.trainer(tmp_path, ema_decay=0.9)
+    run.fit(resume=False)
+    assert run.evaluated_model is not run.unwrapped
+    assert [deq.clock for deq in deqs_of(run.evaluated_model)] == [nullcontext]
+    assert [deq.clock for deq in deqs_of(run.unwrapped)] == [run.timer.phase]

@@ -7,7 +7,7 @@ from scipy import stats
 from models.reasoner import Reasoner
 from models.reasoner.layers import MixerBlock, hidden_width, linear, rotary_tables, rotate
 from models.reasoner.supervision import Supervision
-from phantom import BPTT, DEQ, NPG, UPG, Implicit, Rollout
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, FixedPoint, Implicit, Rollout, SolveError
 from tests.models.reasoners import ATTENTION, MIXER, TIGHT, batch, make
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -205,6 +205,21 @@ def test_the_last_pair_costs_what_it_says():
     assert step.solution.stats.num_evals == plain.solution.stats.num_evals == 3
 
 
+def test_the_last_pair_reports_its_backward_and_follows_the_policy():
+    inputs, labels = batch()
+    losses, found = [], []
+    for grad in (NPG(k=3, lam=0.5), Implicit(solver=FixedPoint(max_steps=1, tol=1e-9))):
+        model = make(deq=DEQ(solver=Rollout(max_steps=2), grad=grad, on_failure="raise"), differentiate="pair")
+        step = model.step(inputs, model.start_state(inputs))
+        losses.append(model.supervision.cell_losses(step.logits, labels).sum())
+        found.append(step.solution.stats)
+    losses[0].backward()
+    assert found[0].num_vjps == 2 and found[0].num_steps.tolist() == [2] * len(inputs)
+    with pytest.raises(SolveError, match="adjoint solve"):
+        losses[1].backward()
+    assert found[1].adjoint.num_steps.tolist() == [1] * len(inputs)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_every_parameter_gets_a_gradient(name):
     model = make(**CELLS[name], deq=DEQ(solver=Rollout(max_steps=1), grad=UPG(k=1, lam=1.0)), positions="learned")
@@ -227,6 +242,7 @@ def test_every_parameter_gets_a_gradient(name):
         ({"start": "learned"}, "start='learned' is not known; choose one of fixed, random"),
         ({"noise": -1.0}, r"noise=-1\.0 must be a number >= 0"),
         ({"speeds": 1, "differentiate": "pair"}, "differentiate='pair' needs a cell of two states"),
+        ({"differentiate": "pair", "deq": DEQ(grad=SHINE())}, "grad=shine reuses one: use 'cycle'"),
         ({"num_fast": 0}, "num_fast=0 must be"),
         ({"lam": 0.0}, r"lam=0\.0 must be in"),
         ({"shared": 1}, "shared=1 must be true or false"),

@@ -165,6 +165,21 @@ def test_an_answer_does_not_depend_on_its_batch():
         assert sum(part.sums[name] for part in parts).item() == pytest.approx(total.item(), rel=1e-12), name
 
 
+def test_the_evaluations_of_all_starts_are_counted():
+    inputs, labels = batch(3)
+    counts = []
+    for restarts in (1, 3):
+        supervision = Supervision(steps=2, halting="fixed", restarts=restarts)
+        model = make(supervision=supervision, deq=DEQ(solver=Rollout(max_steps=2), grad=UPG(k=1, lam=1.0)), **RANDOM)
+        calls: list[int] = []
+        model.cell.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            _, (solution,), _ = model.eval()(inputs, labels)
+        assert solution.stats.num_evals == len(calls)
+        counts.append(len(calls))
+    assert counts[1] == 3 * counts[0]
+
+
 def test_random_starts_and_noise_are_drawn_per_number_in_training():
     model = make(deq=DEQ(solver=Rollout(max_steps=1), grad=UPG(k=1, lam=1.0)), **RANDOM)
     inputs, _ = batch(400)

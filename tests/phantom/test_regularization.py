@@ -1,5 +1,7 @@
 """The Jacobian regulariser against dense Jacobians and finite differences."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,3 +138,39 @@ def test_a_tuple_state_and_autocast():
 def test_impossible_settings():
     with pytest.raises(ValueError, match="num_probes=0"):
         JacobianRegularizer(num_probes=0)
+
+
+def test_a_compiled_f_is_penalised_as_it_is_written(leaves):
+    class Cell(torch.nn.Module):
+        def forward(self, z: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(z @ weight.mT + x)
+
+    found = []
+    for compiles in (False, True):
+        cell = Cell()
+        if compiles:
+            cell.compile(backend="aot_eager")
+        deq = DEQ(solver=FixedPoint(max_steps=80, tol=1e-12), grad=UPG(k=3), regularizer=JacobianRegularizer())
+        torch.manual_seed(3)
+        solution = deq(partial(cell, weight=leaves[0], x=leaves[1]), torch.zeros(3, 4, dtype=DTYPE))
+        loss = solution.value.square().sum() + solution.penalty
+        found.append([solution.penalty, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [BPTT(num_steps=4), UPG(k=3)], ids=lambda grad: type(grad).__name__)
+def test_a_model_that_is_compiled_as_a_whole_is_penalised_alike(leaves, grad):
+    deq = DEQ(solver=FixedPoint(max_steps=5, tol=None), grad=grad, regularizer=JacobianRegularizer())
+
+    def model(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        solution = deq(bind(weight, x), torch.zeros_like(x))
+        return solution.value, solution.penalty
+
+    found = []
+    for each in (model, torch.compile(model, backend="aot_eager")):
+        torch.manual_seed(3)
+        value, penalty = each(*leaves)
+        found.append([penalty, *torch.autograd.grad(value.square().sum() + penalty, leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

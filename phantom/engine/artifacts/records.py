@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CIRCUMSTANCES = (
     *("seed", "device", "speed", "compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("runs", "resume", "progress", "on_failure", "wandb", "wandb_project"),
-    *("data.root", "data.download", "data.cache"),
+    *("data.root", "data.download", "data.cache", "data.workers"),
 )
 # keys that came later: a run that does not use them is the run that it was before
 LATER = ("init", "continue_from", "target")

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plain
 from phantom.engine.config.instantiate import parameters_of
 from phantom.engine.config.layers import drop_replaced
-from phantom.engine.config.overrides import check_overrides, given_keys, to_hydra
+from phantom.engine.config.overrides import OF_DATA, check_overrides, given_keys, to_hydra
 from phantom.engine.config.recipes import with_recipe
 from phantom.engine.errors import ConfigError
 
@@ -67,7 +67,16 @@ def _resolve(tree: DictConfig, choices: dict[str, Any], overrides: Sequence[str]
         near = nearest(unknown[0], sorted(configs.root_keys))
         raise ConfigError(f"unknown key {', '.join(unknown)}{near} Valid keys: {', '.join(sorted(configs.root_keys))}")
     _fill_estimator(config, given_keys(overrides), configs)
+    _check_used(config, given_keys(overrides))
     return config
+
+
+def _check_used(config: dict[str, Any], given: set[str]) -> None:
+    for key in OF_DATA:
+        if key in given and key not in config["data"]:
+            raise ConfigError(f"{key} is not used: the chosen data take no {key}; leave it out")
+    if "smoke_steps" in given and config["scale"] != "smoke":
+        raise ConfigError(f"smoke_steps is not used at scale={config['scale']}: add scale=smoke, or use steps")
 
 
 def _fill_estimator(config: dict[str, Any], given: set[str], configs: Configs) -> None:

@@ -18,6 +18,8 @@ from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plai
 from phantom.engine.errors import ConfigError
 
 ANY = "++"  # Hydra's mark of a key that need not be there
+# root keys that a data set's leaf repeats; a saved config has their values in both places
+OF_DATA = ("subset", "test_subset")
 # keys that hold a path, which is taken as it is typed: Hydra's grammar has no umlauts and no brackets in a name
 PATHS = ("runs", "data.root", "data.cache", "init", "continue_from")
 
@@ -82,8 +84,8 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     options = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
-        else [str(item.input_line)]
-        for item in parse(overrides)
+        else [text]  # as it was typed: a job has the folder of the same run on its own
+        for text, item in zip(overrides, parse(overrides), strict=True)
     ]
     return [list(job) for job in itertools.product(*options)]
 
@@ -167,8 +169,12 @@ def change(config: dict[str, Any], overrides: Sequence[str], configs: Configs) -
         key, value = override.key_or_group, override.value()
         if key in defaults and not (isinstance(value, dict) or (value is None and defaults[key] is None)):
             raise ConfigError(f"{item!r}: a trained run keeps its {key}; change its keys, as in {key}.<key>=<value>")
+        if key in OF_DATA and key not in tree.data:
+            raise ConfigError(f"{item!r} changes nothing: the data of this run take no {key}")
         try:
             OmegaConf.update(tree, key, value)
+            if key in OF_DATA:
+                OmegaConf.update(tree, f"data.{key}", value)
         except OmegaConfBaseException as error:
             parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
             valid = ", ".join(sorted(map(str, parent))) if OmegaConf.is_dict(parent) else "none"

@@ -41,7 +41,7 @@ class Monitor:
         check_count("radius_steps", self.radius_steps, least=0)
 
     def measure(self, model: nn.Module, task: Task, batch: Any, carry: Any) -> dict[str, float]:
-        """Return the measurements; random state, batch statistics, gradients and carry are left as they were."""
+        """Return the measurements; random state, weights, batch statistics, gradients and carry stay as they were."""
         with _Batch(model, task, batch, carry) as measured:
             return self._radii(measured) | self._cosines(measured)
 
@@ -73,13 +73,17 @@ class Monitor:
 
 
 class _Batch:
-    """One batch of a model, scored several times from the same random state and buffers; they are restored at exit."""
+    """One batch of a model, scored several times from the same random state and buffers; they are restored at exit.
+
+    So are weights: a model may project its own where it uses them.
+    """
 
     def __init__(self, model: nn.Module, task: Task, batch: Any, carry: Any) -> None:
         self.model, self.task, self.batch, self.carry = model, task, batch, carry
         self.deqs = deqs_of(model)
         self._kept = [(deq.grad, deq.regularizer, deq.clock) for deq in self.deqs]
-        self._buffers = [buffer.clone() for buffer in model.buffers()]
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
         self._state = torch.get_rng_state()
         self._cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
@@ -116,13 +120,13 @@ class _Batch:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
     def rewind(self) -> None:
-        """Restore the random state and the buffers of the beginning."""
+        """Restore the random state, the weights and the buffers of the beginning."""
         torch.set_rng_state(self._state)
         if self._cuda_state is not None:
             torch.cuda.set_rng_state(self._cuda_state)
         with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), self._buffers, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                tensor.copy_(value)
 
 
 def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:

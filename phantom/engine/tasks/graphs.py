@@ -98,7 +98,7 @@ def _with_states(tally: Tally, solutions: Sequence[Solution]) -> Tally:
         parts = z if isinstance(z, tuple) else (z,)
         squares = [torch.linalg.vector_norm(part.float()).square() for part in parts]
         tally.sums[f"{SQUARES}/{i}"] = torch.stack(squares).sum()
-        tally.sums[f"{ENTRIES}/{i}"] = parts[0].new_tensor(float(sum(part.numel() for part in parts)))
+        tally.sums[f"{ENTRIES}/{i}"] = squares[0].new_tensor(float(sum(part.numel() for part in parts)))
     return tally
 
 

@@ -100,8 +100,6 @@ class Trainer:
         self.data = Data(self.source.digests(), self.config)
         self.total = self.budget.total(self.source)
         self._deqs = deqs_of(self.unwrapped)
-        for deq in self._deqs:
-            deq.clock = self.timer.phase
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._take_step = Step(
             model=self.model,
@@ -116,6 +114,8 @@ class Trainer:
             cuda_graph=self.speed.cuda_graph,
             timer=self.timer,
         )
+        for deq in self._deqs:  # now that the average has its copy, which evaluates unheard
+            deq.clock = self.timer.phase
         self._interruption = Interruption()
         self._late_ranks = LateRanks()
         # the epoch of a step whose evaluation a signal cut short
@@ -209,9 +209,11 @@ class Trainer:
             if start == 0:
                 self._take_step.reset_carries()
             for micro_batches in self.source.train(epoch=epoch, start=start, shard=self.shard):
+                carry = self._take_step.carries[0]  # as the step finds it
                 self._train_step(micro_batches, epoch)
                 self.step += 1
-                self._after_step(micro_batches, epoch, end_of_epoch=self.step == before)
+                self._measure(micro_batches, carry, epoch)
+                self._after_step(epoch, end_of_epoch=self.step == before)
                 if self._ended:
                     return
                 if self._signalled() if self.shard.world == 1 else self._take_step.vote.passed:
@@ -226,17 +228,18 @@ class Trainer:
         if micro_batches:  # none where there are too few examples for every rank to have one
             self._take_step(micro_batches, number=self.step + 1, penalty_weight=penalty_weight)
 
-    def _after_step(self, micro_batches: list[Any], epoch: int, *, end_of_epoch: bool) -> None:
+    def _measure(self, micro_batches: list[Any], carry: Any, epoch: int) -> None:
+        if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
+            self._take_step.check_finite(epoch, self.folder)
+            batch = batch_to(micro_batches[0], self.device)
+            self._write({"kind": "monitor", **self.monitor.measure(self.unwrapped, self.task, batch, carry)}, epoch)
+
+    def _after_step(self, epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
         self._shown.step(self.step, epoch)
         every = budget.eval_every
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
         saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
-        if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
-            self._take_step.check_finite(epoch, self.folder)
-            batch = batch_to(micro_batches[0], self.device)
-            measured = self.monitor.measure(self.unwrapped, self.task, batch, self._take_step.carries[0])
-            self._write({"kind": "monitor", **measured}, epoch)
         if saves or self.step % budget.log_every == 0:
             self._flush(epoch)  # device-to-host sync
         if saves:

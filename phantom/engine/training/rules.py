@@ -124,9 +124,9 @@ class Rules:
         return weight
 
     def restore(self, deqs: list[DEQ]) -> None:
-        """Give every DEQ the solver of the config again: an evaluation does not follow the jitter."""
+        """Give every DEQ what an evaluation has: the solver of the config, without jitter, and no penalty."""
         for deq in deqs:
-            deq.solver = self.solver
+            deq.solver, deq.regularizer = self.solver, None
 
 
 def _draw(name: str, seed: int, step: int) -> random.Random:
