@@ -13,7 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from phantom import transforms
 from phantom.check import check
 from phantom.confirm import Confirming
-from phantom.frozen import frozen
+from phantom.frozen import frozen, uncompiled
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.purity import Pure
@@ -198,7 +198,7 @@ def fixed_point(
         unrolled=None if flat.unrolled is None else [packing.unpack(z, copy=True) for z in flat.unrolled],
     )
     if differentiate and regularizer is not None:
-        with clock("attach"):
+        with clock("attach"), uncompiled():  # a penalty may differentiate f twice
             solution.penalty = regularizer(f, solution.z_star)
     return solution
 

@@ -22,12 +22,12 @@
     again              run what has a record, too
     list               say the cost, print the commands and run nothing
 
-Everything else goes to train.py, or is a setting of a measure (those are in study.yaml). The command says first what it
-will run, and what that costs by the records of runs of the same kind. What has a record in results/ is not run;
-finished runs of runs/ are not trained again, interrupted ones resume. A run that was typed as model=, data= and grad=
-counts as the row whose resolved config it has. Overrides that make it another experiment are in the name of the record,
-which no page shows. The exit status is 1 where something failed, and 3 where it was stopped with something left.
-`python scripts/report.py` renders the pages.
+Everything else goes to train.py, or is a setting of a measure (those are in study.yaml); of an axis of a grid, as k=5
+of fig3, it chooses points. The command says first what it will run, and what that costs by the records of runs of the
+same kind. What has a record in results/ is not run; finished runs of runs/ are not trained again, interrupted ones
+resume. A run that was typed as model=, data= and grad= counts as the row whose resolved config it has. Overrides that
+make it another experiment are in the name of the record, which no page shows. The exit status is 1 where something
+failed, and 3 where it was stopped with something left. `python scripts/report.py` renders the pages.
 
 A run that is told to end exits at once, or where its trainer knows the signal with a checkpoint of its last step; it
 resumes at its last checkpoint (those of evaluations, and every checkpoint_every=<n> steps). scale=cpu and scale=smoke

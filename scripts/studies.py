@@ -68,23 +68,6 @@ def points(grid: dict[str, Any], scale: str) -> list[Point]:
     ]
 
 
-def chosen(grid: dict[str, Any], scale: str, overrides: Sequence[str]) -> tuple[list[Point], list[str]]:
-    """Return the points of a grid at which its axes have the values that `overrides` name, and the other overrides.
-
-    Raises:
-        ValueError: an axis has no such value.
-    """
-    axes = grid["grid"].get(scale, grid["grid"]["paper"])
-    named = {item.partition("=")[0]: item.partition("=")[2] for item in overrides}
-    named = {key: yaml.safe_load(text) for key, text in named.items() if key in axes}
-    for key, value in named.items():
-        if value not in axes[key]:
-            raise ValueError(f"{key}={value} is no point of the grid; {key} is one of {', '.join(map(str, axes[key]))}")
-    wanted = {f"{key}={own}" for key, value in named.items() for own in axes[key] if own == value}
-    found = [point for point in points(grid, scale) if wanted <= set(point.overrides)]
-    return found, [item for item in overrides if item.partition("=")[0] not in named]
-
-
 def record_folder(experiment: str, scale: str, overrides: Sequence[str] = ()) -> Path:
     """Return the folder of the records of an experiment at a scale, or of one of its points."""
     label = experiment if scale == "paper" else f"{experiment}@{scale}"

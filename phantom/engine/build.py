@@ -160,7 +160,9 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     begin_peak(device)
     _check_machine(config, device, world_size)
     _check_compiler(config, device)
-    begins = config["resume"] == "never" or not any(plan.folder.glob("*.pt"))
+    # of a copy of the continued run that was cut short, last.pt is missing
+    mark = "*.pt" if config["continue_from"] is None else "last*.pt"
+    begins = config["resume"] == "never" or not any(plan.folder.glob(mark))
     init = config["init"] if begins else None  # a run that resumes has weights, and its origin in the checkpoint
     if init is not None:
         locate_weights(init)

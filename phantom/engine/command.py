@@ -61,7 +61,7 @@ def _run(job: Job, configs: Configs) -> None:
     if flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
         _show([item for item in items if item != "job"], configs)
         return
-    sweep, group = None, ""
+    sweep, group, plans = None, "", []
     if flags <= SWEEP:
         try:
             if flags:
@@ -81,7 +81,7 @@ def _run(job: Job, configs: Configs) -> None:
         if not hydras:
             _run_here(job, plans, sweep)
             return
-    _run_by_hydra(job, configs, sweep, group)
+    _run_by_hydra(job, configs, sweep, group, [list(plan.overrides) for plan in plans])
 
 
 def _check_alone() -> None:
@@ -141,14 +141,20 @@ def _recipe(plans: list[Plan], items: list[str]) -> list[str]:
     return [f"recipe={name}" for name in names if len(names) == 1 and name is not None and not typed]
 
 
-def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None, group: str) -> None:
+def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None, group: str, typed: list[list[str]]) -> None:
+    """Let Hydra start the jobs.
+
+    Args:
+        typed: the items of every job as they were typed, which name its folder: Hydra spells some otherwise, such as
+            1e-3. Empty where its flags alone are asked for.
+    """
     reasons: dict[int, str | None] = {}
     configs.mount()
 
     @hydra.main(version_base="1.3", config_path=str(configs.folder), config_name="train")
     def main(_: DictConfig) -> None:
-        overrides = from_hydra(HydraConfig.get().overrides.task)
         number = HydraConfig.get().job.num if sweep is not None else 0
+        overrides = typed[number] if typed else from_hydra(HydraConfig.get().overrides.task)
         # made again from the command line, because a recipe follows from the job's own model and data
         reasons[number] = _attempt(
             lambda: job(replace(make_plan(overrides, configs), group=group)), one_of_many=sweep is not None

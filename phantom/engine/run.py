@@ -64,7 +64,7 @@ def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:
         for path in [path for name in (_LEAVES if anew else ()) for path in folder.glob(name)]:
             path.unlink()
         # where torchrun has started the processes again, the folder stands further on already
-        if trainer.origin is not None and "continue_from" in trainer.origin and not (folder / "last.pt").exists():
+        if trainer.origin is not None and "continue_from" in trainer.origin and not any(folder.glob("last*.pt")):
             copy_continued(plan)
         launcher.note_begun(folder)
     started = records.now()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from phantom.engine.artifacts import records
 from phantom.engine.config.overrides import parse
@@ -92,8 +93,8 @@ def _settings(where: str, part: dict[str, Any], overrides: Sequence[str]) -> tup
         raise ConfigError(f"{where} has no setting {', '.join(unknown)}; it has {', '.join(part['settings'])}")
     chosen = part["settings"] | scales[scale]
     for key, text in found.items():
-        (item,) = parse([f"{key}={text}"])
-        value = item.value()
+        # YAML takes 1e-6 for a word; and words, as train.py wants them quoted, are plain in a study.yaml
+        value = parse([f"{key}={text}"])[0].value() if are_numbers(chosen[key]) else yaml.safe_load(text)
         if isinstance(value, list) != isinstance(chosen[key], list):
             kind = "a list, as [1,2]" if isinstance(chosen[key], list) else "one value"
             raise ConfigError(f"{key}={text}: {where} takes {kind} there")

@@ -19,6 +19,7 @@ from phantom.engine.artifacts import records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.build import build_source
 from phantom.engine.config.recipes import canonical
+from phantom.engine.errors import CheckpointError, ConfigError
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.run import finished_folder
 from scripts import studies
@@ -91,9 +92,13 @@ def plan(overrides: Sequence[str]) -> Plan:
     """Return the plan of `train.py <overrides>`.
 
     Raises:
-        ConfigError: the overrides do not compose.
+        ConfigError: the overrides do not compose; names the experiment, which is one of many here.
     """
-    return make_plan(overrides, CONFIGS)
+    try:
+        return make_plan(overrides, CONFIGS)
+    except ConfigError as error:
+        names = [item.partition("=")[2] for item in overrides if item.startswith("experiment=")]
+        raise ConfigError(": ".join([*names, str(error)])) from error
 
 
 def folder_of(made: Plan, overrides: Sequence[str], seed: int) -> Path:
@@ -184,8 +189,7 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
 
     Returns None where there is none, or where the row's own folder has the record.
 
-    Raises:
-        CheckpointError: it is of other data than those that the row would read.
+    A run of other data does not count, which is printed.
     """
     made = make_plan(run.overrides, CONFIGS)
     folder = finished_folder(made, studies.ROOT / Path(made.config["runs"]).expanduser())
@@ -194,7 +198,11 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     record = json.loads((folder / "record.json").read_text())
     then = Data(record.get("data_digests", {}), (folder / "config.yaml").read_text())
     if then.root != Data({}, made.text).root:  # the data may have moved
-        check_same_data(then, Data(build_source(made).digests(), made.text), folder / "record.json")
+        try:
+            check_same_data(then, Data(build_source(made).digests(), made.text), folder / "record.json")
+        except CheckpointError:
+            print(f"{run.name}: {folder} has its config, but other data, and does not count", flush=True)
+            return None
     return run._replace(folder=folder), record | {"label": made.label, "experiment": made.choices["experiment"]}
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from phantom.engine.config.overrides import parse
 from phantom.engine.errors import ConfigError
 from scripts import arguments, studies
 from scripts.running import costs, folds, lines, measuring, rehearsal, seeds
 from scripts.running.process import Work, at_a_time, plan
 from scripts.running.seeds import Row
+from scripts.studies import Point
 
 # scales whose runs take one thread each
 SMALL = ("cpu", "smoke")
@@ -76,10 +78,7 @@ def works(
         elif "folds" not in own:
             found.append((table, _lacking(seeds.work(rows, overrides, small=scale in SMALL), again)))
     for grid in grids:
-        try:
-            points, others = studies.chosen(grid, scale, overrides)
-        except ValueError as error:
-            raise ConfigError(f"{study['name']}: {error}") from error
+        points, others = _chosen(study["name"], grid, scale, overrides)
         rows = [_row(grid, point.experiment, point.overrides, others) for point in points if point.experiment in wanted]
         found.append((grid, _lacking(seeds.work(rows, others, small=scale in SMALL, traces=True), again)))
     if "figure" in study:
@@ -108,6 +107,27 @@ def _row(part: dict[str, Any], experiment: str, own: Sequence[str], overrides: S
         choices = plan([f"experiment={experiment}"]).choices
         scaled = [*rehearsal.items(choices["model"], choices["data"], overrides), *scaled]
     return Row(experiment, own, scaled)
+
+
+def _chosen(name: str, grid: dict[str, Any], scale: str, overrides: Sequence[str]) -> tuple[list[Point], list[str]]:
+    """Return the points at which the axes of a grid have the values that `overrides` name, and the other overrides.
+
+    Raises:
+        ConfigError: an axis has no such value.
+    """
+    axes = grid["grid"].get(scale, grid["grid"]["paper"])
+    asked = [item for item in overrides if item.partition("=")[0] in axes]
+    wanted = set()
+    for item in parse(asked):
+        key, value = item.key_or_group, item.value()
+        own = [each for each in axes[key] if each == value and not isinstance(value, bool)]
+        if not own:
+            raise ConfigError(
+                f"{name}: {key}={value} is no point of the grid; {key} is one of {', '.join(map(str, axes[key]))}"
+            )
+        wanted.add(f"{key}={own[0]}")
+    found = [point for point in studies.points(grid, scale) if wanted <= set(point.overrides)]
+    return found, [item for item in overrides if item not in asked]
 
 
 def _lacking(work: Work, again: bool) -> Work:

@@ -50,6 +50,18 @@ def test_the_radius_is_that_of_the_dense_jacobian(lam):
     }
 
 
+def test_the_radius_is_that_of_the_weights_that_f_reads():
+    """Where a model projects its weights as it uses them, f and its equilibrium belong to the projected ones."""
+    model, projected = classifier(), classifier()
+    hook = model.register_forward_pre_hook(project)
+    project(projected, None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert measure(model, radius_steps=20) == measure(projected, radius_steps=20)
+    assert tiny.same(dict(model.state_dict()), before)
+    hook.remove()
+    assert measure(model, radius_steps=20) != measure(projected, radius_steps=20)
+
+
 def gradient(model: tiny.Classifier, estimator=None) -> torch.Tensor:
     """Return the gradient before the head; without an estimator, by differentiating a long iteration."""
     x, labels = batch()

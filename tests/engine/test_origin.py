@@ -1,6 +1,7 @@
 """Runs that begin with weights, or go on from another run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from phantom.engine.artifacts.weights import load_initial
 from phantom.engine.errors import CheckpointError, ConfigError
 from tests.engine import tiny
 from tests.plans import plan
-from tests.tiny_run import rows, tiny_run
+from tests.tiny_run import TINY, rows, tiny_run
 
 STILL = ("steps=1", "optimizer=sgd", "optimizer.lr=0", "optimizer.weight_decay=0", "test_subset=4")
 CONSTANT = ("schedule=constant", "steps=null", "eval_every=null", "checkpoint_every=2")
@@ -141,6 +142,15 @@ def test_epochs_that_are_spent_add_nothing(tmp_path):
     first = tiny_run(tmp_path, "steps=null", "epochs=1", "eval_every=null")
     with pytest.raises(ConfigError, match=f"budget of {first['steps']} steps ends before it begins"):
         tiny_run(tmp_path, "steps=9", "epochs=1", "eval_every=null", f"continue_from={first['path']}")
+
+
+def test_a_copy_that_was_cut_short_is_made_again(tmp_path):
+    first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
+    items = ["steps=4", "eval_every=2", f"continue_from={first}"]
+    folder = plan([*TINY, *items, f"runs={tmp_path}"]).folder
+    folder.mkdir(parents=True)
+    shutil.copy(first / "best.pt", folder)
+    assert tiny_run(tmp_path, *items)["origin"] == {"continue_from": str(first), "step": 2}
 
 
 def test_where_torchrun_starts_again_a_continued_run_keeps_what_it_has_done(tmp_path, monkeypatch):

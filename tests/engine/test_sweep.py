@@ -101,9 +101,13 @@ def test_one_axis_and_seeds_alone_are_drawn(axes, tmp_path, monkeypatch, capsys)
 
 
 def test_a_sweep_through_hydra_s_launcher_ends_alike(tmp_path, monkeypatch, capsys):
-    arguments = ["-m", "k=1,2", *SHORT, f"runs={tmp_path}", "hydra/launcher=basic"]
-    assert run(monkeypatch, train.job, *arguments) == 0
+    # Hydra spells a path and a number otherwise: a run has the folder that it has on its own
+    first = train.job(plan([*SHORT, f"runs={tmp_path / 'first'}"]))["folder"]
+    items = [*SHORT, f"init={tmp_path / 'first' / first / 'best.pt'}", "optimizer.lr=1e-3", f"runs={tmp_path}"]
+    assert run(monkeypatch, train.job, "-m", "k=1,2", *items, "hydra/launcher=basic") == 0
+    assert plan([*items, "k=2"]).folder.joinpath("record.json").exists()
     (path,) = tmp_path.glob("sweeps/*/*/sweep.json")
+    assert json.loads(path.read_text())["failed"] == []
     assert [row["values"] for row in json.loads(path.read_text())["rows"]] == [{"k": "1"}, {"k": "2"}]
 
 

@@ -50,8 +50,8 @@ class Monitor:
             return {}
         with torch.no_grad():
             calls = measured.solves()
-        measured.rewind()
         values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
+        measured.rewind()  # not before: f may read a weight that the model has projected
         return {
             name: float(torch.cat([damped_radius(mu, lam) for mu in values]).mean())
             for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam))
