@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from phantom import transforms
 from phantom.state import Map, Packing, State
 
 
@@ -24,11 +26,14 @@ def check(f: Map, z0: State) -> list[str]:
 
     Args:
         f: closed map, as for `fixed_point`.
-        z0: a tensor or a tuple of tensors with a leading axis of B independent problems.
+        z0: a tensor or a collection of tensors with a leading axis of B independent problems.
 
     Raises:
         TypeError, ValueError: `z0` is no state, as in `fixed_point`.
+        RuntimeError: under inference mode or a transform of torch.func.
     """
+    if torch.is_inference_mode_enabled() or transforms.are_active():
+        raise RuntimeError("phantom.check looks at the graph of f: call it outside of inference mode and torch.func")
     packing = Packing(z0)
     devices = [packing.device] if packing.device.type == "cuda" else []
     reads = _Reads(_names(f))
@@ -86,14 +91,15 @@ def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
 
 def _state(packing: Packing, z: Tensor) -> State:
     """Return `z` (B, D) in the form of f, each part in memory of its own."""
-    parts = packing.unpack(z)
-    return tuple(part.clone() for part in parts) if isinstance(parts, tuple) else parts.clone()
+    return pytree.tree_map(Tensor.clone, packing.unpack(z))
 
 
 def _dependence(f: Map, packing: Packing, z: Tensor, fz: Tensor, with_graph: Tensor, leaf: Tensor) -> list[str]:
     def evaluate(z: Tensor) -> Tensor:
         return packing.pack(f(_state(packing, z))).clone()
 
+    if len(z) == 0:
+        return []
     step = torch.randn_like(z) * (0.1 * z.square().mean().sqrt() + 0.01)
     if _same(evaluate(z + step), fz):
         return ["f does not depend on z: its fixed point is f(z0), and no solve is needed."]
@@ -133,13 +139,14 @@ def _graph(with_graph: Tensor, leaf: Tensor, reads: _Reads) -> list[str]:
 
 def _form(fz: Any, z: State) -> list[str]:
     parts, wanted = _parts(fz), _parts(z)
-    if type(fz) is not type(z) or not all(isinstance(part, Tensor) for part in parts) or len(parts) != len(wanted):
+    if pytree.tree_structure(fz) != pytree.tree_structure(z) or not all(isinstance(part, Tensor) for part in parts):
         return [f"f returns {_kind(fz)} for {_kind(z)}: it must return the form of its argument."]
     found = []
     for part, want in zip(parts, wanted, strict=True):
         if part.shape != want.shape:
             found.append(f"f changes the shape of its state from {tuple(want.shape)} to {tuple(part.shape)}.")
-        if part.dtype != want.dtype:
+        # autocast gives its own to a map that ends in a linear layer, and the solve takes it
+        if part.dtype != want.dtype and not torch.is_autocast_enabled(want.device.type):
             found.append(f"f changes the dtype of its state from {want.dtype} to {part.dtype}.")
         if part.device != want.device:
             found.append(f"f moves its state from {want.device} to {part.device}.")
@@ -147,11 +154,11 @@ def _form(fz: Any, z: State) -> list[str]:
 
 
 def _kind(z: Any) -> str:
-    return f"a {type(z).__name__} of {len(z)} parts" if isinstance(z, (tuple, list)) else f"a {type(z).__name__}"
+    return f"a {type(z).__name__} of {len(z)} parts" if isinstance(z, (tuple, list, dict)) else f"a {type(z).__name__}"
 
 
 def _parts(z: Any) -> tuple[Any, ...]:
-    return tuple(z) if isinstance(z, (tuple, list)) else (z,)
+    return tuple(pytree.tree_leaves(z))
 
 
 def _same(a: Tensor, b: Tensor, tol: float | None = None) -> bool:

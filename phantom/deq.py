@@ -65,7 +65,7 @@ def fixed_point(
         regularizer: a differentiable penalty of f at the detached equilibrium, such as `JacobianRegularizer`.
         gradient_precision: dtype of autocast in the evaluations of f with a graph, and so in their backward; None keeps
             the caller's. bfloat16 here barely changes the gradient. In the solve it would hurt a lot, so the solve
-            keeps the dtype of its caller.
+            keeps the dtype of its caller, and so does the regularizer.
         in_place: f returns memory of its own at every call and keeps none of it, so that the solver may write there.
             Of a tuple state that is so in any case.
         confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
@@ -89,7 +89,8 @@ def fixed_point(
             the first t steps, or z_star where the solve has ended before, with the gradient of `grad` attached to it as
             to z_star. A loss w l(value) + sum_t w_t l(states[t]) is the sparse fixed-point correction of Bai et al.,
             *Deep Equilibrium Optical Flow Estimation* (2022). Each costs what the `attach` and the backward of `grad`
-            cost; the iterate itself is a constant. Not with BPTT and SHINE.
+            cost; the iterate itself is a constant. What their backward costs is not in `stats`. Not with BPTT and
+            SHINE.
         unrolled: keep the states after each step of UPG or BPTT, with their graph, in `Solution.unrolled`.
         debug: ask `phantom.check` about f first, and raise what it says; a few evaluations more.
         clock: called with "solve" and "attach", the context managers it returns time the two phases.
@@ -108,6 +109,7 @@ def fixed_point(
     check_on_failure(on_failure)
     group = name_of(group)
     check_choice("returns", returns, RETURNS)
+    _check_precision(gradient_precision)
     _check_extras(states, unrolled, grad)
     if _is_compiled_around(grad, regularizer):
         from phantom.compiled import outside
@@ -141,6 +143,11 @@ def fixed_point(
     flat_f, start = _flat(f, packing), packing.pack(z0)
     flat_z0 = start.detach()
     differentiate = torch.is_grad_enabled()
+    if not differentiate and transforms.are_active() and transforms.is_forward_mode():
+        raise RuntimeError(
+            "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
+            "for that: call it outside of them"
+        )
     visited: dict[int, Tensor] = {}
 
     def watch(step: int, best: Tensor) -> None:
@@ -221,6 +228,14 @@ def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator
         raise ValueError(f"unrolled=True needs UPG or BPTT: {type(grad).__name__} unrolls no steps")
 
 
+def _check_precision(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"gradient_precision={dtype} is no dtype of autocast: choose torch.bfloat16, torch.float16 or None, which "
+            "keeps the caller's"
+        )
+
+
 def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimator) -> Tensor:
     """Return the iterate `z` of the solve with the gradient attached to it, which counts in `solution.stats`."""
     stats = Stats.of_no_solve(z)
@@ -288,6 +303,7 @@ class DEQ(nn.Module):
         self.on_failure: OnFailure = on_failure
         self.group = name_of(group)
         check_choice("returns", returns, RETURNS)
+        _check_precision(gradient_precision)
         self.returns: Returns = returns
         self.clock: Clock = nullcontext
 

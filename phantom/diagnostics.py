@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phantom.gradient.linear import vjp
 from phantom.state import FlatMap, Map, Packing, State
 
 
@@ -148,10 +149,5 @@ def _linearise(f: Map, z: State) -> tuple[FlatMap, Tensor]:
     flat_f = packing.wrap(f)
     with torch.enable_grad():
         z = packing.pack(z).detach().requires_grad_()
-        fz = flat_f(z)
-
-    def vjp(u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True)
-        return product
-
-    return vjp, z.detach()
+        fz = flat_f(z.clone())  # f may write to its argument
+    return lambda u: vjp(fz, z, u), z.detach()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phantom.frozen import uncompiled
+from phantom.gradient.linear import vjp
 from phantom.state import Map, Packing, State
 from phantom.validate import check_count
 
@@ -34,10 +35,8 @@ class JacobianRegularizer:
         flat_f = packing.wrap(f)
         with torch.enable_grad(), uncompiled():
             z = packing.pack(z).detach().requires_grad_()
-            fz = flat_f(z)
+            fz = flat_f(z.clone())  # f may write to its argument
             total = fz.new_zeros(())
             for _ in range(self.num_probes):
-                probe = torch.randn_like(fz)
-                (product,) = torch.autograd.grad(fz, z, probe, create_graph=True)
-                total = total + product.square().sum()
+                total = total + vjp(fz, z, torch.randn_like(fz), create_graph=True).square().sum()
         return total / (self.num_probes * z.numel())

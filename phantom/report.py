@@ -77,7 +77,9 @@ def is_useless(stats: Stats) -> bool:
 
     Waits for the device.
     """
-    if stats.trace.shape[0] < 2 or stats.residual.shape[0] == 0:
+    # a cotangent that is not finite, as a gradient scaler's first ones, is no failure of the backward solve
+    least = 1 if stats.fallback is None else 2
+    if stats.trace.shape[0] < least or stats.residual.shape[0] == 0:
         return False
     # a fixed budget promises nothing, so that only what diverged has missed something there
     missed = _missed(stats)

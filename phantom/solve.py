@@ -137,8 +137,10 @@ def _loop(
             done = going == 0
         elif going is not None and step % every == 0:  # at the same steps, whichever ranks know more
             done = not any_rank(going != 0, group, z.device)
-    if last:
-        best, rows.residual, confirmed = z, finite_or_infinite(residual), True
+    if last:  # but the best one of a problem that has stopped
+        best = torch.where(rows.active[:, None], z, best)
+        rows.residual = torch.where(rows.active, finite_or_infinite(residual), rows.residual)
+        confirmed = start.tol is None or going == batch or (start.is_on_host and bool(rows.active.all()))
     settled = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     settled = settled.all().expand(batch) if together else settled
     if start.tol is None and not last and start.is_on_host:

@@ -79,7 +79,7 @@ class Packing:
             else:
                 piece = piece.reshape(shape)
             if copy:
-                kind = torch.channels_last if last else torch.contiguous_format
+                kind = torch.preserve_format if last else torch.contiguous_format
                 parts.append(piece.to(self.dtype, copy=True, memory_format=kind))
             else:
                 parts.append(piece.to(self.dtype))
@@ -110,7 +110,7 @@ class Packing:
         parts = self.unpack(z)
         if not self.joins or not torch.is_grad_enabled():
             return parts
-        formats = (torch.channels_last if last else torch.contiguous_format for last in self._channels_last)
+        formats = (torch.preserve_format if last else torch.contiguous_format for last in self._channels_last)
         leaves = zip(_flatten(parts)[0], formats, strict=True)
         return self._join([part.clone(memory_format=kind) for part, kind in leaves])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ from phantom.state import FlatMap
 def are_active() -> bool:
     """Return whether a transform of torch.func or a level of forward mode surrounds the caller."""
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward mode surrounds the caller, which differentiates under `torch.no_grad()`, too."""
+    stack = retrieve_all_functorch_interpreters() if functorch.peek_interpreter_stack() is not None else []
+    return forward_ad._current_level >= 0 or any(level.key().name == "Jvp" for level in stack)
 
 
 def is_grads_batched(g: Tensor) -> bool:
@@ -97,9 +104,10 @@ class Levels:
     def aside(self, f: FlatMap) -> Iterator[FlatMap]:
         """Put the transforms aside, and give f as a map of plain rows that takes them up again."""
         with temporarily_clear_interpreter_stack() as stack:
+            self.around = partial(temporarily_restore_interpreter_stack, stack)
 
             def f_rows(z: Tensor) -> Tensor:
-                with temporarily_restore_interpreter_stack(stack):
+                with self.around():
                     return self.rows(f(self.wrap(z)))
 
             yield f_rows
@@ -114,9 +122,13 @@ def solve(
     """
     levels = Levels()
     start = levels.rows(z0)
-    wrapped = None if watch is None else lambda step, best: watch(step, levels.wrap(best))
+
+    def wrapped(step: int, best: Tensor) -> None:
+        with levels.around():
+            watch(step, levels.wrap(best))
+
     with levels.aside(f) as f_rows:
         z_star, stats, history = solve_rows(
-            f_rows, start, solver, in_place=in_place, group=group, watch=wrapped, last=last
+            f_rows, start, solver, in_place=in_place, group=group, watch=wrapped if watch else None, last=last
         )
     return levels.wrap(z_star), stats, history

@@ -18,7 +18,7 @@ from phantom import transforms
 from phantom.frozen import uncompiled
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
-from phantom.gradient.linear import Linearisation, Readings, edge_of, partial_vjps, vjp
+from phantom.gradient.linear import Linearisation, Readings, edge_of, leads_elsewhere, partial_vjps, vjp
 from phantom.report import ADJOINT, act
 from phantom.residual import vector_norm
 from phantom.scaling import can_ask
@@ -76,7 +76,7 @@ class _Backward:
         def solve(product: Vjp, v: Tensor) -> Tensor:
             return self.estimator.cotangent(product, v, self.stats, self.history)
 
-        operator = Operator(self.linear.fz, self.linear.z, solve, is_exact=False)
+        operator = Operator(self.linear.fz, self.linear.z, solve, is_exact=False, has_forward=False)
         if transforms.is_grads_batched(g):
             return transforms.on_batch(lambda g: operator(g, transposed=True), g)
         index = torch.arange(len(self.linear.z), device=g.device)
@@ -184,7 +184,8 @@ class AdjointEstimator(GradientEstimator):
         """Return the value with a derivative at every level of torch.func and forward mode.
 
         The derivative is a linear map with the Jacobian at z_star, a constant. Each Newton step with it makes one more
-        order of mixed derivatives right: one step for each level that differentiates.
+        order of mixed derivatives right: one step for each level that differentiates, and autograd around all of them
+        is one, where f reads what it differentiates.
         """
         stats, history = solution.stats, solution.history
         rows = levels.rows(solution.z_star)
@@ -196,7 +197,9 @@ class AdjointEstimator(GradientEstimator):
         def apply(product: Vjp, v: Tensor) -> Tensor:
             return self.cotangent(product, v, stats, history)
 
-        operator = Operator(levels.rows(value), rows, apply, is_exact=isinstance(self, Implicit))
+        fz = levels.rows(value)
+        operator = Operator(fz, rows, apply, is_exact=isinstance(self, Implicit), has_forward=not self.needs_history)
+        orders = levels.orders + leads_elsewhere(fz, rows)
         if not levels.rows(levels.wrap(rows) * 1).requires_grad:
             raise RuntimeError(
                 "torch.func needs grad around it to differentiate an equilibrium: call it outside of torch.no_grad()"
@@ -207,7 +210,7 @@ class AdjointEstimator(GradientEstimator):
             return Inverse.apply(v, index, operator, False, False, ())
 
         value = inverse(value)
-        for _ in range(levels.orders - 1 if operator.is_exact else 0):
+        for _ in range(orders - 1 if operator.is_exact else 0):
             fz = f(value)
             stats.num_evals += 1
             value = value + inverse((fz - levels.constant(fz)) - (value - levels.constant(value)))

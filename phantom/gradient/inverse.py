@@ -15,8 +15,9 @@ Cotangent = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 REFUSAL = (
-    "the NPG and SHINE gradients cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, "
-    "which is exact in every order (under torch.func, where each order is a transform of its own)"
+    "this gradient cannot be differentiated twice: that of NPG or SHINE never, that of Implicit by func.vjp only by "
+    "another transform around it. Use UPG or BPTT, which can, or Implicit with func.grad or create_graph=True, which "
+    "is exact in every order"
 )
 
 
@@ -28,15 +29,19 @@ class Operator:
         fz, z: (R, D) f(z) with a graph to z.
         solve: solve(product, v) gives u with u = product(u) + v.
         is_exact: whether `solve` is the inverse, so that it may be differentiated.
+        has_forward: whether `solve` looks at its product, and so has a form that is not transposed.
     """
 
     fz: Tensor
     z: Tensor
     solve: Cotangent
     is_exact: bool
+    has_forward: bool
 
     def __call__(self, v: Tensor, *, transposed: bool) -> Tensor:
         """Return the solution (K, R, D) for K right-hand sides `v` (K, R, D)."""
+        if not transposed and not self.has_forward:
+            raise RuntimeError("SHINE has no forward mode: its inverse serves cotangents. Use NPG, Implicit or UPG")
         copies, shape = len(v), v.shape
         with torch.no_grad():
             product = self._products(transposed)

@@ -65,6 +65,20 @@ def partial_vjps(fz: Tensor, inputs: Sequence[Tensor], u: Tensor, *, fixed: Tens
             stop.remove()
 
 
+def leads_elsewhere(fz: Tensor, z: Tensor) -> bool:
+    """Return whether the graph of `fz` leads to another leaf than `z`."""
+    pending, seen = [fz.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", z) is not z:
+            return True
+        pending.extend(before for before, _ in node.next_functions)
+    return False
+
+
 def edge_of(tensor: Tensor) -> tuple[Node, int]:
     """Return where the gradient of `tensor` goes: a node, and which of its outputs the tensor is."""
     edge = torch.autograd.graph.get_gradient_edge(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from phantom.gradient.adjoint import AdjointEstimator, Vjp
@@ -31,9 +32,12 @@ class SHINE(AdjointEstimator):
     def attach(self, f: FlatMap, solution: Solution) -> Tensor:
         if not isinstance(solution.history, Steps):
             raise TypeError(
-                "SHINE reuses the steps of Broyden, and the solve left none: use it with solver=Broyden(...)"
+                "SHINE reuses the steps of Broyden, and the solve left none: use it with solver=Broyden(...), on "
+                "problems that do not depend on each other"
             )
         return super().attach(f, solution)
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
-        return history.apply_inverse_transposed(g)
+        # under torch.func g may hold several cotangents of the problems, one set after the other
+        parts = g.split(history.steps.shape[1])
+        return torch.cat([history.apply_inverse_transposed(part) for part in parts])

@@ -92,6 +92,8 @@ class Steps:
         H v = v + sum_l (C S v)_l s_{l+1}, so H^T v = v + sum_j (C^T b)_j s_j with b_l = <s_{l+1}, v>.
         """
         n = min(self.count, self.limit)
+        if n == 0:  # the start met tol
+            return v
         stored = self.steps[:n]
         products = _put(_project(stored, v).roll(-1, 1), (self.count - 1) % n, 0.0)
         weights = _times(self.coefficients[:, :n, :n].mT, products)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
 
 HALF = 2.0**-10  # the rounding of float16
 SOLVERS = {"plain": FixedPoint(max_steps=40, tol=1e-3), "broyden": Broyden(max_steps=20, tol=1e-3)}
@@ -107,3 +107,13 @@ def test_the_adjoint_solve_is_the_same_at_every_scale(scale):
 def test_bfloat16_needs_no_scaler():
     exact, _, _ = case("broyden", "implicit", dtype=torch.float32)
     assert relative(case("broyden", "implicit", dtype=torch.bfloat16)[0], exact) < 16 * HALF
+
+
+def test_a_dtype_that_autocast_does_not_have_is_refused():
+    for make in (lambda: DEQ(gradient_precision=torch.float32), lambda: solve_with(torch.float64)):
+        with pytest.raises(ValueError, match=r"gradient_precision=torch\.float\d\d is no dtype of autocast"):
+            make()
+
+
+def solve_with(dtype: torch.dtype):
+    return fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), gradient_precision=dtype)

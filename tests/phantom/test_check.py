@@ -1,6 +1,7 @@
 """`phantom.check` on maps with one fault each, and on sound ones; checkpointing with random numbers inside f."""
 
 import functools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -138,3 +139,40 @@ def test_checkpointing_draws_the_same_numbers(make, layer):
         results.append((value, *torch.autograd.grad(value.sum(), weight)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+class Pair(NamedTuple):
+    h: Tensor
+    c: Tensor
+
+
+@pytest.mark.parametrize(
+    ("f", "z"),
+    [
+        (lambda z: {"h": 0.5 * z["h"] + 1}, {"h": Z}),
+        (lambda z: Pair(0.5 * z.h + z.c, 0.3 * z.c + 1), Pair(Z, Z)),
+        (lambda z: [0.5 * z[0] + 1, (0.2 * z[1][0],)], [Z, (Z[:, :1],)]),
+        (lambda z: 0.5 * z, Z[:0]),
+    ],
+    ids=["dict", "namedtuple", "nested", "empty"],
+)
+def test_every_form_of_a_state_is_checked(f, z):
+    assert phantom.check(f, z) == []
+    fixed_point(f, z, debug=True)
+
+
+def test_another_key_is_another_form():
+    assert "must return the form" in phantom.check(lambda z: {"g": 0.5 * z["h"]}, {"h": Z})[0]
+
+
+def test_autocast_may_give_its_dtype():
+    layer = nn.Linear(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert phantom.check(layer, Z.float()) == []
+
+
+def test_where_no_graph_can_be_looked_at():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference mode"):
+        phantom.check(lambda z: 0.5 * z, Z)
+    with pytest.raises(RuntimeError, match=r"and torch\.func"):
+        torch.func.vmap(lambda z: fixed_point(lambda z: 0.5 * z, z[None], debug=True).value)(Z)

@@ -171,3 +171,9 @@ def test_small_float32_gradients_do_not_underflow():
 def test_gradients_must_match():
     with pytest.raises(ValueError, match="got 2 and 1"):
         cosine([torch.ones(2), torch.ones(2)], [torch.ones(2)])
+
+
+def test_a_map_that_writes_to_its_argument_is_left_its_own_copy():
+    weight, z = with_radius(0.7, 4, seed=2), randn(3, 4, seed=3)
+    radii = [spectral_radius(lambda z, act=act: act(z) @ weight.mT, z) for act in (torch.relu, torch.relu_)]
+    assert torch.equal(*radii) and radii[0].max() > 0

@@ -226,3 +226,71 @@ def test_a_batched_gradient_with_a_graph_is_refused_in_a_sentence():
     basis = torch.eye(6, dtype=DTYPE).view(6, 2, 3)
     with pytest.raises(RuntimeError, match="around the whole model"):
         torch.autograd.grad(equilibrium(weight, X), weight, basis, is_grads_batched=True, create_graph=True)
+
+
+def tangent(solve):
+    """Return the tangent of a dual number, with its graph."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(solve(forward_ad.make_dual(X, X.cos()))).tangent
+
+
+INNER = {
+    "grad": lambda s: func.grad(lambda x: s(x).square().sum())(X),
+    "per_sample": lambda s: func.vmap(func.grad(lambda x: s(x[None]).square().sum()))(X),
+    "jacrev": lambda s: func.jacrev(s)(X),
+    "jvp": lambda s: func.jvp(s, (X,), (X.cos(),))[1],
+    "dual": tangent,
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_autograd_around_a_transform_is_one_more_order(name):
+    """As a penalty of a gradient by the input is trained: the weights are those of a module, and no argument."""
+    found = []
+    for solve in (equilibrium, newton):
+        weight = WEIGHT.clone().requires_grad_()
+        inner = INNER[name](lambda x, solve=solve, weight=weight: solve(2 * weight / 2, x))
+        found.append(torch.autograd.grad(inner.square().sum(), weight)[0])
+    close(*found)
+
+
+def test_what_vjp_returns_is_not_differentiated_by_backward():
+    weight = WEIGHT.clone().requires_grad_()
+    (pulled,) = func.vjp(lambda x: equilibrium(weight, x), X)[1](X)
+    with pytest.raises(RuntimeError, match=r"that of Implicit by func\.vjp only by another transform"):
+        pulled.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [None, UPG(k=3), NPG(k=3), BPTT(num_steps=3)], ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_forward_mode_needs_grad_and_vmap_does_not(grad, mode):
+    with mode():
+        for name in ("jvp", "jacfwd"):
+            with pytest.raises(RuntimeError, match="forward mode differentiates under"):
+                FIRST[name](lambda weight, x: equilibrium(weight, x, grad=grad))
+        assert FIRST["vmap"](lambda weight, x: equilibrium(weight, x, grad=grad)).shape == XS.shape
+
+
+def test_shine_serves_cotangents_alone_and_several_of_them():
+    x = X.clone().requires_grad_()
+    value = equilibrium(WEIGHT, x, grad=SHINE())
+    rows = [
+        torch.autograd.grad(value, x, basis, retain_graph=True)[0] for basis in torch.eye(6, dtype=DTYPE).view(6, 2, 3)
+    ]
+    close(func.jacrev(lambda x: equilibrium(WEIGHT, x, grad=SHINE()))(X), torch.stack(rows).view(2, 3, 2, 3))
+    with pytest.raises(RuntimeError, match="SHINE has no forward mode"):
+        func.jvp(lambda x: equilibrium(WEIGHT, x, grad=SHINE()), (X,), (X.cos(),))
+
+
+def test_images_with_channels_last_have_per_sample_gradients():
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 3, 3, padding=1, dtype=DTYPE)
+    images = randn(2, 3, 5, 5, seed=4)
+
+    def total(x: Tensor) -> Tensor:
+        solver = SOLVERS["plain"]
+        f = lambda z: 0.3 * torch.tanh(convolution(z)) + x[None]  # noqa: E731
+        return fixed_point(f, torch.zeros_like(x[None]), solver=solver, grad=Implicit(solver=solver)).value.sum()
+
+    found = func.vmap(func.grad(total))(images.contiguous(memory_format=torch.channels_last))
+    close(found, torch.stack([func.grad(total)(image) for image in images]))

@@ -71,3 +71,20 @@ def test_anything_else_is_refused():
     for make in (lambda **kept: DEQ(**kept), lambda **kept: fixed_point(torch.tanh, START, **kept)):
         with pytest.raises(ValueError, match="returns='final' is not known; choose one of best, last"):
             make(returns="final")
+
+
+@pytest.mark.parametrize("tol", [1e-6, None])
+def test_a_problem_that_has_diverged_stays_where_it_was_best_whatever_its_neighbours_do(tol):
+    solver = FixedPoint(max_steps=40, tol=tol)
+    rates = torch.tensor([[3.0], [0.999]], dtype=DTYPE)
+
+    def last(rates):
+        z0 = torch.zeros_like(rates)
+        with torch.no_grad():
+            return fixed_point(lambda z: rates * z + 1, z0, solver=solver, returns="last", on_failure="ignore")
+
+    both = last(rates)
+    for i in range(2):
+        alone = last(rates[i : i + 1])
+        assert torch.equal(alone.z_star[0], both.z_star[i]) and alone.stats.residual[0] == both.stats.residual[i]
+    assert both.z_star[0] == 0 and both.z_star[1] > 38

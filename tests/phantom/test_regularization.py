@@ -174,3 +174,14 @@ def test_a_model_that_is_compiled_as_a_whole_is_penalised_alike(leaves, grad):
         found.append([penalty, *torch.autograd.grad(value.square().sum() + penalty, leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_cell_that_writes_to_its_argument_and_one_that_ignores_it(leaves):
+    weight, x = leaves
+    found = []
+    for act in (torch.relu, torch.relu_):
+        torch.manual_seed(3)
+        found.append(JacobianRegularizer()(lambda z, act=act: torch.tanh(act(z) @ weight.mT + x), randn(3, 4, seed=3)))
+    assert torch.equal(*found) and found[0] > 0
+    for f in (lambda z: torch.ones_like(z) * weight.sum(), lambda z: torch.ones_like(z)):
+        assert JacobianRegularizer()(f, randn(3, 4, seed=3)) == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from phantom import BPTT, NPG, UPG, FixedPoint, Implicit, Rollout, fixed_point
+from tests.phantom.problems import DTYPE, with_radius
 
 GROWTH = torch.tensor([[1.5, 0.2], [0.0, -1.2]], dtype=torch.float64)  # no step comes nearer to the fixed point
 
@@ -62,3 +63,17 @@ def test_where_a_rollout_does_not_belong():
         Rollout(max_steps=3, lam=2)
     with pytest.raises(ValueError, match="measures no residual: the adjoint solve needs one"):
         Implicit(solver=Rollout(max_steps=3))
+
+
+def test_a_map_that_switches_grad_on_leaves_no_graph():
+    weight = with_radius(0.5, 3, seed=1).requires_grad_()
+
+    def f(z):
+        with torch.enable_grad():
+            return torch.tanh(z @ weight.mT) + 1
+
+    solution = fixed_point(f, torch.zeros(2, 3, dtype=DTYPE), solver=Rollout(max_steps=4), grad=UPG(k=1, lam=1.0))
+    assert not solution.z_star.requires_grad
+    found = torch.autograd.grad(solution.value.sum(), weight)[0]
+    expected = torch.autograd.grad(f(solution.z_star).sum(), weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -69,3 +69,22 @@ def test_the_history_lives_until_backward_and_no_longer():
     first = torch.autograd.grad(solution.value, case.leaves, case.cotangent, retain_graph=True)
     close(torch.autograd.grad(solution.value, case.leaves, case.cotangent), first, 0.0)
     assert case.solve(NPG(k=2, lam=0.5)).history is None
+
+
+def test_a_start_that_meets_tol_has_the_gradient_of_one_step():
+    case = Case()
+    start = case.solve(NPG(k=1, lam=1.0), solver=Broyden(max_steps=60, tol=1e-12)).z_star
+    solver = Broyden(max_steps=10, tol=1e-6)
+    found = [
+        torch.autograd.grad(case.solve(grad, solver=solver, z0=start).value, case.x, case.cotangent)[0]
+        for grad in (SHINE(), NPG(k=1, lam=1.0))
+    ]
+    close(*found, tol=1e-12)
+
+
+def test_problems_that_depend_on_each_other_leave_no_steps():
+    coupled = torch.linalg.qr(randn(4, 4, seed=5))[0] * 0.95
+    bias = torch.tensor([[1.0], [1e-3], [1e-6], [0.0]], dtype=DTYPE).requires_grad_()
+    solver = Broyden(max_steps=40, tol=1e-4, stop="absolute")
+    with pytest.raises(TypeError, match="problems that do not depend on each other"):
+        fixed_point(lambda z: coupled @ z + bias, torch.zeros(4, 1, dtype=DTYPE), solver=solver, grad=SHINE())

@@ -1,12 +1,13 @@
 """What goes wrong in practice: divergence, overflow, NaN, no solution, a start at the solution."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from phantom import FixedPoint
+from phantom import FixedPoint, Implicit, SolveWarning, fixed_point, report
 from phantom.solve import solve
 from tests.phantom.problems import DTYPE, linear_nonsymmetric
 from tests.phantom.solvers import FEW_STEPS, SOLVERS, TOL, each
@@ -105,3 +106,20 @@ def test_going_on_after_exact_convergence_stays_finite(solver):
     z, stats, _ = solve(lambda z: 0.5 * z + 1, torch.zeros(2, 1, dtype=DTYPE), solver)
     assert stats.trace.isfinite().all() and not stats.diverged.any()
     torch.testing.assert_close(z, torch.full_like(z, 2.0), rtol=0, atol=1e-8)
+
+
+def test_a_map_without_a_finite_value_at_the_start_is_said():
+    with torch.no_grad(), pytest.warns(SolveWarning, match="0 of 2 problems converged"):
+        report._said.clear()
+        fixed_point(lambda z: z * torch.nan, torch.zeros(2, 3, dtype=DTYPE))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixed_point(lambda z: z, torch.zeros(2, 3, dtype=DTYPE))  # solved by its start
+
+
+def test_a_cotangent_that_is_not_finite_is_no_failure_of_the_solve():
+    x = torch.zeros(2, 3, dtype=DTYPE, requires_grad=True)
+    value = fixed_point(lambda z: 0.5 * z + x, torch.zeros(2, 3, dtype=DTYPE), grad=Implicit()).value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (value * torch.inf).sum().backward()

@@ -5,7 +5,7 @@ import torch
 
 from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, Rollout, fixed_point
 from tests.phantom.cases import BATCH, DIM, Case, close
-from tests.phantom.problems import DTYPE, randn
+from tests.phantom.problems import DTYPE, randn, with_radius
 from tests.phantom.solvers import Recorded
 
 EXACT = 1e-12
@@ -166,3 +166,13 @@ def test_what_cannot_be_asked_for(settings, message):
 def test_a_number_is_no_sequence_of_steps():
     with pytest.raises(TypeError, match=r"states=2 must be a sequence of steps, such as \(2,\)"):
         fixed_point(torch.tanh, START, states=2)
+
+
+def test_states_under_vmap():
+    xs, z0 = randn(3, 2, 4, seed=1), torch.zeros(2, 4, dtype=DTYPE)
+    weight = with_radius(0.7, 4, seed=2)
+
+    def state(x):
+        return fixed_point(lambda z: torch.tanh(z @ weight.mT) + x, z0, grad=NPG(k=3), states=(2,)).states[0]
+
+    torch.testing.assert_close(torch.func.vmap(state)(xs), torch.stack([state(x) for x in xs]), rtol=1e-12, atol=0)
