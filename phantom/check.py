@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from phantom import transforms
-from phantom.state import Map, Packing, State
+from phantom.state import Map, Packing, State, form_of
 
 
 def check(f: Map, z0: State) -> list[str]:
@@ -53,15 +53,16 @@ def check(f: Map, z0: State) -> list[str]:
 def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
     with torch.no_grad():
         argument = _state(packing, z)
-        copies = [part.clone() for part in _parts(argument)]
-        versions = [part._version for part in _parts(argument)]
+        parts, form = pytree.tree_flatten(argument)  # f may change the collection, which is its own at every call
+        copies = [part.clone() for part in parts]
+        versions = [part._version for part in parts]
         fz = f(argument)
-        found = _form(fz, argument)
+        found = _form(fz, pytree.tree_unflatten(parts, form))
         if found:
             return found
         fz = packing.pack(fz).clone()
-        written = any(part._version != version for part, version in zip(_parts(argument), versions, strict=True))
-        if written or not all(map(_same, _parts(argument), copies)):
+        written = any(part._version != version for part, version in zip(parts, versions, strict=True))
+        if written or not all(map(_same, parts, copies)):
             found.append("f writes its argument: use out-of-place operations, nn.ReLU(inplace=False) for one.")
         moved = reads.moved()
         if moved:
@@ -140,7 +141,7 @@ def _graph(with_graph: Tensor, leaf: Tensor, reads: _Reads) -> list[str]:
 def _form(fz: Any, z: State) -> list[str]:
     parts, wanted = _parts(fz), _parts(z)
     if pytree.tree_structure(fz) != pytree.tree_structure(z) or not all(isinstance(part, Tensor) for part in parts):
-        return [f"f returns {_kind(fz)} for {_kind(z)}: it must return the form of its argument."]
+        return [f"f returns {form_of(fz)} for {form_of(z)}: it must return the form of its argument."]
     found = []
     for part, want in zip(parts, wanted, strict=True):
         if part.shape != want.shape:
@@ -151,10 +152,6 @@ def _form(fz: Any, z: State) -> list[str]:
         if part.device != want.device:
             found.append(f"f moves its state from {want.device} to {part.device}.")
     return found
-
-
-def _kind(z: Any) -> str:
-    return f"a {type(z).__name__} of {len(z)} parts" if isinstance(z, (tuple, list, dict)) else f"a {type(z).__name__}"
 
 
 def _parts(z: Any) -> tuple[Any, ...]:

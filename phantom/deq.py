@@ -82,9 +82,8 @@ def fixed_point(
             the same settings; a rank that has stopped evaluates f at what it holds. Costs an all-reduce of one number
             where a solve asks whether its problems have stopped. The memory of Anderson and Broyden is that of a rank's
             own problems: where f couples those of several ranks strongly, `FixedPoint` converges better.
-        returns: "best", the iterate of the smallest residual, or "last", the one that was evaluated last, which need
-            not be finite; its residual is then the one reported. A problem that has met `tol` or diverged stays where
-            it was best.
+        returns: "best", the iterate of the smallest residual, or "last", the one that was evaluated last; its residual
+            is then the one reported. A problem that has met `tol` or diverged stays where it was best.
         states: steps t of the solve whose state shall be in `Solution.states`, in this order: z_t, the best iterate of
             the first t steps, or z_star where the solve has ended before, with the gradient of `grad` attached to it as
             to z_star. A loss w l(value) + sum_t w_t l(states[t]) is the sparse fixed-point correction of Bai et al.,
@@ -146,7 +145,7 @@ def fixed_point(
     if not differentiate and transforms.are_active() and transforms.is_forward_mode():
         raise RuntimeError(
             "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
-            "for that: call it outside of them"
+            "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
         )
     visited: dict[int, Tensor] = {}
 

@@ -59,7 +59,8 @@ def solve(
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
-    f, z, num_evals = pure(f), z0.detach(), int(fz0 is None)
+    own = pure(f)
+    f, z, num_evals = lambda z: own(z).detach(), z0.detach(), int(fz0 is None)  # f may switch grad on
     with without_autocast(z.device.type):
         if not solver.measures_residual:
             return *solver.roll_out(f, z, watch), None
@@ -140,7 +141,8 @@ def _loop(
     if last:  # but the best one of a problem that has stopped
         best = torch.where(rows.active[:, None], z, best)
         rows.residual = torch.where(rows.active, finite_or_infinite(residual), rows.residual)
-        confirmed = start.tol is None or going == batch or (start.is_on_host and bool(rows.active.all()))
+        is_whole = bool(rows.active.all()) if start.is_on_host else start.tol is None or going == batch
+        confirmed = confirmed or is_whole
     settled = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     settled = settled.all().expand(batch) if together else settled
     if start.tol is None and not last and start.is_on_host:

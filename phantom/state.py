@@ -29,7 +29,7 @@ class Packing:
         parts, self._spec = _flatten(z0)
         if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
             raise TypeError(
-                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {_form(z0)}: pass "
+                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass "
                 "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
             )
         if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
@@ -59,7 +59,7 @@ class Packing:
             return z
         parts, spec = _flatten(z)
         if spec != self._spec or [getattr(part, "shape", None) for part in parts] != self._shapes:
-            raise ValueError(f"f must return the form of z0, {self._wanted()}, got {_form(z)}")
+            raise ValueError(f"f must return the form of z0, {self._wanted()}, got {form_of(z)}")
         flat = [
             (p.permute(0, 2, 3, 1) if last else p).reshape(self.batch, size)
             for p, last, size in zip(parts, self._channels_last, self._sizes, strict=True)
@@ -148,12 +148,12 @@ def _is_channels_last(part: Tensor) -> bool:
     )
 
 
-def _form(z: object) -> str:
+def form_of(z: object) -> str:
     """Return what `z` is, for a message."""
     if isinstance(z, Tensor):
         return f"a tensor {tuple(z.shape)} of {z.dtype}"
     if isinstance(z, dict):
-        return f"a {type(z).__name__} of ({', '.join(f'{name}: {_form(part)}' for name, part in z.items())})"
+        return f"a {type(z).__name__} of ({', '.join(f'{name}: {form_of(part)}' for name, part in z.items())})"
     if isinstance(z, (tuple, list)):
-        return f"a {type(z).__name__} of ({', '.join(_form(part) for part in z)})"
+        return f"a {type(z).__name__} of ({', '.join(form_of(part) for part in z)})"
     return type(z).__name__

@@ -38,6 +38,8 @@ def are_active() -> bool:
 
 def is_forward_mode() -> bool:
     """Return whether forward mode surrounds the caller, which differentiates under `torch.no_grad()`, too."""
+    if not torch._C._is_fwd_grad_enabled():
+        return False
     stack = retrieve_all_functorch_interpreters() if functorch.peek_interpreter_stack() is not None else []
     return forward_ad._current_level >= 0 or any(level.key().name == "Jvp" for level in stack)
 
@@ -66,7 +68,9 @@ class Levels:
         stack = retrieve_all_functorch_interpreters() if functorch.peek_interpreter_stack() is not None else []
         kinds = [(interpreter.key().name, interpreter) for interpreter in stack]
         self._batched = [(level.level(), level.batch_size()) for name, level in kinds if name == "Vmap"]
-        self.orders = sum(name in ("Grad", "Jvp") for name, _ in kinds) + (forward_ad._current_level >= 0)
+        names = [name for name, _ in kinds]
+        # func.jvp opens a dual level of its own
+        self.orders = names.count("Grad") + max(names.count("Jvp"), int(forward_ad._current_level >= 0))
 
     def rows(self, t: Tensor) -> Tensor:
         """Return the numbers of `t`, (B, ...) under the transforms, as a plain (N B, ...)."""
@@ -107,7 +111,7 @@ class Levels:
             self.around = partial(temporarily_restore_interpreter_stack, stack)
 
             def f_rows(z: Tensor) -> Tensor:
-                with self.around():
+                with self.around(), forward_ad._set_fwd_grad_enabled(False):  # the tangents of a solve are nobody's
                     return self.rows(f(self.wrap(z)))
 
             yield f_rows

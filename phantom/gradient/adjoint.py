@@ -185,7 +185,8 @@ class AdjointEstimator(GradientEstimator):
 
         The derivative is a linear map with the Jacobian at z_star, a constant. Each Newton step with it makes one more
         order of mixed derivatives right: one step for each level that differentiates, and autograd around all of them
-        is one, where f reads what it differentiates.
+        is one, where f reads what needs grad there. A step costs an evaluation of f and a solve: weights that nobody
+        differentiates cost none once they are detached.
         """
         stats, history = solution.stats, solution.history
         rows = levels.rows(solution.z_star)

@@ -15,9 +15,8 @@ Cotangent = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 REFUSAL = (
-    "this gradient cannot be differentiated twice: that of NPG or SHINE never, that of Implicit by func.vjp only by "
-    "another transform around it. Use UPG or BPTT, which can, or Implicit with func.grad or create_graph=True, which "
-    "is exact in every order"
+    "this gradient cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, which is exact in every "
+    "order (under torch.func each order is a transform of its own, and autograd around func.grad is one)"
 )
 
 

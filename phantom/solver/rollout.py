@@ -41,7 +41,7 @@ class Rollout(Solver):
         """Return the last iterate (B, D) from `z` (B, D), and what it cost; `watch` sees every step."""
         stats = Stats.of_no_solve(z)
         for step in range(1, self.max_steps + 1):
-            fz = f(z).detach()  # f may switch grad on
+            fz = f(z)
             z = fz if self.lam == 1 else torch.lerp(z, fz, self.lam)
             if watch is not None:
                 watch(step, z)

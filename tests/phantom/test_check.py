@@ -111,7 +111,7 @@ def test_a_tuple_state_is_asked_part_by_part():
     assert phantom.check(lambda z: (torch.tanh(z[0]), z[1] * 0.5 + z[0][:, :2]), z) == []
     assert "writes" in phantom.check(lambda z: (z[0] * 0.5, z[1].mul_(0.5)), z)[0]
     assert "couples" in phantom.check(lambda z: (z[0] * 0.5 + z[1].mean(), z[1] * 0.5), z)[0]
-    assert "2 parts" in phantom.check(lambda z: z[0], z)[0]
+    assert "for a tuple of (a tensor (5, 4)" in phantom.check(lambda z: z[0], z)[0]
     assert "float32" in phantom.check(lambda z: (z[0], z[1].float()), z)[0]
 
 
@@ -162,7 +162,15 @@ def test_every_form_of_a_state_is_checked(f, z):
 
 
 def test_another_key_is_another_form():
-    assert "must return the form" in phantom.check(lambda z: {"g": 0.5 * z["h"]}, {"h": Z})[0]
+    assert "f returns a dict of (g: " in phantom.check(lambda z: {"g": 0.5 * z["h"]}, {"h": Z})[0]
+
+
+def test_a_cell_may_put_its_value_into_the_collection_that_it_was_given():
+    def f(z):
+        z["h"] = 0.5 * z["h"] + 1
+        return z
+
+    assert phantom.check(f, {"h": Z}) == []
 
 
 def test_autocast_may_give_its_dtype():

@@ -88,3 +88,24 @@ def test_a_problem_that_has_diverged_stays_where_it_was_best_whatever_its_neighb
         alone = last(rates[i : i + 1])
         assert torch.equal(alone.z_star[0], both.z_star[i]) and alone.stats.residual[0] == both.stats.residual[i]
     assert both.z_star[0] == 0 and both.z_star[1] > 38
+
+
+@pytest.mark.parametrize("solver", [FixedPoint(max_steps=60, tol=1e-9), Broyden(max_steps=60, tol=1e-9)], ids=str)
+def test_a_solve_that_converges_evaluates_f_as_often_as_for_the_best_iterate(solver):
+    f = lambda z: 0.5 * z + torch.linspace(0.1, 1, DIM, dtype=DTYPE)  # noqa: E731
+    with torch.no_grad():
+        found = [fixed_point(f, START, solver=solver, returns=returns).stats for returns in ("best", "last")]
+    assert found[0].num_evals == found[1].num_evals and bool(found[1].converged.all())
+
+
+def test_a_state_of_last_and_best_iterates_is_measured_as_a_whole():
+    """The second problem is solved for the first one's last iterate, which is not the one returned."""
+
+    def f(z):
+        return torch.stack([3 * z[0] + 1, 0.5 * z[1] + 0.1 * z[0].clamp(-5, 5)])
+
+    solver = FixedPoint(max_steps=40, tol=None)
+    with torch.no_grad():
+        solution = fixed_point(f, torch.zeros(2, 1, dtype=DTYPE), solver=solver, returns="last", on_failure="ignore")
+        expected = (f(solution.z_star) - solution.z_star).abs()[1, 0]
+    assert solution.stats.residual[1] > 0.1 * expected > 0 and bool(solution.stats.dependent)

@@ -65,14 +65,16 @@ def test_where_a_rollout_does_not_belong():
         Implicit(solver=Rollout(max_steps=3))
 
 
-def test_a_map_that_switches_grad_on_leaves_no_graph():
+@pytest.mark.parametrize("solver", [Rollout(max_steps=4), FixedPoint(max_steps=4, tol=None)], ids=str)
+def test_a_map_that_switches_grad_on_leaves_no_graph(solver):
     weight = with_radius(0.5, 3, seed=1).requires_grad_()
 
     def f(z):
         with torch.enable_grad():
             return torch.tanh(z @ weight.mT) + 1
 
-    solution = fixed_point(f, torch.zeros(2, 3, dtype=DTYPE), solver=Rollout(max_steps=4), grad=UPG(k=1, lam=1.0))
+    z0 = torch.zeros(2, 3, dtype=DTYPE)
+    solution = fixed_point(f, z0, solver=solver, grad=UPG(k=1, lam=1.0), in_place=True)
     assert not solution.z_star.requires_grad
     found = torch.autograd.grad(solution.value.sum(), weight)[0]
     expected = torch.autograd.grad(f(solution.z_star).sum(), weight)[0]

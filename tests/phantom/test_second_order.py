@@ -230,7 +230,7 @@ def test_hidden_readings_are_refused():
 def test_estimates_refuse(grad):
     parameters = leaves()
     first = torch.autograd.grad(equilibrium(grad, *parameters).square().sum(), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="Implicit with .* which is exact in every order"):
+    with pytest.raises(RuntimeError, match="Implicit, which is exact in every order"):
         torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
 
 

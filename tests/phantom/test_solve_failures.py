@@ -108,16 +108,18 @@ def test_going_on_after_exact_convergence_stays_finite(solver):
     torch.testing.assert_close(z, torch.full_like(z, 2.0), rtol=0, atol=1e-8)
 
 
-def test_a_map_without_a_finite_value_at_the_start_is_said():
+def test_a_map_without_a_finite_value_at_the_start_is_said(monkeypatch):
+    monkeypatch.setattr(report, "_said", set())
     with torch.no_grad(), pytest.warns(SolveWarning, match="0 of 2 problems converged"):
-        report._said.clear()
         fixed_point(lambda z: z * torch.nan, torch.zeros(2, 3, dtype=DTYPE))
+    monkeypatch.setattr(report, "_said", set())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         fixed_point(lambda z: z, torch.zeros(2, 3, dtype=DTYPE))  # solved by its start
 
 
-def test_a_cotangent_that_is_not_finite_is_no_failure_of_the_solve():
+def test_a_cotangent_that_is_not_finite_is_no_failure_of_the_solve(monkeypatch):
+    monkeypatch.setattr(report, "_said", set())
     x = torch.zeros(2, 3, dtype=DTYPE, requires_grad=True)
     value = fixed_point(lambda z: 0.5 * z + x, torch.zeros(2, 3, dtype=DTYPE), grad=Implicit()).value
     with warnings.catch_warnings():
