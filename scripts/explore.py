@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    from models.official.load import load_reference
     from phantom.engine.artifacts import records
     from phantom.engine.errors import UserError
     from phantom.engine.rebuild import begin_run, rebuild_run
@@ -55,7 +56,7 @@ def main(items: Sequence[str]) -> None:
         elif "checkpoint" in own:
             arguments.fail("checkpoint= is that of a run: name it with run=<folder>")
         else:
-            run = begin_run(overrides, CONFIGS)
+            run = begin_run(overrides, CONFIGS, load_reference)
         measured = explore.measure(run, grid, batches)
     except UserError as error:
         arguments.fail(str(error))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.seeding import generator
+from phantom.engine.errors import DataError
 
 NUM_FOLDS = 10
 
@@ -52,7 +53,10 @@ def stratified_fold(labels: Tensor, fold: int, seed: int) -> tuple[list[int], li
     from sklearn.model_selection import StratifiedKFold
 
     splitter = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
-    test = set(list(splitter.split(labels.numpy(), labels.numpy()))[fold][1].tolist())
+    try:
+        test = set(list(splitter.split(labels.numpy(), labels.numpy()))[fold][1].tolist())
+    except ValueError as error:
+        raise DataError(f"the graphs cannot be cut into {NUM_FOLDS} folds by class: {error}") from error
     order = torch.randperm(labels.numel(), generator=generator(f"folds/{seed}")).tolist()
     return [graph for graph in order if graph not in test], [graph for graph in order if graph in test]
 

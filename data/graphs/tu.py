@@ -185,7 +185,13 @@ class TUGraphs(Source):
         from sklearn.model_selection import train_test_split
 
         labels = self.raw.labels[train].numpy()
-        return list(train_test_split(train, test_size=count, stratify=labels, random_state=self.split_seed)[1])
+        try:
+            return list(train_test_split(train, test_size=count, stratify=labels, random_state=self.split_seed)[1])
+        except ValueError as error:
+            raise DataError(
+                f"validation={self.validation} of {len(train)} training graphs cannot have graphs of every class "
+                f"({error}): use another share, or validation=0"
+            ) from error
 
     def _batch(self, ids: Sequence[int], use: str, *, keep: bool) -> Batch:
         key = (use, *ids)
@@ -244,7 +250,12 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     with without_deprecations():
         from torch_geometric.io import read_tu_data
 
-    # torch_geometric's reader silently drops such an edge
+    # torch_geometric's reader silently drops a last line without a newline
+    for path in sorted(folder.glob(f"{name}_*.txt")):
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
+    # and such an edge
     if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
         raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
     try:

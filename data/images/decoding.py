@@ -44,10 +44,12 @@ def decode(encoded: bytes, name: str) -> Tensor:
         with warnings.catch_warnings():
             # torchvision 0.29 says at every call that torchcodec takes over
             warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
-            return _decoder()(buffer)
+            pixels = _decoder()(buffer)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"the picture {name} is damaged and cannot be decoded ({reason})") from error
+    # a PNG may have 16 bits
+    return pixels if pixels.dtype == torch.uint8 else (pixels.float() / 257).round().to(torch.uint8)
 
 
 def batch_of(pairs: Iterable[tuple[str, Example]], transform: Transform) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,7 @@ class ImageNet(Source):
     ) -> None:
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("crop", crop)):
             check_count(name, value, least=1)
+        check_count("resize", resize, least=crop, also=": the short side, of which evaluation takes the centre crop")
         check_count("shuffle_buffer", shuffle_buffer, least=1)
         check_count("workers", workers, least=0)
         from torchvision.transforms import v2

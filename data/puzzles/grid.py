@@ -5,12 +5,14 @@ N puzzles, n digits, n * n cells in reading order. A puzzle is (N, n * n) uint8 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box, by n
 ROUNDS = 6  # of colour refinement
+BLOCK = 2048  # puzzles whose keys are computed at a time
 
 
 @cache
@@ -90,6 +92,16 @@ def orbit_keys(puzzles: np.ndarray, solutions: np.ndarray, size: int) -> np.ndar
         puzzles: (N, n * n), 0 for a blank cell.
         solutions: (N, n * n) the full grids.
     """
+    return in_blocks(partial(_orbit_keys, size=size), puzzles, solutions)
+
+
+def in_blocks(keys: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """Return the key of every row of some arrays, for a few rows at a time: a puzzle takes 60 kB of memory."""
+    starts = range(0, max(1, len(arrays[0])), BLOCK)
+    return np.concatenate([keys(*(array[start : start + BLOCK] for array in arrays)) for start in starts])
+
+
+def _orbit_keys(puzzles: np.ndarray, solutions: np.ndarray, size: int) -> np.ndarray:
     row, column, box = units_of_cells(size)
     members = units(size)
     colours = mix(1 + (puzzles > 0).astype(np.uint64))

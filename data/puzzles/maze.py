@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data.puzzles.base import Puzzles, PuzzleSet, collect
-from data.puzzles.grid import mix
+from data.puzzles.grid import in_blocks, mix
 from phantom.validate import check_count
 
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
@@ -158,8 +158,12 @@ def turned(mazes: np.ndarray, size: int) -> np.ndarray:
 def orbit_keys(mazes: np.ndarray, size: int) -> np.ndarray:
     """Return a 64-bit key per maze (N, size * size), equal for the symmetric versions of one maze."""
     weights = np.random.default_rng(0).integers(2**63, size=mazes.shape[1], dtype=np.uint64)
-    # mixed again, for the least of eight numbers is no uniform one
-    return mix(mix((turned(mazes, size).astype(np.uint64) * weights).sum(axis=2)).min(axis=0))
+
+    def keys(block: np.ndarray) -> np.ndarray:
+        # mixed again, for the least of eight numbers is no uniform one
+        return mix(mix((turned(block, size).astype(np.uint64) * weights).sum(axis=2)).min(axis=0))
+
+    return in_blocks(keys, mazes)
 
 
 def check_path(path: Sequence[int], size: int) -> tuple[int, int]:

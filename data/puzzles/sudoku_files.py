@@ -108,7 +108,14 @@ def read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     Raises:
         DataError: no known columns, or a grid that is not n * n characters `.`, 0 to n.
     """
-    with path.open(newline="", encoding="utf-8") as file:
+    try:
+        return _read_pairs(path, size)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error}): unpack it, or save it as UTF-8") from error
+
+
+def _read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = [name.strip().lower() for name in next(reader, [])]
         pair = next((names for names in COLUMNS if set(names) <= set(header)), None)

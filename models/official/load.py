@@ -72,5 +72,8 @@ def load_reference(model: nn.Module, state_dict: Mapping[str, Tensor], source: s
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "module." if all(name.startswith("module.") for name in state_dict) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    found = dict(state_dict)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile and DistributedDataParallel, in any order
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found

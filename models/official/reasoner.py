@@ -35,12 +35,17 @@ def rename_reasoner(official: str, *, shared: bool) -> tuple[str, ...]:
     Args:
         shared: one network is both the fast and the slow one; its parameters then have two names here.
     """
-    name = official.removeprefix("inner.")
+    name = _inner(official)
     if match := _LAYER.fullmatch(name):
         level, layer, module, part = match.groups()
         roles = ("fast", "slow") if shared else ("fast",) if level == "L" else ("slow",)
         return tuple(f"cell.{role}.blocks.{layer}.{_PARTS.get((module, part), part)}.weight" for role in roles)
     return _OTHERS.get(name, (official,))
+
+
+def _inner(official: str) -> str:
+    # the codes save their loss head, whose `model` it is
+    return official.removeprefix("model.").removeprefix("inner.")
 
 
 def shared_network(state: dict[str, Tensor]) -> Iterator[Piece]:
@@ -55,7 +60,7 @@ def two_networks(state: dict[str, Tensor]) -> Iterator[Piece]:
 
 def _convert(state: dict[str, Tensor], *, shared: bool) -> Iterator[Piece]:
     for official, tensor in state.items():
-        if official.removeprefix("inner.") == "puzzle_emb.weights":
+        if _inner(official) == "puzzle_emb.weights":
             if len(tensor) == 1:  # Sudoku and mazes have one identifier; a table of several stays unknown
                 yield Piece(official, "prefix", tensor[0])
             else:

@@ -72,6 +72,7 @@ def _run(job: Job, configs: Configs) -> None:
             for plan in plans:
                 _make_folder(plan.root)
             if flags:
+                _check_apart(plans)
                 sweep = Sweep.of(own, plans)
                 group = sweep.folder.relative_to(plans[0].root / "sweeps").as_posix()
                 plans = [replace(plan, group=group) for plan in plans]
@@ -82,6 +83,20 @@ def _run(job: Job, configs: Configs) -> None:
             _run_here(job, plans, sweep)
             return
     _run_by_hydra(job, configs, sweep, group, [list(plan.overrides) for plan in plans])
+
+
+def _check_apart(plans: list[Plan]) -> None:
+    """Raise ConfigError where two jobs of a sweep have one folder: the second would find the first one's record."""
+    folders: dict[Path, Plan] = {}
+    for plan in plans:
+        other = folders.setdefault(plan.folder, plan)
+        if other is not plan:
+            items = {*plan.overrides} ^ {*other.overrides}
+            keys = ", ".join(sorted({item.partition("=")[0] for item in items})) or "the same items"
+            raise ConfigError(
+                f"two jobs of this sweep are one run, {plan.folder}: {keys} says where or how it is run, and not what. "
+                "Give each value a command line and a folder of its own, with runs=<folder>"
+            )
 
 
 def _check_alone() -> None:

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from phantom.engine.artifacts import checkpoint, shipped
-from phantom.engine.artifacts.weights import LoadReference, read_tensors
+from phantom.engine.artifacts.weights import LoadReference, load_initial, read_tensors
 from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import change
@@ -134,13 +134,22 @@ def load_shipped(folder: Path, *, overrides: Sequence[str], configs: Configs, tr
     return model.eval()
 
 
-def begin_run(overrides: Sequence[str], configs: Configs) -> Rebuilt:
-    """Return the model of `train.py <overrides>` with the weights that the run begins with.
+def begin_run(overrides: Sequence[str], configs: Configs, load_reference: LoadReference) -> Rebuilt:
+    """Return the model of `train.py <overrides>` with the weights that the run begins with, drawn or those of `init`.
+
+    Args:
+        load_reference: see `build_trainer`.
 
     Raises:
-        ConfigError, DataError: as for training.
+        ConfigError, DataError, CheckpointError: as for training; `continue_from`, which is a run.
     """
-    return _rebuild(make_plan(overrides, configs), lambda model: None, {"step": 0})
+    plan = make_plan(overrides, configs)
+    init, continued = plan.config["init"], plan.config["continue_from"]
+    if continued is not None:
+        raise ConfigError(f"continue_from={continued} begins where that run stands: name it with run=<folder>")
+    if init is None:
+        return _rebuild(plan, lambda model: None, {"step": 0})
+    return _rebuild(plan, lambda model: load_initial(model, init, load_reference), {"step": 0, "init": init})
 
 
 def evaluate_official(

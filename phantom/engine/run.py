@@ -42,6 +42,23 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         log.info("run folder: %s", folder)
         folder.mkdir(parents=True, exist_ok=True)
     anew = plan.config["resume"] == "never" and not launcher.has_begun(folder)
+    finished = _find_finished(trainer, plan, anew=anew)
+    if finished is not None:
+        return finished
+    with lock.hold(folder) if main else nullcontext():
+        finished = _find_finished(trainer, plan, anew=anew)  # by who held the lock until now
+        if finished is not None:
+            return finished
+        try:
+            return _train(trainer, plan, anew=anew)
+        except Interrupted:
+            distributed.stop()
+            raise
+
+
+def _find_finished(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any] | None:
+    """Return the record of this run if it is finished, on all ranks, and show it."""
+    main = trainer.shard.rank == 0
     finished = distributed.gather(_finished_record(plan, plan.folder) if main and not anew else None)[0]
     if finished is not None:
         config = (plan.folder / "config.yaml").read_text()
@@ -49,13 +66,7 @@ def run(trainer: Trainer, plan: Plan) -> dict[str, Any]:
         log.info("this run is finished; resume=never trains it again from the start")
         if main:
             print(summary_table(finished), flush=True)
-        return finished
-    with lock.hold(folder) if main else nullcontext():
-        try:
-            return _train(trainer, plan, anew=anew)
-        except Interrupted:
-            distributed.stop()
-            raise
+    return finished
 
 
 def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The ImageNet tree: seeded augmentation whatever the workers, and clear errors."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_grey_and_png_pictures_have_three_channels(tree):
         assert images.shape[1:] == (3, 24, 24)
     encoded = (tree / "train" / "n02" / "0.JPEG").read_bytes()
     assert (decode(encoded, "grey") == 77).all()
+    deep = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 77 * 257, dtype=np.uint16)).save(deep, format="PNG")
+    assert decode(deep.getvalue(), "deep").dtype == torch.uint8 and (decode(deep.getvalue(), "deep") == 77).all()
+
+
+def test_evaluation_cuts_no_more_than_there_is(tree):
+    with pytest.raises(ValueError, match="resize=28 must be an integer >= 32: the short side"):
+        make(tree, crop=32)
 
 
 def test_workers_stay_and_passes_may_overlap(tree):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.puzzles import maze
 from data.puzzles.grid import BOXES, orbit_keys, random_symmetries, transform
 from data.puzzles.solver import candidates_of, count_solutions, random_grids
 from data.puzzles.sudoku import Sudoku
@@ -201,3 +202,14 @@ def test_bad_settings_are_refused(changes, message):
 def test_too_many_processes_are_refused():
     with pytest.raises(DataError, match="20 processes cannot share batch_size=16"):
         next(make().train(epoch=0, start=0, shard=Shard(world=20)))
+
+
+def test_keys_do_not_depend_on_how_many_are_computed_at_a_time(monkeypatch):
+    source = make(size=4)
+    puzzles, answers = grids(source, "train")
+    mazes = np.random.default_rng(0).integers(0, 4, (30, 25)).astype(np.uint8)
+    whole = orbit_keys(puzzles, answers, 4), maze.orbit_keys(mazes, 5)
+    monkeypatch.setattr("data.puzzles.grid.BLOCK", 7)
+    for found, expected in zip((orbit_keys(puzzles, answers, 4), maze.orbit_keys(mazes, 5)), whole, strict=True):
+        assert (found == expected).all()
+    assert orbit_keys(puzzles[:0], answers[:0], 4).shape == (0,)

@@ -111,3 +111,13 @@ def test_files_that_cannot_be_read(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match="num_test=3 needs a test_file"):
         read(tmp_path, test_file=None, num_test=3)
+
+
+def test_a_byte_order_mark_is_no_letter_and_another_encoding_is_named(tmp_path):
+    for name in ("train.csv", "test.csv"):
+        write(tmp_path, [f"{PUZZLE},{SOLUTION}"], name=name)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert read(tmp_path).spec.sizes["train"] == 1
+    (tmp_path / "train.csv").write_bytes((tmp_path / "train.csv").read_text("utf-8-sig").encode("utf-16"))
+    with pytest.raises(DataError, match=r"train\.csv is no text in UTF-8"):
+        read(tmp_path)

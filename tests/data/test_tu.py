@@ -302,3 +302,19 @@ def test_an_attribute_that_is_no_number_is_named(toy):
     file.write_text(file.read_text().replace("0.5", "nan", 1))
     with pytest.raises(DataError, match=r"TOY_node_attributes.txt holds NaN"):
         toy_source(toy)
+
+
+def test_a_last_line_without_a_newline_is_refused(toy):
+    path = toy / "raw" / "TOY_A.txt"
+    path.write_text(path.read_text().rstrip("\n"))
+    with pytest.raises(DataError, match=r"TOY_A\.txt does not end in a newline"):
+        next(iter(toy_source(toy).evaluate("test", shard=Shard())))
+
+
+def test_shares_too_small_for_every_class_are_sentences(toy):
+    with pytest.raises(DataError, match=r"validation=0\.03 of 36 training graphs cannot have graphs of every class"):
+        next(iter(toy_source(toy, validation=0.03).train(epoch=0, start=0, shard=Shard())))
+    path = toy / "raw" / "TOY_graph_labels.txt"
+    path.write_text("".join(f"{i % 8}\n" for i in range(40)))
+    with pytest.raises(DataError, match="cannot be cut into 10 folds by class"):
+        next(iter(toy_source(toy).train(epoch=0, start=0, shard=Shard())))

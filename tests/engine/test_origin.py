@@ -138,6 +138,14 @@ def test_a_continued_run_differs_in_its_budget_alone(tmp_path):
     assert made.differences(plan(["steps=2"]).text) and not made.differences_to_resume(plan(["steps=2"]).text)
 
 
+def test_a_run_that_continues_a_continued_one_names_it(tmp_path):
+    first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
+    second = tiny_run(tmp_path, "steps=4", "eval_every=2", f"continue_from={first}")["path"]
+    third = tiny_run(tmp_path, "steps=6", "eval_every=2", f"continue_from={second}")
+    assert third["origin"] == {"continue_from": str(second), "step": 4}
+    assert checkpoint.load(third["path"] / "last.pt")["origin"] == third["origin"]
+
+
 def test_epochs_that_are_spent_add_nothing(tmp_path):
     first = tiny_run(tmp_path, "steps=null", "epochs=1", "eval_every=null")
     with pytest.raises(ConfigError, match=f"budget of {first['steps']} steps ends before it begins"):

@@ -148,3 +148,14 @@ def test_submitit_runs_the_jobs_and_their_failures_are_listed(tmp_path):
 def test_a_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"holds no sweep\.json; train\.py -m names the folder"):
         report.main([f"sweep={tmp_path}"])
+
+
+def test_jobs_of_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "compile=false,true", *SHORT, f"runs={tmp_path}"])
+    with pytest.raises(
+        SystemExit, match=r"two jobs of this sweep are one run, .*: compile says where or how it is run"
+    ):
+        command.run(train.job, train.CONFIGS)
+    seen = []
+    run(monkeypatch, lambda made: seen.append(made.folder), "-m", f"runs={tmp_path / 'a'},{tmp_path / 'b'}", *SHORT)
+    assert len(set(seen)) == 2, "folders of their own"

@@ -94,6 +94,23 @@ def test_a_run_fills_the_panels(wandb, tmp_path):
     assert begun.rows[0]["train/loss"] == rows[0]["loss"]
 
 
+def test_an_evaluation_on_the_training_split_has_panels_of_its_own(wandb, tmp_path):
+    made = tracker(tmp_path)
+    made.log({"kind": "train", "step": 1, "loss": 2.0})
+    made.log({"kind": "eval", "split": "train", "step": 1, "loss": 1.0})
+    assert [row for row in wandb.runs[0].rows] == [
+        {"train/step": 1, "train/loss": 2.0, "step": 1},
+        {"eval_train/step": 1, "eval_train/loss": 1.0, "step": 1},
+    ]
+
+
+def test_a_run_without_a_checkpoint_begins_a_curve(wandb, tmp_path):
+    begun = []
+    for _ in range(2):
+        tiny.trainer(tmp_path, make_tracker=lambda fresh: begun.append(fresh) or tracker(tmp_path)).fit(resume=True)
+    assert begun == [True, False]
+
+
 def test_what_a_run_is_begun_with(wandb, tmp_path):
     tracker(tmp_path)
     options = wandb.runs[0].options

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.official.load import load_reference
+from models.official.load import _without_prefix, load_reference
 from models.official.reasoner import rename_reasoner
 from models.reasoner import Reasoner
 from models.reasoner.cell import TwoSpeeds
@@ -199,3 +199,12 @@ def test_halting_of_the_first_step(recorded):
     assert quiet.finished(q, torch.ones(3, dtype=torch.long)).tolist() == (q[:, 0] > 0).tolist()
     assert model.supervision.finished(q, torch.full((3,), 16)).all()
     assert recorded["step1/halted"].bool().tolist() == (q[:, 0] > 0).tolist()
+
+
+@pytest.mark.parametrize("prefix", ["", "inner.", "model.inner.", "_orig_mod.model.inner.", "module._orig_mod.inner."])
+def test_names_as_the_codes_save_them(prefix):
+    names = {f"{prefix}{name}": torch.zeros(1) for name in ("lm_head.weight", "H_init", "L_init")}
+    assert [rename_reasoner(name, shared=True) for name in _without_prefix(names)] == [
+        rename_reasoner(name, shared=True) for name in ("lm_head.weight", "H_init", "L_init")
+    ]
+    assert rename_reasoner("lm_head.weight", shared=True) == ("readout.weight",)

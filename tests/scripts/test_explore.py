@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 from phantom import DEQ, UPG, Broyden, FixedPoint
+from phantom.engine.artifacts import checkpoint
 from phantom.engine.build import build_trainer
 from phantom.engine.errors import ConfigError
-from phantom.engine.rebuild import Rebuilt
+from phantom.engine.rebuild import Rebuilt, begin_run
 from phantom.engine.source import Shard
 from phantom.engine.tasks.base import Score, Tally
 from scripts import explore
 from scripts.bench import explore as bench
 from scripts.reporting import explore as page
 from tests.plans import plan
-from tests.tiny_run import MODEL, TINY
+from tests.tiny_run import MODEL, TINY, tiny_run
+from train import CONFIGS
 
 WIDTH, INPUTS, BATCH = 5, 3, 4
 GRID = {"grad": "upg,npg,one_step,implicit", "k": "2,6", "lam": "0.7", "adjoint_solver.max_steps": "4"}
@@ -206,3 +208,14 @@ def test_of_a_model_the_weights_are_those_that_a_run_begins_with(tmp_path, monke
 def test_mistakes_are_one_sentence(items, message):
     with pytest.raises(SystemExit, match=message):
         explore.main(items)
+
+
+def test_a_config_begins_with_the_weights_of_init(tmp_path):
+    run = tiny_run(tmp_path, "steps=1")["path"]
+    items = [*TINY, f"init={run / 'last.pt'}"]
+    found = begin_run(items, CONFIGS, load_reference=None)
+    weights = checkpoint.load(run / "last.pt")["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
+    assert found.about["init"] == str(run / "last.pt")
+    with pytest.raises(ConfigError, match="name it with run=<folder>"):
+        begin_run([*TINY, f"continue_from={run}"], CONFIGS, load_reference=None)

@@ -125,8 +125,9 @@ def load(path: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(
-            f"the checkpoint {path} is damaged and cannot be read ({reason}). Use another one of that folder "
-            "(last.pt, last-1.pt, best.pt), or start from the beginning with resume=never"
+            f"the checkpoint {path} is damaged and cannot be read ({reason}). The command of its run goes on from the "
+            "newest intact one of that folder (last.pt, last-1.pt), or from the beginning with resume=never; "
+            "evaluate.py and explore.py take checkpoint=best, too"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int):
@@ -176,7 +177,8 @@ def check_config(state: dict[str, Any], differences: Callable[[str], list[str]],
     if changed:
         raise CheckpointError(
             f"the checkpoint {path} was written under another config (different: {', '.join(changed)}): "
-            "resume with the same config, or start from the beginning with resume=never"
+            "resume with the same config, or start from the beginning with resume=never. A run that continues another "
+            "one may change its budget alone; init=<folder>/last.pt begins with its weights under any config"
         )
 
 

@@ -77,8 +77,12 @@ class Tracker:
         log.warning("wandb failed (%s: %s): metrics go to metrics.jsonl only", type(error).__name__, reason)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Send the numbers of `row`, grouped under its kind (and split) as `train/loss`, `test/accuracy`."""
+        """Send the numbers of `row`, grouped under its kind (and split) as `train/loss`, `test/accuracy`.
+
+        An evaluation on the training split is `eval_train/...`: `train/...` are the numbers of training itself.
+        """
         prefix = row.get("split", row["kind"])
+        prefix = "eval_train" if row["kind"] == "eval" and prefix == "train" else prefix
         panels = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
         self._tell(lambda run: run.log({**panels, "step": row["step"]}))
 

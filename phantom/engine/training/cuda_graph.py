@@ -62,6 +62,10 @@ class StepGraphs:
         for static, given in zip(captured.inputs, batch, strict=True):
             static.copy_(given)
         captured.graph.replay()
+        for solution in captured.score.solutions:  # the numbers are new ones, which nobody has looked at
+            for stats in (solution.stats, solution.stats.adjoint):
+                if stats is not None:
+                    stats.acted = False
         for parameter, gradient in captured.gradients:
             parameter.grad = gradient
         self._timer.add_marks(captured.marks)

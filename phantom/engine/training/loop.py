@@ -147,7 +147,7 @@ class Trainer:
             with files.whole(self.folder / "config.yaml") as file:
                 file.write(self.config.encode())
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
-        self._tracker = self.make_tracker(not resume) if main else None
+        self._tracker = self.make_tracker(not resume or self.step == 0) if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
         self._late_ranks.start(self.shard.rank, self.shard.world)
         try:
@@ -385,7 +385,7 @@ class Trainer:
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
         self.stopwatch.load(state.get("seconds", 0.0))  # which early checkpoints do not know
-        self.origin = state.get("origin", self.origin) or self.origin
+        self.origin = self.origin or state.get("origin")  # that of a continued run is its own
         ranks, rank = state["ranks"], self.shard.rank
         carries = carries_to_resume(ranks, self.shard, by_rows=self.task.carry_rows, path=path)
         self._take_step.carries = batch_to(carries, self.device)
