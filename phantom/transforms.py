@@ -126,13 +126,14 @@ def solve(
     """
     levels = Levels()
     start = levels.rows(z0)
-
-    def wrapped(step: int, best: Tensor) -> None:
-        with levels.around():
-            watch(step, levels.wrap(best))
-
+    watch_rows = None if watch is None else partial(_watch_wrapped, levels, watch)
     with levels.aside(f) as f_rows:
         z_star, stats, history = solve_rows(
-            f_rows, start, solver, in_place=in_place, group=group, watch=wrapped if watch else None, last=last
+            f_rows, start, solver, in_place=in_place, group=group, watch=watch_rows, last=last
         )
     return levels.wrap(z_star), stats, history
+
+
+def _watch_wrapped(levels: Levels, watch: Watch, step: int, best: Tensor) -> None:
+    with levels.around():
+        watch(step, levels.wrap(best))
