@@ -141,7 +141,7 @@ def _loop(
     if last:  # but the best one of a problem that has stopped
         best = torch.where(rows.active[:, None], z, best)
         rows.residual = torch.where(rows.active, finite_or_infinite(residual), rows.residual)
-        is_whole = bool(rows.active.all()) if start.is_on_host else start.tol is None or going == batch
+        is_whole = bool(rows.active.all()) if start.is_on_host else going == batch and not stopped
         confirmed = confirmed or is_whole
     settled = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
     settled = settled.all().expand(batch) if together else settled

@@ -38,10 +38,7 @@ def are_active() -> bool:
 
 def is_forward_mode() -> bool:
     """Return whether forward mode surrounds the caller, which differentiates under `torch.no_grad()`, too."""
-    if not torch._C._is_fwd_grad_enabled():
-        return False
-    stack = retrieve_all_functorch_interpreters() if functorch.peek_interpreter_stack() is not None else []
-    return forward_ad._current_level >= 0 or any(level.key().name == "Jvp" for level in stack)
+    return torch._C._is_fwd_grad_enabled() and Levels().is_forward
 
 
 def is_grads_batched(g: Tensor) -> bool:
@@ -62,6 +59,7 @@ class Levels:
 
     Attributes:
         orders: how many of them differentiate.
+        is_forward: whether one of these is forward mode.
     """
 
     def __init__(self) -> None:
@@ -70,7 +68,8 @@ class Levels:
         self._batched = [(level.level(), level.batch_size()) for name, level in kinds if name == "Vmap"]
         names = [name for name, _ in kinds]
         # func.jvp opens a dual level of its own
-        self.orders = names.count("Grad") + max(names.count("Jvp"), int(forward_ad._current_level >= 0))
+        forward = max(names.count("Jvp"), int(forward_ad._current_level >= 0))
+        self.orders, self.is_forward = names.count("Grad") + forward, forward > 0
 
     def rows(self, t: Tensor) -> Tensor:
         """Return the numbers of `t`, (B, ...) under the transforms, as a plain (N B, ...)."""
@@ -109,9 +108,11 @@ class Levels:
         """Put the transforms aside, and give f as a map of plain rows that takes them up again."""
         with temporarily_clear_interpreter_stack() as stack:
             self.around = partial(temporarily_restore_interpreter_stack, stack)
+            # those that surround a solve are nobody's inside of it; f may have some of its own
+            tangents = torch._C._is_fwd_grad_enabled() and not self.is_forward
 
             def f_rows(z: Tensor) -> Tensor:
-                with self.around(), forward_ad._set_fwd_grad_enabled(False):  # the tangents of a solve are nobody's
+                with self.around(), forward_ad._set_fwd_grad_enabled(tangents):
                     return self.rows(f(self.wrap(z)))
 
             yield f_rows

@@ -251,8 +251,9 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         from torch_geometric.io import read_tu_data
 
     # torch_geometric's reader silently drops a last line without a newline
-    for path in sorted(folder.glob(f"{name}_*.txt")):
-        text = path.read_bytes()
+    parts = (*parts, "node_labels", "node_attributes", "edge_labels", "edge_attributes", "graph_attributes")
+    for path in (folder / f"{name}_{part}.txt" for part in parts):
+        text = path.read_bytes() if path.is_file() else b""
         if text and not text.endswith(b"\n"):
             raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
     # and such an edge

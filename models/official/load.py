@@ -29,8 +29,8 @@ REFERENCES: dict[str, dict[str, Convert]] = {
 def load_reference(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load an official state dict into `model`.
 
-    The loader drops a prefix `module.` that all names share. Several official names may map to one of ours (tied
-    weights, copies); their tensors must be equal. If anything does not fit, the model does not change.
+    The loader drops the prefixes `module.` and `_orig_mod.` that all names share. Several official names may map to one
+    of ours (tied weights, copies); their tensors must be equal. If anything does not fit, the model does not change.
 
     Args:
         model: a model of this project, not wrapped.

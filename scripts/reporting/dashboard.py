@@ -34,8 +34,10 @@ class Target(NamedTuple):
 
 def sections(target: Target) -> dict[str, list[Any]]:
     """Return the panels by section; seeds and the runs of a sweep are in one group."""
-    headline = f"{target.split}/{target.metric}"
-    best = wr.SummaryMetric(f"best.{headline.replace('/', '.')}")
+    # the rows of training itself are train/...
+    where = "eval_train" if target.split == "train" else target.split
+    headline = f"{where}/{target.metric}"
+    best = wr.SummaryMetric(f"best.{target.split}.{target.metric}")
     k, lam, grad = wr.Config("k"), wr.Config("lam"), wr.Config("grad._target_")
     line, mean = _line, {"groupby": grad, "groupby_aggfunc": "mean", "aggregate": True}
     return {
@@ -59,8 +61,8 @@ def sections(target: Target) -> dict[str, list[Any]]:
             line("items per second", "train/items_per_second"),
         ],
         "Solver": [
-            line("relative residual", "train/residual", f"{target.split}/residual", log_y=True),
-            line("solver steps", "train/num_steps", f"{target.split}/num_steps"),
+            line("relative residual", "train/residual", f"{where}/residual", log_y=True),
+            line("solver steps", "train/num_steps", f"{where}/num_steps"),
             line("vector-Jacobian products of the backward", "train/num_vjps"),
         ],
         "Gradient": [

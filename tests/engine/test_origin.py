@@ -146,6 +146,17 @@ def test_a_run_that_continues_a_continued_one_names_it(tmp_path):
     assert checkpoint.load(third["path"] / "last.pt")["origin"] == third["origin"]
 
 
+def test_a_copy_is_no_checkpoint_of_the_run_itself(tmp_path):
+    first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
+    items = ["steps=4", "eval_every=2", f"continue_from={first}"]
+    folder = plan([*TINY, *items, f"runs={tmp_path}"]).folder
+    folder.mkdir(parents=True)
+    for name in ("best.pt", "last.pt"):  # as a run leaves them that is killed in its first step
+        shutil.copy(first / name, folder)
+    shutil.copy(first / "metrics.jsonl", folder)
+    assert tiny_run(tmp_path, *items)["origin"] == {"continue_from": str(first), "step": 2}
+
+
 def test_epochs_that_are_spent_add_nothing(tmp_path):
     first = tiny_run(tmp_path, "steps=null", "epochs=1", "eval_every=null")
     with pytest.raises(ConfigError, match=f"budget of {first['steps']} steps ends before it begins"):

@@ -111,6 +111,12 @@ def test_a_run_without_a_checkpoint_begins_a_curve(wandb, tmp_path):
     assert begun == [True, False]
 
 
+def test_a_folder_that_cannot_be_written_costs_the_curve_of_a_new_run_alone(wandb, tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file")
+    tiny.trainer(tmp_path, make_tracker=lambda fresh: tracker(tmp_path, fresh=fresh)).fit(resume=True)
+    assert "wandb failed (FileExistsError" in caplog.text and (tmp_path / "last.pt").exists()
+
+
 def test_what_a_run_is_begun_with(wandb, tmp_path):
     tracker(tmp_path)
     options = wandb.runs[0].options

@@ -292,6 +292,16 @@ def test_a_solve_inside_f_in_forward_mode(grad):
     assert hessian.isfinite().all() and hessian.abs().sum() > 0
 
 
+def test_f_may_have_a_forward_mode_of_its_own():
+    def f(z: Tensor) -> Tensor:
+        return 0.3 * func.jvp(torch.tanh, (z,), (torch.ones_like(z),))[1] + X
+
+    def solve(x: Tensor) -> Tensor:
+        return fixed_point(lambda z: f(z) * x, torch.zeros_like(X), grad=Implicit()).value
+
+    close(func.vmap(solve)(torch.ones(2, dtype=DTYPE)), torch.stack([solve(torch.ones((), dtype=DTYPE))] * 2))
+
+
 @pytest.mark.parametrize(("name", "solves"), [("jvp", 1), ("grad", 1)])
 def test_weights_that_need_no_grad_cost_no_further_solve(name, solves):
     for weight, more in ((WEIGHT, 0), (WEIGHT.clone().requires_grad_(), 1)):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from phantom.engine.artifacts import files
@@ -180,6 +181,22 @@ def check_config(state: dict[str, Any], differences: Callable[[str], list[str]],
             "resume with the same config, or start from the beginning with resume=never. A run that continues another "
             "one may change its budget alone; init=<folder>/last.pt begins with its weights under any config"
         )
+
+
+def beginning_of(
+    state: dict[str, Any], config: str, origin: dict[str, Any] | None
+) -> tuple[bool, dict[str, Any] | None]:
+    """Return whether the run of `config` wrote the checkpoint itself, and where it began.
+
+    A run that continues another one begins with a copy of that one's checkpoint, which knows that one's beginning.
+
+    Args:
+        origin: what was found out before, for a checkpoint that does not know.
+    """
+    own, theirs = ((yaml.safe_load(text) or {}).get("continue_from") for text in (config, state["config"]))
+    if own != theirs:
+        return False, {"continue_from": own, "step": state["step"]}
+    return True, state.get("origin") or origin
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

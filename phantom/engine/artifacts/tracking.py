@@ -50,20 +50,20 @@ class Tracker:
         except ImportError:
             log.warning("wandb is not installed: metrics go to metrics.jsonl only (wandb=disabled says so silently)")
             return
-        options: dict[str, Any] = {
-            "mode": mode,
-            "project": project,
-            "name": name,
-            "group": None if group is None else group[:LONGEST],
-            "job_type": "train",
-            "tags": [tag[:LONGEST_TAG] for tag in tags],
-            "id": _identifier(folder, fresh=fresh),
-            "resume": "allow",
-            "dir": str(folder),
-            "config": dict(config),
-            "settings": wandb.Settings(silent=True, init_timeout=30),
-        }
         try:
+            options = {
+                "mode": mode,
+                "project": project,
+                "name": name,
+                "group": None if group is None else group[:LONGEST],
+                "job_type": "train",
+                "tags": [tag[:LONGEST_TAG] for tag in tags],
+                "id": _identifier(folder, fresh=fresh),
+                "resume": "allow",
+                "dir": str(folder),
+                "config": dict(config),
+                "settings": wandb.Settings(silent=True, init_timeout=30),
+            }
             self._run = _begin(wandb, options)
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")

@@ -116,6 +116,7 @@ class Trainer:
         )
         for deq in self._deqs:  # now that the average has its copy, which evaluates unheard
             deq.clock = self.timer.phase
+        self._goes_on = False  # from a checkpoint of its own
         self._interruption = Interruption()
         self._late_ranks = LateRanks()
         # the epoch of a step whose evaluation a signal cut short
@@ -147,7 +148,7 @@ class Trainer:
             with files.whole(self.folder / "config.yaml") as file:
                 file.write(self.config.encode())
         self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
-        self._tracker = self.make_tracker(not resume or self.step == 0) if main else None
+        self._tracker = self.make_tracker(not self._goes_on) if main else None
         self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
         self._late_ranks.start(self.shard.rank, self.shard.world)
         try:
@@ -194,15 +195,13 @@ class Trainer:
         assert self._progress is not None, "fit opens it"
         return self._progress
 
-    def _lengths(self) -> list[int]:
-        return [self.source.steps(epoch) for epoch in range(self.budget.epochs)]
-
     def _epochs(self) -> None:
         self.model.train()
         if self._evaluation_due is not None:
             self._look(self._evaluation_due, evaluates=True)
         before = 0
-        for epoch, length in enumerate(self._lengths()):
+        for epoch in range(self.budget.epochs):
+            length = self.source.steps(epoch)
             start, before = self.step - before, before + length
             if start >= length or self._ended:
                 continue
@@ -385,7 +384,7 @@ class Trainer:
         for name in ("step", "best", "final", "train_report"):
             setattr(self, name, state[name])
         self.stopwatch.load(state.get("seconds", 0.0))  # which early checkpoints do not know
-        self.origin = self.origin or state.get("origin")  # that of a continued run is its own
+        self._goes_on, self.origin = checkpoints.beginning_of(state, self.config, self.origin)
         ranks, rank = state["ranks"], self.shard.rank
         carries = carries_to_resume(ranks, self.shard, by_rows=self.task.carry_rows, path=path)
         self._take_step.carries = batch_to(carries, self.device)
