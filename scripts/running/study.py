@@ -117,16 +117,17 @@ def _chosen(name: str, grid: dict[str, Any], scale: str, overrides: Sequence[str
     """
     axes = grid["grid"].get(scale, grid["grid"]["paper"])
     asked = [item for item in overrides if item.partition("=")[0] in axes]
-    wanted = set()
+    found = studies.points(grid, scale)
     for item in parse(asked):
-        key, value = item.key_or_group, item.value()
-        own = [each for each in axes[key] if each == value and not isinstance(value, bool)]
-        if not own:
-            raise ConfigError(
-                f"{name}: {key}={value} is no point of the grid; {key} is one of {', '.join(map(str, axes[key]))}"
-            )
-        wanted.add(f"{key}={own[0]}")
-    found = [point for point in studies.points(grid, scale) if wanted <= set(point.overrides)]
+        key, wanted = item.key_or_group, set()
+        for value in item.sweep_iterator() if item.is_sweep_override() else [item.value()]:
+            own = [each for each in axes[key] if each == value and not isinstance(value, bool)]
+            if not own:
+                raise ConfigError(
+                    f"{name}: {key}={value} is no point of the grid; {key} is one of {', '.join(map(str, axes[key]))}"
+                )
+            wanted.add(f"{key}={own[0]}")
+        found = [point for point in found if wanted & set(point.overrides)]
     return found, [item for item in overrides if item not in asked]
 
 

@@ -172,6 +172,8 @@ def test_an_override_of_an_axis_chooses_points_of_a_grid(ran, tmp_path, capsys):
     reproduce.main(["fig3", "scale=cpu", "k=5", "lam=1", "list"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [[item for item in line if item.startswith(("k=", "lam="))] for line in lines] == [["k=5", "lam=1.0"]] * 2
+    reproduce.main(["fig3", "scale=cpu", "k=1,9", "lam=0.5", "list"])
+    assert [line.split("k=")[1][0] for line in capsys.readouterr().out.splitlines()] == ["1", "1", "9", "9"]
     reproduce.main(["fig3", "scale=cpu", "lam=5e-1", "k=1", "list"])
     assert all("lam=0.5" in line for line in capsys.readouterr().out.splitlines())
     for value in ("7", "true"):
