@@ -2,6 +2,7 @@
 
     python evaluate.py run=runs/mdeq_tiny-digits-upg/default/seed0                       # the run's own number
     python evaluate.py run=<folder> checkpoint=best split=test eval_solver.max_steps=40   # another solver budget
+    python evaluate.py run=<folder> checkpoint=last-1                                     # the one before the last
     python evaluate.py run=<folder> data.root=/data/cifar10                               # the data moved
     python evaluate.py run=<folder> trust=mypackage                                       # it may build classes of mine
     python evaluate.py run=<folder> eval_solver.max_steps=5,10,20 model.eval_mem_len=0,64 # every combination

@@ -7,7 +7,7 @@
     python scripts/explore.py run=<folder> grad=implicit adjoint_solver=fixed_point adjoint_solver.tol=0.3,0.1
 
     run=<folder>          of the model; without it, model= and data= as for train.py
-    checkpoint=last|best  of the run (default: last)
+    checkpoint=best       of the run (default: last)
     grad=<leaf,...>       estimators; with k=, lam= and keys of adjoint_solver they are a grid, and lam=best is the
                           damping that the measured spectrum asks for
     cosine=0.9            the cosine that is wanted of the cheapest one
@@ -46,12 +46,12 @@ def main(items: Sequence[str]) -> None:
     own, _, others = arguments.split(items, doc=__doc__, own=OWN)
     if not own.get("out", ".json").endswith(".json"):
         arguments.fail(f"out={own['out']} must end in .json; its page is written beside it")
-    which = arguments.choice(own, "checkpoint", ("last", "best"), "last")
     wanted = arguments.fraction(own, "cosine", 0.9)
     batches = arguments.count(own, "batches", 2)
     grid, overrides = explore.split(others)
     try:
         if "run" in own:
+            which = own.get("checkpoint", "last")
             run = rebuild_run(Path(own["run"]), which=which, overrides=overrides, configs=CONFIGS)
         elif "checkpoint" in own:
             arguments.fail("checkpoint= is that of a run: name it with run=<folder>")

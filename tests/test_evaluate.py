@@ -57,6 +57,11 @@ def test_the_number_of_the_run(record, run, checkpoint, kept, capsys):
     assert found["split"] == "test" and found["step"] == (8 if kept == "final" else own["step"])
 
 
+def test_a_checkpoint_before_the_last(record, run, capsys):
+    assert 0 < answer(capsys, run, "checkpoint=last-1")["step"] < 8
+    assert "there is no checkpoint" in refusal(run, "checkpoint=last-7")
+
+
 def test_last_is_what_is_meant_and_other_splits_are_other_numbers(record, run, capsys):
     assert answer(capsys, run) == answer(capsys, run, "checkpoint=last")
     other = answer(capsys, run, "split=train")
@@ -85,7 +90,7 @@ def test_budgets_one_by_one_and_as_a_list(record, run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["checkpoint=first"], "choose one of last, best"),
+        (["checkpoint=first"], "choose best, last, or an older one"),
         (["split=valid"], "the data has train, test"),
         (["eval_solver.max_step=3"], "valid keys there: .*max_steps"),
         (["eval_solver.max_steps=0"], r"eval_solver\.max_steps=0 must be an integer >= 1"),

@@ -20,9 +20,15 @@ class SyntheticTU(TUGraphs):
     Args:
         name: COX2 or PROTEINS.
         others: see `TUGraphs`.
+
+    Raises:
+        ValueError: as `TUGraphs`, or the sizes of `name` are not known.
     """
 
     def read(self) -> Raw:
+        if self.name not in METADATA:
+            known = ", ".join(METADATA)
+            raise ValueError(f"name must be one of {known}, got {self.name!r}: the sizes of others are not known")
         metadata = METADATA[self.name]
         draws = generator(f"synthetic {self.name}")
         labels = torch.arange(metadata.num_graphs) % metadata.num_classes

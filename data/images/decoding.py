@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
 
 Transform = Callable[[Tensor], Tensor]
+# how BMP, TIFF and the six kinds of PPM begin, which torchvision does not read
+FOR_PILLOW = (b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 
 
 class Example(NamedTuple):
@@ -34,18 +39,20 @@ def decode(encoded: bytes, name: str) -> Tensor:
     """Return the pixels (3, H, W) uint8 of a picture in colours; a grey one has three equal channels.
 
     torchvision decodes straight into a tensor, in three quarters of Pillow's time. With a torchvision that has no
-    decoders any more, this takes torchcodec's.
+    decoders any more, this takes torchcodec's. Pillow decodes the formats that torchvision does not read.
 
     Raises:
         DataError: the bytes are no picture, or not all of one; `name` says which.
     """
-    buffer = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)
     try:
+        if encoded.startswith(FOR_PILLOW):
+            return _with_pillow(encoded)
+        buffer = torch.frombuffer(bytearray(encoded or b"\0"), dtype=torch.uint8)
         with warnings.catch_warnings():
             # torchvision 0.29 says at every call that torchcodec takes over
             warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
             pixels = _decoder()(buffer)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"the picture {name} is damaged and cannot be decoded ({reason})") from error
     # a PNG may have 16 bits
@@ -70,6 +77,13 @@ def batch_of(pairs: Iterable[tuple[str, Example]], transform: Transform) -> tupl
             images.append(transform(image))
             labels.append(example.label)
     return torch.stack(images).contiguous(), torch.tensor(labels)
+
+
+def _with_pillow(encoded: bytes) -> Tensor:
+    with Image.open(io.BytesIO(encoded)) as picture:
+        if picture.mode[0] in "IF":  # Pillow's conversion cuts 16 bits off at 255
+            raise ValueError(f"its pixels are of Pillow's mode {picture.mode}: save it as PNG or JPEG")
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 @functools.cache

@@ -111,6 +111,11 @@ class Reasoner(nn.Module):
         if positions == "learned":
             self.positions = nn.Parameter(cut_normal_(torch.empty(length, d_model), d_model**-0.5))
         self.cell = cell(width=d_model, length=length)
+        if supervision.restarts > 1 and start == "fixed" and noise == 0:
+            raise ValueError(
+                f"supervision.restarts={supervision.restarts} evaluates one answer as many times: the starts differ by "
+                "start='random' or noise > 0 alone"
+            )
         if differentiate == "pair" and len(self.cell.states) == 1:
             raise ValueError("differentiate='pair' needs a cell of two states; with one, a cycle is one call")
         if differentiate == "pair" and deq.grad.needs_history:

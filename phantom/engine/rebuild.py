@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
-from phantom.validate import check_choice
 
 
 class Rebuilt(NamedTuple):
@@ -53,10 +53,10 @@ def evaluate_run(
     configs: Configs,
     trust: str | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run's `last` or `best` checkpoint; without overrides, exactly the run's own numbers.
+    """Return the metrics of a checkpoint of a run; without overrides, exactly the run's own numbers.
 
     Args:
-        folder: the run folder.
+        folder, which: see `rebuild_run`.
         split: the split to evaluate; None takes the first of the run's `eval_splits`.
         overrides, trust: see `rebuild_run`.
 
@@ -70,11 +70,13 @@ def evaluate_run(
 def rebuild_run(
     folder: Path, *, which: str, overrides: Sequence[str], configs: Configs, trust: str | None = None
 ) -> Rebuilt:
-    """Return the model of a run with the weights of its `last` or `best` checkpoint: the moving average if it has one.
+    """Return the model of a run with the weights of one of its checkpoints: the moving average if it has one.
 
     The saved config is not trusted: it builds classes of this project and torch's optimisers, and nothing else.
 
     Args:
+        folder: the run folder.
+        which: `best`, `last`, or one that was kept before it: `last-1`, `last-2`.
         overrides: key=value items that change the run's config, such as `eval_solver.max_steps=40`. An `eval_solver`
             that the run does not have starts as a copy of its solver. They are the user's own, and trusted.
         trust: a package of the user's own whose classes the saved config may build, too.
@@ -83,10 +85,8 @@ def rebuild_run(
         CheckpointError: the folder or its checkpoint is missing, damaged, or of another model.
         ConfigError: an override names an unknown key, or the saved config builds something else.
     """
-    try:
-        check_choice("checkpoint", which, ("last", "best"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if not re.fullmatch(r"best|last(-[1-9]\d*)?", which):
+        raise ConfigError(f"checkpoint={which} is not known: choose best, last, or an older one, such as last-1")
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"

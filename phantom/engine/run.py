@@ -14,7 +14,6 @@ from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
 from phantom.engine.continuation import copy_continued
 from phantom.engine.machine import distributed, launcher
-from phantom.engine.machine.memory import peak_memory
 from phantom.engine.machine.signals import Interrupted
 from phantom.engine.model import official_parameter_count, parameter_counts
 from phantom.engine.plan import Plan
@@ -150,7 +149,7 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         compile=trainer.speed.compile,
         cuda_graph=trainer.speed.cuda_graph,
         folder=str(plan.folder.relative_to(plan.root)),
-        **records.environment(trainer.device),
+        **(records.environment(trainer.device) | trainer.measured),
         started=started,
         finished=records.now(),
         wall_seconds=round(trainer.stopwatch.total, 1),
@@ -161,8 +160,5 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         final=trainer.final,
         best=trainer.best,
         train=trainer.train_report,
-        times=trainer.timer.summary(),
-        items_per_second=trainer.timer.throughput(),
         unit=trainer.task.unit,
-        peak_memory=peak_memory(trainer.device),
     )

@@ -216,7 +216,7 @@ def differences(folder: Path, other: Path, *, names: Sequence[str] = ("steps", "
         names: the parts of the record that count.
     """
     states = [checkpoint.load(each / "last.pt") for each in (folder, other)]
-    keys = states[0].keys() - {"config", "seconds", "origin"}
+    keys = states[0].keys() - {"config", "seconds", "measured", "origin"}
     found = [f"last.pt: {key}" for key in sorted(keys) if not same(*(state[key] for state in states))]
     if _rows(folder) != _rows(other):
         found.append("metrics.jsonl")

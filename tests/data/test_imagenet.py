@@ -157,6 +157,28 @@ def test_grey_and_png_pictures_have_three_channels(tree):
     assert decode(deep.getvalue(), "deep").dtype == torch.uint8 and (decode(deep.getvalue(), "deep") == 77).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_formats_without_a_loss_keep_their_pixels(kind, mode):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)).convert("L")
+    picture, file = picture.convert(mode), io.BytesIO()
+    try:
+        picture.save(file, format=kind, **({"lossless": True} if kind == "WEBP" else {}))
+    except OSError:
+        pytest.skip(f"{kind} has no mode {mode}")
+    expected = np.array(picture.convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decode(file.getvalue(), "small").numpy(), expected)
+
+
+def test_a_tiff_of_16_bits_is_refused_rather_than_cut_off():
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(file, format="TIFF")
+    with pytest.raises(DataError, match=r"the picture deep .*mode I;16: save it as PNG or JPEG"):
+        decode(file.getvalue(), "deep")
+    with pytest.raises(DataError, match="the picture half is damaged"):
+        decode(file.getvalue()[:9], "half")
+
+
 def test_evaluation_cuts_no_more_than_there_is(tree):
     with pytest.raises(ValueError, match="resize=28 must be an integer >= 32: the short side"):
         make(tree, crop=32)

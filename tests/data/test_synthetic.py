@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from phantom.engine.build import build_source
+from phantom.engine.errors import UserError
 from phantom.engine.source import Shard
 from tests.configs.tiny_data import spec
 from tests.plans import plan
@@ -49,6 +50,11 @@ def test_words_follow_their_frequencies():
     assert np.abs(counts - expected / expected.sum()).max() < 0.01
     entropy = -(expected / expected.sum() * np.log(expected / expected.sum())).sum()
     assert made.spec.baseline["valid"] == pytest.approx(np.exp(entropy), rel=0.1)
+
+
+def test_sizes_of_another_set_are_not_known():
+    with pytest.raises(UserError, match=r"name must be one of COX2, PROTEINS, got 'MUTAG'"):
+        source("model=ignn", "data=cox2_synthetic", "data.name=MUTAG", "data.folds=stratified")
 
 
 def test_generated_graphs_have_the_folds_and_classes_of_the_set():

@@ -7,6 +7,7 @@ import torch
 
 from phantom import JacobianRegularizer
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Jitter, Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing
@@ -14,7 +15,7 @@ from tests.engine.tiny import Killed, Killing
 STEPS = 9  # three epochs of three
 
 
-def fit(folder: Path, *, source=None, log_every: int = 1) -> None:
+def fit(folder: Path, *, source=None, log_every: int = 1) -> Trainer:
     """Train (on) with everything that has a state: dropout, batch statistics, average, carries, momenta, rules."""
     torch.manual_seed(0)
     model = tiny.Classifier(dropout=0.3, batch_norm=True)
@@ -37,6 +38,7 @@ def fit(folder: Path, *, source=None, log_every: int = 1) -> None:
         shard=tiny.Shard(micro=2),
     )
     trainer.fit(resume=True)
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def whole(tmp_path_factory) -> Path:
 def assert_same_run(folder: Path, whole: Path) -> None:
     for name in ("last.pt", "best.pt"):
         found, expected = (checkpoint.load(each / name) for each in (folder, whole))
-        for key in expected.keys() - {"seconds"}:
+        for key in expected.keys() - {"seconds", "measured"}:
             assert tiny.same(found[key], expected[key]), (name, key)
     assert tiny.rows(folder) == tiny.rows(whole)
 
@@ -107,6 +109,16 @@ def test_stopped_around_a_checkpoint(tmp_path, whole, monkeypatch, name, number,
     else:
         assert name == "best.pt" and seen.count(name) <= number  # it was the best less often
     assert_same_run(tmp_path, whole)
+
+
+def test_a_process_that_timed_no_step_reports_what_the_one_before_measured(tmp_path):
+    with pytest.raises(Killed):
+        fit(tmp_path, source=Killing(evaluation=5))  # after the last step
+    measured = checkpoint.load(tmp_path / "last.pt")["measured"]
+    assert measured["times"]["solve"]["n"] == 3, "of eight steps, without the warm-up"
+    assert measured["items_per_second"] > 0 and measured["peak_memory"] > 0 and "CPU" in measured["device"]
+    assert fit(tmp_path).measured == measured
+    assert checkpoint.load(tmp_path / "last.pt")["measured"] == measured
 
 
 def test_stopped_again_and_again(tmp_path, whole):

@@ -165,6 +165,13 @@ def test_an_answer_does_not_depend_on_its_batch():
         assert sum(part.sums[name] for part in parts).item() == pytest.approx(total.item(), rel=1e-12), name
 
 
+def test_starts_that_cannot_differ_are_refused():
+    supervision = Supervision(steps=2, halting="fixed", restarts=3)
+    with pytest.raises(ValueError, match=r"supervision.restarts=3 evaluates one answer as many times.*noise > 0"):
+        make(supervision=supervision)
+    make(supervision=supervision, noise=0.1)
+
+
 def test_the_evaluations_of_all_starts_are_counted():
     inputs, labels = batch(3)
     counts = []

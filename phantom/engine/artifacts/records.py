@@ -225,12 +225,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the kind of the CPU and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the circumstances of a run: device, versions, commit."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -243,7 +246,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     # a record that is written again leaves the code as it is: results/ does not count as a change
     status = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
-        "device": name,
+        "device": device_name(device),
         "versions": versions,
         "commit": commit,
         "dirty": None if status is None else bool(status),

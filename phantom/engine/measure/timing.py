@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from phantom.validate import check_choice
 
@@ -52,7 +53,7 @@ class StepTimer:
         self._warmup = warmup
         self._open: str | None = None
         self._marks: list[Span] = []
-        self._open_steps: list[tuple[list[Span], int]] = []
+        self._open_steps: list[tuple[list[Span], int | Tensor]] = []
         # a bounded window: the record of a long run describes its last steps
         self._steps: deque[tuple[dict[str, float], int]] = deque(maxlen=WINDOW)
         self._recent: list[tuple[dict[str, float], int]] = []
@@ -95,8 +96,8 @@ class StepTimer:
                 seconds[span.parent] -= length
         return dict(seconds)
 
-    def end_step(self, items: int) -> None:
-        """Close the current step, which processed `items` items."""
+    def end_step(self, items: int | Tensor) -> None:
+        """Close the current step, which processed `items` items; a tensor is read with the times."""
         self._open_steps.append((self._marks, items))
         self._marks = []
 
@@ -135,7 +136,7 @@ class StepTimer:
         return result
 
     def throughput(self) -> float | None:
-        """Return items per second of step time over the timed steps; None before the warm-up is over."""
+        """Return items per second of step time over the timed steps, on all ranks; None before the warm-up is over."""
         self._read()
         return _items_per_second(self._steps)
 
@@ -162,7 +163,7 @@ class StepTimer:
                     seconds[span.name] += self._length(span)
             self._count += 1
             if self._count > self._warmup:
-                self._steps.append((dict(seconds), items))
+                self._steps.append((dict(seconds), int(items)))
                 self._recent.append(self._steps[-1])
         self._open_steps = []
 

@@ -21,7 +21,7 @@ from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.artifacts import files
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import Progress
-from phantom.engine.artifacts.records import MetricsLog
+from phantom.engine.artifacts.records import MetricsLog, device_name
 from phantom.engine.artifacts.redistribution import carries_to_resume
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.errors import CheckpointError
@@ -117,6 +117,7 @@ class Trainer:
         for deq in self._deqs:  # now that the average has its copy, which evaluates unheard
             deq.clock = self.timer.phase
         self._goes_on = False  # from a checkpoint of its own
+        self._measured_before: dict[str, Any] | None = None
         self._interruption = Interruption()
         self._late_ranks = LateRanks()
         # the epoch of a step whose evaluation a signal cut short
@@ -165,6 +166,18 @@ class Trainer:
             self._progress.stop()
             if self._log is not None:
                 self._log.close()
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """Times, throughput, peak memory and device for the record.
+
+        They are those of this process, or, where it ended before a step was timed, of the one that it went on from.
+        """
+        times, before = self.timer.summary(), self._measured_before
+        if before is not None and before["times"] and not times:
+            return before
+        speed, peak = self.timer.throughput(), peak_memory(self.device)
+        return {"times": times, "items_per_second": speed, "peak_memory": peak, "device": device_name(self.device)}
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Close the tracker with the final record.
@@ -347,6 +360,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": seconds,
+            "measured": self.measured,
             "best": self.best,
             "final": self.final,
             "train_report": self.train_report,
@@ -385,6 +399,7 @@ class Trainer:
             setattr(self, name, state[name])
         self.stopwatch.load(state.get("seconds", 0.0))  # which early checkpoints do not know
         self._goes_on, self.origin = checkpoints.beginning_of(state, self.config, self.origin)
+        self._measured_before = state.get("measured") if self._goes_on else None
         ranks, rank = state["ranks"], self.shard.rank
         carries = carries_to_resume(ranks, self.shard, by_rows=self.task.carry_rows, path=path)
         self._take_step.carries = batch_to(carries, self.device)

@@ -131,8 +131,8 @@ class Step:
                 tallies.append(score.tally)
             total = functools.reduce(operator.add, tallies)
             with self.timer.phase("optimizer"):
-                self._update(total, number)
-        self.timer.end_step(total.count * self.shard.world)
+                count = self._update(total, number)
+        self.timer.end_step(count)
         self.window.tally = total if self.window.tally is None else self.window.tally + total
         return score
 
@@ -181,9 +181,10 @@ class Step:
             loss.backward()
         return score.detach()
 
-    def _update(self, tally: Tally, number: int) -> None:
-        """Divide the summed gradients by the global count, check, clip and step."""
-        loss = tally.loss_sum
+    def _update(self, tally: Tally, number: int) -> int | Tensor:
+        """Divide the summed gradients by the global count, check, clip and step; return that count."""
+        loss: Tensor = tally.loss_sum
+        count: int | Tensor = tally.count
         if self.shard.world > 1:
             sums = torch.stack((loss, loss.new_full((), tally.count), loss.new_full((), self.vote.own)))
             dist.all_reduce(sums)
@@ -191,7 +192,7 @@ class Step:
             self.vote.count(votes)
             scale_gradients(self._parameters, self.shard.world / count)  # DDP has averaged over ranks already
         else:
-            scale_gradients(self._parameters, 1 / tally.count)
+            scale_gradients(self._parameters, 1 / count)
         norm = gradient_norm(self._parameters)
         self.window.norm_sum, self.window.updates = self.window.norm_sum + norm, self.window.updates + 1
         bad = ~(norm.isfinite() & loss.isfinite()) & (self.first_bad < 0)
@@ -202,3 +203,4 @@ class Step:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.unwrapped, step=number)  # the first one copies
+        return count
