@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import fmean, pstdev
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def record_of(name: str) -> dict:
 
 def test_there_are_some():
     assert {"reasoner_sudoku4", "ignn_cox2_fold0", "mdeq_tiny_cifar10_small"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("kind", ["cox2", "proteins"])
+def test_the_page_has_the_mean_over_the_folds(kind):
+    found = [record_of(f"ignn_{kind}_fold{fold}") for fold in range(10)]
+    numbers = [record["best"]["test"]["accuracy"] for record in found]
+    page = (WEIGHTS.parent / "docs" / "runs.md").read_text()
+    assert f"{fmean(numbers):.2f} ± {pstdev(numbers):.2f}" in page
+    assert {record["seed"] for record in found} == {42} and {record["steps"] for record in found} == {found[0]["steps"]}
 
 
 @pytest.mark.parametrize("name", NAMES)
