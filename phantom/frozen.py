@@ -1,15 +1,18 @@
-"""What products with the Jacobian of a compiled f need: f with everything but z held, or f as written."""
+"""What products with the Jacobian of f need where torch does more than f says: f as written, with z alone, or anew."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from phantom.state import Map, State
@@ -25,7 +28,11 @@ def frozen(f: Map) -> Map | None:
     module = call.func
     if not isinstance(module, nn.Module) or not _is_compiled(module):
         return None
-    held = dict(chain(module.named_parameters(), module.named_buffers()))
+    held = {
+        f"{path}.{name}" if path else name: tensor
+        for path, part in module.named_modules()  # each once, though a cell may hold one under two names
+        for name, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    }
     if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in held.values()):
         return None  # a sharded weight gathers itself
     held = {name: tensor.detach() for name, tensor in held.items()}
@@ -34,9 +41,34 @@ def frozen(f: Map) -> Map | None:
     def map_of_z(z: State) -> State:
         # several products run backward through one evaluation, which may not overwrite what it has saved
         with config.patch(donated_buffer=False):
-            return torch.func.functional_call(module, held, (*args, z), kwargs)
+            # tied names are all there; torch would swap such a weight twice, and put the detached one back for good
+            return torch.func.functional_call(module, held, (*args, z), kwargs, tie_weights=False)
 
     return map_of_z
+
+
+class _Stance:
+    """The stance of torch.compile, which is the process's: the last of several threads to leave restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._kept = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._kept.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._kept.close()
+
+
+_STANCE = _Stance()
 
 
 def uncompiled() -> AbstractContextManager:
@@ -45,7 +77,26 @@ def uncompiled() -> AbstractContextManager:
     In one piece, every vjp computes the gradients of all weights. torch._dynamo takes seconds to load, and has nothing
     compiled where nobody has loaded it.
     """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return _STANCE.eager() if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def is_kept_elsewhere() -> bool:
+    """Return whether hooks keep what a graph saves, as those of torch's checkpointing and of save_on_cpu.
+
+    Every product with the Jacobian would fetch all of it again, under checkpointing by running the model once more.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def forget_without_graph() -> None:
+    """Forget what a solve has left in torch's caches: weights without a graph would silently cut the gradient.
+
+    These are the casts of autocast, and what `torch.nn.utils.parametrize.cached` keeps.
+    """
+    torch.clear_autocast_cache()
+    cached = parametrize._cache
+    for key in [key for key, weight in cached.items() if weight is not None and not weight.requires_grad]:
+        del cached[key]
 
 
 def _is_compiled(module: nn.Module) -> bool:

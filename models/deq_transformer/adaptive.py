@@ -65,11 +65,17 @@ class AdaptiveEmbedding(nn.Module):
         return list(itertools.pairwise(self.edges))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return (..., D) for `tokens` (...)."""
+        """Return (..., D) for `tokens` (...).
+
+        Raises:
+            IndexError: a token is not in the vocabulary; on a GPU its assertion fails.
+        """
         rows = []
         for table, (begin, end) in zip(self.tables, self.buckets, strict=True):
-            inside = (tokens >= begin) & (tokens < end)
-            row = F.embedding((tokens - begin).clamp(0, end - begin - 1), table)
+            inside, size = (tokens >= begin) & (tokens < end), end - begin
+            # words of other buckets read any row; what is in no bucket stays outside of the first or the last table
+            low, high = 0 if begin else -1, size - 1 if end < self.edges[-1] else size
+            row = F.embedding((tokens - begin).clamp(low, high), table)
             rows.append(row * inside[..., None])
         return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.d_model**0.5
 

@@ -95,7 +95,9 @@ class DEQTransformer(nn.Module):
         )
         check_counts(least=0, mem_len=mem_len, eval_mem_len=eval_mem_len)
         check_dropout(dropout)
-        check_dropout(attention_dropout)
+        check_number(
+            "attention_dropout", attention_dropout, "[0, 1)", also=": the probability that a weight is dropped"
+        )
         check_number("init_std", init_std, "> 0")
         if d_model % 2 or d_model % num_heads:
             raise ValueError(f"d_model={d_model} must be even and a multiple of num_heads={num_heads}")
@@ -145,6 +147,11 @@ class DEQTransformer(nn.Module):
             raise ValueError(
                 f"memory has {history.shape[0]} streams, but tokens have {tokens.shape[0]}: pass the memory of the "
                 "same streams, or None at their beginning"
+            )
+        if u_history.shape[:2] != history.shape[:2]:
+            raise ValueError(
+                f"the two parts of memory must have the same streams and length, got {tuple(history.shape)} and "
+                f"{tuple(u_history.shape)}: pass what the call before returned"
             )
         u = torch.cat([u_history, self.inject(tokens, masks.embedding)], dim=1)
         positions = sinusoids(u.shape[1], self.d_model, device=u.device, dtype=history.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.ignn.sparse import Matrix, multiply
 from phantom import SpectralNorm
-from phantom.validate import check_number
+from phantom.validate import check_flag, check_number
 
 NodeMap = Callable[[Tensor], Tensor]
 
@@ -68,6 +68,7 @@ class ImplicitGraphLayer(nn.Module):
     def __init__(self, *, in_features: int, features: int, kappa: float, dead_parameters: bool) -> None:
         super().__init__()
         check_kappa(kappa)
+        check_flag("dead_parameters", dead_parameters)
         self.kappa = kappa
         bound = 1 / math.sqrt(features)
         shapes = {"W": (features, features), "omega_1": (features, in_features)}
@@ -82,7 +83,7 @@ class ImplicitGraphLayer(nn.Module):
 
     def bind(self, injection: Tensor, graph: GraphInput) -> NodeMap:
         """Return f of states (1, N, m) for `injection` (N, m)."""
-        radius = self.kappa / graph.radius
+        radius = row_bound(self.kappa, graph)
         if self.training:
             with torch.no_grad():
                 self.W.copy_(project_rows(self.W, radius))
@@ -110,6 +111,7 @@ class SpectralGraphLayer(nn.Module):
     def __init__(self, *, in_features: int, features: int, kappa: float, dead_parameters: bool) -> None:
         super().__init__()
         check_kappa(kappa)
+        check_flag("dead_parameters", dead_parameters)
         self.kappa = kappa
         bound = 1 / math.sqrt(features)
         self.W = SpectralNorm(torch.empty(features, features).uniform_(-bound, bound), learned=True, capped=True)
@@ -128,7 +130,7 @@ class SpectralGraphLayer(nn.Module):
 
     def bind(self, injection: Tensor, graph: GraphInput) -> NodeMap:
         """Return f of states (1, N, m) for `injection` (N, m)."""
-        return node_map(_projected(self.W(), self.kappa / graph.radius), injection, graph)
+        return node_map(_projected(self.W(), row_bound(self.kappa, graph)), injection, graph)
 
 
 def propagate(inputs: Tensor, weight: Tensor, graph: GraphInput) -> Tensor:
@@ -171,6 +173,11 @@ def _projected(weight: Tensor, radius: float) -> Tensor:
     if not torch.is_grad_enabled():
         return project_rows(weight, radius)
     return project_rows(weight.detach(), radius) + (weight - weight.detach())
+
+
+def row_bound(kappa: float, graph: GraphInput) -> float:
+    """Return the bound of |W|_inf; a graph without cycles has the radius 0, and needs none."""
+    return kappa / graph.radius if graph.radius > 0 else math.inf
 
 
 def check_kappa(kappa: float) -> None:

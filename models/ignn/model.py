@@ -72,10 +72,6 @@ class GraphIGNN(nn.Module):
         pooled = multiply(graph.pooling, x)
         return self.classifier(self.dropout(F.relu(self.hidden(pooled)))), tuple(solutions)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
-        return count_parameters(self)
-
 
 class NodeIGNN(nn.Module):
     """Label nodes: blocks x <- ELU(X* + Linear(x)), X* the block's equilibrium; the last block has no ELU.
@@ -112,10 +108,6 @@ class NodeIGNN(nn.Module):
             if i + 1 < len(self.layers):
                 x = F.elu(x)
         return x, tuple(solutions)
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
-        return count_parameters(self)
 
 
 class ChainsIGNN(nn.Module):
@@ -154,10 +146,6 @@ class ChainsIGNN(nn.Module):
         direction = F.normalize(solution.value.squeeze(0), dim=1)
         return self.classifier(self.dropout(direction)), (solution,)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, and of `dead` ones; they add up to all parameters."""
-        return count_parameters(self)
-
 
 def solve(deq: DEQ, layer: GraphLayer, injection: Tensor, start: Tensor, graph: GraphInput) -> Solution:
     """Solve for the equilibrium (1, N, m) of `layer`, starting at `start` (N, m)."""
@@ -167,12 +155,3 @@ def solve(deq: DEQ, layer: GraphLayer, injection: Tensor, start: Tensor, graph: 
 def make_layers(layer: LayerFactory, sizes: Sequence[int]) -> nn.ModuleList:
     """Return one layer per pair of consecutive sizes."""
     return nn.ModuleList(layer(in_features=a, features=b) for a, b in pairwise(sizes))
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters per top-level module; those without a gradient count as `dead`."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0] if parameter.requires_grad else "dead"
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts

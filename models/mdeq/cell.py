@@ -84,14 +84,15 @@ class ResidualBlock(nn.Module):
             from models.mdeq import kernels
 
             packed = kernels.packed(*weights)
-        return BoundBlock(*map(self.convolution.bind, weights), mask, u, packed)
+        first, second = map(self.convolution.bind, weights)
+        return BoundBlock(first, second, mask, u, packed)
 
     def forward(self, z: Tensor, bound: BoundBlock) -> Tensor:
         if bound.packed is not None and not torch.is_grad_enabled():
             from models.mdeq import kernels
 
             norms = (self.norm1, self.norm2, self.norm3)
-            if kernels.fits(z, self.norm1.num_channels, self.norm1.num_groups):
+            if kernels.fits(z, bound.packed, self.norm1.num_groups):
                 return kernels.residual_block(z, bound.packed, bound.mask, bound.u, norms)
         # in place, under autograd too: no operation here saves a tensor that the next one overwrites
         t = self.norm1(self.convolution(z, bound.conv1, self.norm1.num_channels)).relu_()
@@ -211,7 +212,9 @@ class MDEQCell(nn.Module):
             injection: u_i of every branch, None for zeros; u_0 is always a tensor.
             masks: dropout mask (B, C_i, 1, 1) or None of every block; None draws them here.
         """
-        masks = self._draw(injection[0]) if masks is None else masks
+        if masks is None:
+            assert injection[0] is not None, "u_0 is always a tensor"
+            masks = self._draw(injection[0])
         blocks = tuple(
             tuple(
                 block.bind(u if j == 0 else None, mask) for j, (block, mask) in enumerate(zip(row, drawn, strict=True))

@@ -139,4 +139,4 @@ def _gradient(of: int, g: Tensor, x: Tensor, weight: Tensor, stride: int) -> Ten
 def _together(uses: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
     """Return x (k B, C, H, W), g (k B, O, H', W') and the stride of all k uses."""
     x, g, strides = zip(*uses, strict=True)
-    return (*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (x, g)), strides[0])
+    return (x[0], g[0], strides[0]) if len(uses) == 1 else (torch.cat(x), torch.cat(g), strides[0])

@@ -5,7 +5,8 @@ With t = relu(GN(conv1(z))) and s = mask * conv2(t) + u the block is GN(relu(GN(
 second reads t once and writes the output. Means and variances are exact, over values that never leave the registers,
 so that the 27 passes of the block around its convolutions are gone.
 
-Shapes: B images, C channels, I = E C inner channels, H x W pixels, G norm groups.
+Shapes: B images, C channels, I = E C inner channels, H x W pixels, G norm groups. An image of z is dense; from one to
+the next there may be other parts of a solver's state.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -24,6 +25,9 @@ from models.mdeq.group_norm import GroupNorm
 
 MAX_PIXELS = 1024  # of an image: one program holds all of them
 MAX_CHANNELS = 128
+BLOCK_I = 32  # inner channels that the second kernel reads at a time
+MAX_ROOM = 227 * 1024  # bytes of shared memory of a program on a Hopper GPU
+SCRATCH = 4 * 1024  # bytes of it for sums over a group
 # of a program. Compiled for sm_90 in bfloat16, MDEQ-Tiny's finest branch then spills 0 and 8 bytes a thread; at 4 and
 # at 16 warps the second kernel spills 2 KB and 168 bytes. Two stages of float32 exceed the shared memory.
 NUM_WARPS, NUM_STAGES = 8, 1
@@ -45,6 +49,7 @@ def conv_norm_relu(
     gamma,
     beta,
     out,
+    stride,
     H,
     W,
     eps,
@@ -58,13 +63,14 @@ def conv_norm_relu(
 ):
     """Write relu(GN(conv(z))) of one image and one group: z (B, H, W, C), weight (3, 3, C, I), out (B, H, W, I).
 
-    A group has GROUP channels, and a column block BLOCK_O of them: what the block has beyond is masked.
+    z has `stride` numbers from image to image. A group has GROUP channels, and a column block BLOCK_O of them: what the
+    block has beyond is masked.
     """
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_O)
     inside, own = tl.arange(0, PIXELS) < H * W, column < GROUP
     o = group * GROUP + column
-    z += image * H * W * C
+    z += image * stride
     products = tl.zeros((PIXELS, BLOCK_O), dtype=tl.float32)
     for tap in range(TAPS):  # unrolled it spills
         pixel, there = _offsets(PIXELS, H, W, tap)
@@ -111,6 +117,7 @@ def conv_norm_add_norm(
     gamma3,
     beta3,
     out,
+    stride,
     H,
     W,
     eps,
@@ -126,7 +133,7 @@ def conv_norm_add_norm(
 ):
     """Write GN3(relu(GN2(mask * conv(t) + u) + z)) of one image.
 
-    t (B, H, W, I), weight (3, 3, I, C), mask (B, C); u, z and out (B, H, W, C).
+    t (B, H, W, I), weight (3, 3, I, C), mask (B, C); u, z and out (B, H, W, C), z with `stride` from image to image.
     """
     image = tl.program_id(0).to(tl.int64)
     inner, column = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_C)
@@ -143,7 +150,8 @@ def conv_norm_add_norm(
             weight + (tap * I + i)[:, None] * C + column[None, :], mask=(i < I)[:, None] & own[None, :], other=0.0
         )
         s = tl.dot(rows.to(block.dtype), block, s, input_precision=PRECISION)
-    place = image * H * W * C + tl.arange(0, PIXELS)[:, None] * C + column[None, :]
+    here = tl.arange(0, PIXELS)[:, None] * C + column[None, :]
+    place = image * H * W * C + here
     if HAS_MASK:
         s *= tl.load(mask + image * C + column, mask=own, other=0.0).to(tl.float32)[None, :]
     if HAS_U:
@@ -151,7 +159,8 @@ def conv_norm_add_norm(
     n = H * W * GROUP
     gamma, beta = tl.load(gamma2 + column, mask=own, other=0.0), tl.load(beta2 + column, mask=own, other=0.0)
     s = _group_norm(s, known, gamma.to(tl.float32), beta.to(tl.float32), n, eps, GROUP, BLOCK_C)
-    s = tl.where(known, tl.maximum(s + tl.load(z + place, mask=known, other=0.0).to(tl.float32), 0.0), 0.0)
+    rows = tl.load(z + image * stride + here, mask=known, other=0.0)
+    s = tl.where(known, tl.maximum(s + rows.to(tl.float32), 0.0), 0.0)
     gamma, beta = tl.load(gamma3 + column, mask=own, other=0.0), tl.load(beta3 + column, mask=own, other=0.0)
     s = _group_norm(s, known, gamma.to(tl.float32), beta.to(tl.float32), n, eps, GROUP, BLOCK_C)
     tl.store(out + place, s.to(out.dtype.element_ty), mask=known)
@@ -164,33 +173,48 @@ class Packed(NamedTuple):
         conv1: (3, 3, C, I); its dtype and that of `conv2` is that of the products.
         conv2: (3, 3, I, C).
         precision: of products of float32, in Triton's words.
+        room: bytes of shared memory that a program of the device may have.
     """
 
     conv1: Tensor
     conv2: Tensor
     precision: str
+    room: int
 
 
 def packed(conv1: Tensor, conv2: Tensor) -> Packed:
     """Return the 3x3 weights (I, C, 3, 3) and (C, I, 3, 3) as the kernels read them, without a graph."""
     # torch allows TF32 by this switch, which its compiler cannot read inside f; bfloat16 products do not look at it
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return Packed(*(weight.detach().permute(2, 3, 1, 0).contiguous() for weight in (conv1, conv2)), precision)
+    room = MAX_ROOM
+    if conv1.is_cuda:
+        room = torch.cuda.get_device_properties(conv1.device).shared_memory_per_block_optin
+    return Packed(*(weight.detach().permute(2, 3, 1, 0).contiguous() for weight in (conv1, conv2)), precision, room)
 
 
 INTERPRETED = not isinstance(conv_norm_relu, triton.JITFunction)
 
 
-def fits(z: Tensor, inner: int, num_groups: int) -> bool:
-    """Return whether the kernels serve z (B, C, H, W) with `inner` channels in `num_groups` groups."""
-    _, channels, height, width = z.shape
+def fits(z: Tensor, weights: Packed, num_groups: int) -> bool:
+    """Return whether the kernels serve z (B, C, H, W), whose inner channels are in `num_groups` groups."""
+    batch, channels, height, width = z.shape
+    group = weights.conv1.shape[-1] // num_groups
     return (
         (z.is_cuda or INTERPRETED)
+        and batch > 0
         and height * width <= MAX_PIXELS
-        and max(channels, inner // num_groups) <= MAX_CHANNELS
+        and max(channels, group) <= MAX_CHANNELS
+        and shared_memory(channels, group, height * width, weights.conv1.element_size()) <= weights.room
         and z.dtype in (torch.float32, torch.bfloat16)
-        and z.is_contiguous(memory_format=torch.channels_last)
+        and z[:1].is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def shared_memory(channels: int, group: int, pixels: int, item: int) -> int:
+    """Return the bytes of shared memory of the larger kernel's programs: an image, and a block of a weight."""
+    first = block_of(channels) * (block_of(pixels) + block_of(group))
+    second = BLOCK_I * (block_of(pixels) + block_of(channels))
+    return item * max(first, second) + SCRATCH
 
 
 def residual_block(
@@ -202,7 +226,7 @@ def residual_block(
     *,
     num_warps: int = NUM_WARPS,
 ) -> Tensor:
-    """Return the residual block of z (B, C, H, W), in its dtype and channels_last; see `fits` for what it takes.
+    """Return the residual block of z (B, C, H, W), in its dtype and dense in channels_last; see `fits`.
 
     Args:
         weights: by `packed`.
@@ -214,7 +238,7 @@ def residual_block(
     batch, channels, height, width = z.shape
     inner, groups = weights.conv1.shape[-1], norms[0].num_groups
     t = torch.empty((batch, height, width, inner), device=z.device, dtype=weights.conv2.dtype)
-    out = torch.empty_like(z)
+    out = torch.empty_like(z, memory_format=torch.channels_last)
     u = None if u is None else u.contiguous(memory_format=torch.channels_last)
     affine = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
     common: dict[str, Any] = {
@@ -227,16 +251,16 @@ def residual_block(
         "num_stages": NUM_STAGES,
     }
     conv_norm_relu[(batch, groups)](
-        *(z, weights.conv1, *affine[:2], t, height, width, norms[0].eps),
+        *(z, weights.conv1, *affine[:2], t, z.stride(0), height, width, norms[0].eps),
         GROUP=inner // groups,
         BLOCK_O=block_of(inner // groups),
         **common,
     )
     conv_norm_add_norm[(batch,)](
         *(t, weights.conv2, z if mask is None else mask, z if u is None else u, z, *affine[2:]),
-        *(out, height, width, norms[1].eps),
+        *(out, z.stride(0), height, width, norms[1].eps),
         GROUP=channels // groups,
-        BLOCK_I=32,
+        BLOCK_I=BLOCK_I,
         HAS_MASK=mask is not None,
         HAS_U=u is not None,
         **common,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.mdeq.cell import Branches, MDEQCell
 from models.mdeq.head import MDEQHead, make_stage0, make_stem
 from phantom import DEQ, Solution
-from phantom.validate import check_choice, check_counts
+from phantom.validate import check_choice, check_counts, check_flag
 
 Init = Literal["normal", "default"]
 
@@ -94,6 +94,7 @@ class MDEQ(nn.Module):
                 f"entry of channels={channels}"
             )
         check_choice("init", init, get_args(Init))
+        check_flag("channels_last", channels_last)
         self.in_channels = in_channels
         self.num_downsamples = num_downsamples
         self.stem = make_stem(in_channels, channels[0], num_downsamples=num_downsamples)
@@ -172,6 +173,12 @@ class MDEQ(nn.Module):
                 f"images of {images.shape[2]}x{images.shape[3]} pixels are too small: num_downsamples="
                 f"{self.num_downsamples} and {len(self.cell.channels)} branches need at least {min_size}x{min_size}; "
                 "use fewer branches or larger images"
+            )
+        if self.training and len(images) == 1 and max(images.shape[2:]) <= min_size:
+            raise ValueError(
+                f"one image of {images.shape[2]}x{images.shape[3]} pixels has one pixel in the coarsest branch, and "
+                "batch norm trains on two numbers a channel at least: use another batch size, larger images or fewer "
+                "branches"
             )
 
     def _draw_plain_convolutions(self) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phantom.validate import check_count
+from phantom.validate import check_count, check_number
 
 EPS = 1e-5
 ROTARY_BASE = 10_000.0
@@ -41,8 +41,14 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def hidden_width(width: int, expansion: float, multiple: int) -> int:
-    """Return the inner width of a SwiGLU: `width` * `expansion` * 2 / 3, rounded up to a multiple of `multiple`."""
-    return multiple * -(-round(width * expansion * 2 / 3) // multiple)
+    """Return the inner width of a SwiGLU: `width` * `expansion` * 2 / 3, rounded up to a multiple of `multiple`.
+
+    Raises:
+        ValueError: `expansion` or `multiple` is out of range.
+    """
+    check_number("expansion", expansion, "> 0", also=": the inner width is a multiple of the outer one")
+    check_count("multiple", multiple, least=1)
+    return multiple * max(1, -(-round(width * expansion * 2 / 3) // multiple))
 
 
 class SwiGLU(nn.Module):
@@ -73,6 +79,7 @@ class Attention(nn.Module):
 
     def __init__(self, *, width: int, num_heads: int) -> None:
         super().__init__()
+        check_count("num_heads", num_heads, least=1)
         if width % (2 * num_heads):
             raise ValueError(f"d_model={width} must be a multiple of 2 * num_heads={2 * num_heads}")
         self.num_heads = num_heads
@@ -96,10 +103,11 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     The channels of a head are split among the axes; in each part, of size s, channel i turns with channel i + s / 2.
     """
-    parts = x.unflatten(-1, cosines.shape[1:])
+    wide = torch.promote_types(x.dtype, torch.float32)  # the angles of far positions have no room in bfloat16
+    parts = x.to(wide).unflatten(-1, cosines.shape[1:])
     first, second = parts.chunk(2, dim=-1)
-    turned = parts * cosines.to(x.dtype) + torch.cat([-second, first], dim=-1) * sines.to(x.dtype)
-    return turned.flatten(-2)
+    turned = parts * cosines.to(wide) + torch.cat([-second, first], dim=-1) * sines.to(wide)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:

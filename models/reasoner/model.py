@@ -18,7 +18,7 @@ from models.reasoner.cell import Noise
 from models.reasoner.evaluation import Run, score
 from models.reasoner.layers import cut_normal_, linear, rotary_tables
 from models.reasoner.supervision import IGNORED, Carry, Supervision, detached, refill
-from phantom import DEQ, FixedPoint, Solution, fixed_point
+from phantom import DEQ, FixedPoint, Solution
 from phantom.state import Map, State
 from phantom.validate import check_choice, check_count, check_number
 
@@ -60,7 +60,7 @@ class Reasoner(nn.Module):
         noise: standard deviation of the noise that every call of the network adds; drawn once per supervision step, so
             that f is one function in it.
         differentiate: what the estimator differentiates: one `cycle` F, or the last `pair` of calls of its two
-            networks, from the state before the last fast update (HRM).
+            networks, from the state before the last fast update (HRM). BPTT differentiates all cycles in any case.
         cell: makes the cell from `width` and `length`: `OneSpeed` or `TwoSpeeds`.
         supervision: number and cost of supervision steps.
         vocab_size: V.
@@ -155,7 +155,6 @@ class Reasoner(nn.Module):
     def step(self, inputs: Tensor, state: State, *, noise: Noise | None = None, prefix: Tensor | None = None) -> Step:
         """Run one supervision step from `state`; see `start_state`."""
         x = self.embed(inputs, prefix)
-        noise = noise or (None,) * len(self.cell.states)
         f = self.bind(x, noise)
         # a backpropagation through time needs no point to start from: it differentiates the whole
         if self.differentiate == "cycle" or not (torch.is_grad_enabled() and self.deq.grad.needs_equilibrium):
@@ -191,24 +190,15 @@ class Reasoner(nn.Module):
         drawn = [torch.randn(shape, generator=generator, dtype=parts[0].dtype) for shape in shapes]
         return tuple(self.noise * part.to(parts[0].device) for part in drawn)
 
-    def _last_pair(self, f: Map, x: Tensor, state: State, noise: Noise) -> Solution:
+    def _last_pair(self, f: Map, x: Tensor, state: State, noise: Noise | None) -> Solution:
         """Differentiate one call of each network, from the state before the last fast update of the next cycle."""
         bound = self._bound(x, noise)
         with torch.no_grad():
             before = self.deq(f, state)
             z = self.cell.advance(before.value, num_fast=self.cell.num_fast - 1, **bound)
         pair = partial(self.cell, num_fast=1, **bound)
-        solution = fixed_point(
-            pair,
-            z,
-            solver=STAY,
-            grad=self.deq.grad,
-            regularizer=self.deq.regularizer,
-            gradient_precision=self.deq.gradient_precision,
-            on_failure="ignore",
-            group=self.deq.group,
-            clock=self.deq.clock,
-        )
+        # not self.deq(...): the monitor's hook counts the solve above alone
+        solution = self.deq.forward(pair, z, solver=STAY)
         # the solve was the one before; the backward adds its cost to these, and follows their policy
         stats, num_evals = solution.stats, solution.stats.num_evals
         for field in fields(stats):
@@ -283,9 +273,10 @@ class Reasoner(nn.Module):
     def _value_of_going_on(self, inputs: Tensor, state: State, steps: Tensor) -> Tensor | None:
         if self.supervision.halting != "halt_or_continue":
             return None
-        self.deq.eval()  # a whole step: the evaluation solver includes the cycles that the estimator adds in training
+        self.deq.eval()  # a step as evaluation has it: no estimator adds a cycle there, see `eval_solver`
         next_ = self.step(inputs, state, noise=self.draw_noise(state)).halting
         self.deq.train()
+        assert next_ is not None, "halting that is not fixed has its outputs"
         last = steps >= self.supervision.steps
         return torch.where(last, next_[:, 0], next_.amax(dim=1)).sigmoid()
 
@@ -329,7 +320,7 @@ def relative_change(new: State, old: State) -> Tensor:
     """Return |new - old| / |new| per puzzle (B,), over all parts of the state."""
     pairs = zip(new, old, strict=True) if isinstance(new, tuple) else [(new, old)]
     squares = [((a - b).square().flatten(1).sum(dim=1), a.square().flatten(1).sum(dim=1)) for a, b in pairs]
-    change, size = (sum(part) for part in zip(*squares, strict=True))
+    change, size = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))
     return (change / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
 
 

@@ -51,6 +51,14 @@ def test_embedding_is_the_scaled_projected_row():
     assert [tuple(projection.shape) for projection in embedding.projections] == [(16, 16), (16, 8), (16, 4)]
 
 
+@pytest.mark.parametrize("cutoffs", [(), CUTOFFS])
+@pytest.mark.parametrize("word", [-1, V])
+def test_a_word_outside_the_vocabulary_is_no_zero_row(cutoffs, word):
+    embedding, _ = make(cutoffs=cutoffs, vocab_size=V)
+    with pytest.raises(IndexError, match="out of range"):
+        embedding(torch.tensor([[0, word, V - 1]]))
+
+
 def test_softmax_is_a_distribution_with_the_cluster_columns_reversed():
     embedding, softmax = make()
     h = torch.randn(D, dtype=torch.float64)

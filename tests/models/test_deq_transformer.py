@@ -296,6 +296,7 @@ def test_relative_shift_and_mask():
         ({"mem_len": -1}, "mem_len=-1"),
         ({"window": 0}, "window=0"),
         ({"init_std": 0.0}, r"init_std=0\.0"),
+        ({"attention_dropout": 1.5}, r"^attention_dropout=1\.5 must be in \[0, 1\)"),
         ({"cutoffs": [10, 50]}, "vocabulary of 40 words"),
     ],
 )
@@ -312,3 +313,5 @@ def test_shapes_that_do_not_fit():
     memory = model(words, targets, None)[2]
     with pytest.raises(ValueError, match="memory has 2 streams, but tokens have 1"):
         model(words[:1], targets[:1], memory)
+    with pytest.raises(ValueError, match=r"two parts of memory must have the same streams and length, got \(2, 5, "):
+        model(words, targets, (memory[0], memory[1][:, 1:]))

@@ -11,6 +11,7 @@ from models.ignn.sparse import multiply
 from models.official.load import load_reference
 from phantom import NPG, UPG, JacobianRegularizer
 from phantom.diagnostics import dense_jacobian, exact_adjoint
+from phantom.engine.model import parameter_counts
 from tests.models.graph_models import EXACT, deq, directed_graph, graph_model, make_layer, node_model, ones, randn
 
 
@@ -19,7 +20,7 @@ from tests.models.graph_models import EXACT, deq, directed_graph, graph_model, m
 )
 def test_parameters_of_graph_classification(in_features, total, dead):
     model = graph_model(hidden=64, num_layers=3, in_features=in_features, num_classes=2)
-    groups = model.parameter_counts()
+    groups = parameter_counts(model)
     assert sum(p.numel() for p in model.parameters()) == sum(groups.values()) == total
     assert groups["dead"] == dead and groups["hidden"] == 4_160 and groups["classifier"] == 130
     alive = graph_model(hidden=64, num_layers=3, in_features=in_features, num_classes=2, layer=make_layer(dead=False))
@@ -32,13 +33,13 @@ def test_parameters_of_node_labelling():
         model = NodeIGNN(layer=make_layer(), **widths)
         spectral = NodeIGNN(layer=make_layer(SpectralGraphLayer), **widths)
     assert sum(p.numel() for p in model.parameters()) == 4_656_931
-    assert model.parameter_counts()["dead"] == 1_002_105
+    assert parameter_counts(model)["dead"] == 1_002_105
     assert sum(p.numel() for p in spectral.parameters()) == 4_664_206
 
 
 def test_parameters_of_chains():
     model = ChainsIGNN(hidden=16, dropout=0.5, layer=make_layer(), in_features=100, num_classes=2, deq=deq())
-    assert model.parameter_counts() == {"layers": 1_856, "dead": 1_616, "classifier": 32}
+    assert parameter_counts(model) == {"layers": 1_856, "dead": 1_616, "classifier": 32}
 
 
 def test_projection_is_the_nearest_point():
@@ -215,6 +216,21 @@ def test_a_graph_without_edges_and_an_isolated_node():
     assert logits.isfinite().all() and (graph_model()(single)[0][0] - logits[1]).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("kind", [ImplicitGraphLayer, SpectralGraphLayer])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_without_cycles_bounds_no_weight(kind, training):
+    """Its radius is 0, and the exact equilibrium is there after as many steps as the longest path has edges."""
+    adjacency = sparse_matrix(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, dtype=torch.float64), (3, 3))
+    graph = Graph(features=randn(3, 4), adjacency=adjacency, radius=spectral_radius(adjacency))
+    assert graph.radius == 0.0
+    layer = make_layer(kind)(in_features=4, features=5).double().train(training)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    injection = layer.inject(graph.features, graph)
+    solution = solve(deq(), layer, injection, torch.zeros_like(injection), graph)
+    assert bool(solution.stats.converged.all()) and solution.stats.num_steps.item() <= 4
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+
+
 def test_official_names_load():
     def official(name: str) -> str:
         head, part = name.split(".", 1)
@@ -253,6 +269,8 @@ def test_official_names_load():
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"hidden": 0}, "hidden=0"),
         ({"num_layers": 0}, "num_layers=0"),
+        ({"layer": make_layer(dead="no")}, "dead_parameters='no' must be true or false"),
+        ({"layer": make_layer(SpectralGraphLayer, dead=1)}, "dead_parameters=1 must be true or false"),
     ],
 )
 def test_impossible_settings(change, message):

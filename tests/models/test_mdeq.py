@@ -282,6 +282,15 @@ def test_images_that_do_not_fit(shape, message):
         model(torch.zeros(shape, dtype=torch.float64))
 
 
+def test_one_small_image_cannot_train_batch_norm():
+    model = make(channels=(8, 8, 8), head_channels=(2, 2, 2))
+    with pytest.raises(ValueError, match="one image of 4x4 pixels has one pixel in the coarsest branch"):
+        model(digits(1, size=(4, 4)))
+    model(digits(2, size=(4, 4)))
+    model(digits(1, size=(4, 5)))
+    model.eval()(digits(1, size=(4, 4)))
+
+
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours_in_evaluation():
     model = make(dropout=0.5).eval()
@@ -343,6 +352,7 @@ def test_cell_is_one_graph_for_all_binds():
         (dict(dropout=1.0), "dropout=1.0"),
         (dict(num_blocks=0), "num_blocks=0"),
         (dict(num_classes=2.5), "num_classes=2.5"),
+        (dict(channels_last="no"), "channels_last='no' must be true or false"),
     ],
 )
 def test_impossible_arguments(changes, message):

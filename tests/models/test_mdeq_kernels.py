@@ -37,6 +37,28 @@ def test_the_fused_block_rounds_like_the_plain_one(interpreted):
         assert fused < 5 * plain
 
 
+def test_a_solve_uses_the_kernels(interpreted):
+    """Its states are parts of a solver's own, whose images lie apart."""
+    calls, plain, fused = interpreted["solve"]
+    assert calls == 2 * 5, "a residual block per branch and evaluation"
+    assert plain != fused and fused < 5 * plain
+
+
+@pytest.mark.parametrize(("channels", "item"), [(64, 4), (128, 2)])
+def test_what_does_not_fit_a_program_is_left_to_the_plain_block(channels, item, monkeypatch):
+    from models.mdeq import kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    dtype = {4: torch.float32, 2: torch.bfloat16}[item]
+    z = torch.zeros(2, channels, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weights = kernels.packed(*(torch.zeros(channels, channels, 3, 3, dtype=dtype) for _ in range(2)))
+    assert not kernels.fits(z, weights, 4)
+    small = z[..., :8]
+    assert not kernels.fits(small, weights, 4), "the rows of an image lie apart"
+    assert kernels.fits(small.contiguous(memory_format=torch.channels_last), weights, 4)
+    assert not kernels.fits(z[:0], weights, 4)
+
+
 def test_an_evaluation_with_a_graph_is_the_plain_one(interpreted):
     assert interpreted["graph"] is True
 
@@ -85,24 +107,26 @@ def test_the_kernels_compile_for_a_hopper_gpu_spilling_little(dtype, tmp_path, m
         "PRECISION": "tf32",
     }
     first = common | {"GROUP": INNER // GROUPS, "BLOCK_O": kernels.block_of(INNER // GROUPS)}
-    second = common | {"GROUP": CHANNELS // GROUPS, "BLOCK_I": 32, "HAS_MASK": True, "HAS_U": True}
+    second = common | {"GROUP": CHANNELS // GROUPS, "BLOCK_I": kernels.BLOCK_I, "HAS_MASK": True, "HAS_U": True}
     for kernel, constants in ((kernels.conv_norm_relu, first), (kernels.conv_norm_add_norm, second)):
         names = kernel.arg_names
         types = {name: "constexpr" if name in constants else type_of(name, dtype) for name in names}
-        # at run time Triton sees that memory begins at a multiple of 16 bytes
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+        # at run time Triton sees that memory begins at a multiple of 16 bytes, and that the state has as many numbers
+        even = [i for i, name in enumerate(names) if types[name].startswith("*") or name == "stride"]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in even}
         compiled = triton.compile(
             ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned),
             target=GPUTarget("cuda", 90, 32),
             options={"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES},
         )
-        assert compiled.metadata.shared <= SHARED_MEMORY
+        asked = kernels.shared_memory(CHANNELS, INNER // GROUPS, PIXELS, 2 if dtype == "bf16" else 4)
+        assert compiled.metadata.shared <= asked <= SHARED_MEMORY == kernels.MAX_ROOM
         assert "wgmma" in compiled.asm["ptx"], "the products do not use Hopper's matrix units"
         assert spilled(compiled.asm["cubin"], tmp_path) <= (64 if dtype == "bf16" else 768)
 
 
 def type_of(name, dtype):
-    scalars = {"H": "i32", "W": "i32", "eps": "fp32"}
+    scalars = {"stride": "i32", "H": "i32", "W": "i32", "eps": "fp32"}
     affine = name.startswith(("gamma", "beta"))
     return scalars.get(name) or ("*fp32" if affine else f"*{dtype}")
 

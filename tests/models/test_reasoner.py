@@ -1,5 +1,7 @@
 """The recursive reasoner: drawn weights, rotary positions, gradients against dense linear algebra, bad input."""
 
+from functools import partial
+
 import pytest
 import torch
 from scipy import stats
@@ -23,6 +25,7 @@ def test_weights_have_exactly_the_standard_deviation_asked_for():
 
 def test_inner_widths():
     assert [hidden_width(m, 4, 256) for m in (512, 81, 97, 916, 64, 16)] == [1536, 256, 512, 2560, 256, 256]
+    assert hidden_width(16, 0.01, 8) == 8
 
 
 def test_attention_sees_distances_alone():
@@ -35,6 +38,17 @@ def test_attention_sees_distances_alone():
 
     assert product(3, 7) == pytest.approx(product(13, 17), rel=1e-12)
     assert product(3, 7) != pytest.approx(product(3, 8), rel=1e-3)
+
+
+def test_far_positions_are_turned_in_float32():
+    """bfloat16 has 8 bits: an angle's cosine in it, and its products, would lose as much again as the answer does."""
+    x = torch.randn(1, 4, 916, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tables = rotary_tables(torch.arange(916)[:, None], 64)
+    exact = rotate(x.double(), *tables)
+    assert rotate(x, *tables).dtype == torch.bfloat16
+    error = (rotate(x, *tables).double() - exact).norm() / exact.norm()
+    rounded = (exact.bfloat16().double() - exact).norm() / exact.norm()
+    assert error < 1.01 * rounded
 
 
 def test_rows_and_columns_turn_a_half_of_the_channels_each():
@@ -247,6 +261,9 @@ def test_every_parameter_gets_a_gradient(name):
         ({"lam": 0.0}, r"lam=0\.0 must be in"),
         ({"shared": 1}, "shared=1 must be true or false"),
         ({"block": ATTENTION, "d_model": 6}, r"d_model=6 must be a multiple of 2 \* num_heads=4"),
+        ({"block": partial(ATTENTION, num_heads=0)}, "num_heads=0 must be an integer >= 1"),
+        ({"block": partial(ATTENTION, expansion=-1.0)}, r"expansion=-1\.0 must be a number > 0"),
+        ({"block": partial(ATTENTION, multiple=0)}, "multiple=0 must be an integer >= 1"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -127,6 +127,43 @@ def test_every_way_to_compile_a_module_and_every_state(backend, way, parts):
     assert backend.gradients == [parts], "of each part of the state, and of no weight"
 
 
+class Shared(nn.Module):
+    """A cell that holds one part under two names, and one weight in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fast = nn.Linear(DIM, DIM, dtype=DTYPE)
+        self.slow = self.fast
+        self.other = nn.Linear(DIM, DIM, dtype=DTYPE)
+        self.tied = nn.Linear(DIM, DIM, dtype=DTYPE)
+        self.tied.weight = self.other.weight
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.3)
+        self.x = nn.Parameter(randn(BATCH, DIM, seed=2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(self.slow(self.fast(z)) + self.other(z) + self.tied(z) + self.x)
+
+
+@pytest.mark.parametrize("grad", [EXACT, NPG(k=3)], ids=["implicit", "npg"])
+def test_shared_parts_go_on_training(backend, grad):
+    plain, cell = Shared(), Shared()
+    cell.compile(fullgraph=True, dynamic=False, backend=backend)
+    before = dict(cell.named_parameters(remove_duplicate=False))
+    for _ in range(2):
+        for f in (plain, cell):
+            f.zero_grad()
+            z0 = torch.zeros(BATCH, DIM, dtype=DTYPE)
+            fixed_point(f, z0, solver=SOLVER, grad=grad).value.square().sum().backward()
+        assert dict(cell.named_parameters(remove_duplicate=False)).keys() == before.keys()
+        for name, parameter in cell.named_parameters(remove_duplicate=False):
+            assert parameter is before[name], name
+        for (name, a), b in zip(plain.named_parameters(), cell.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_neumann_sum_is_that_of_eager_code(backend, k):
     grad, cell = NPG(k=k, lam=0.6), compiled(backend)
