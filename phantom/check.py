@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from phantom import transforms
+from phantom.host import is_traced
 from phantom.state import Map, Packing, State, form_of
 
 
@@ -196,7 +197,9 @@ class _Reads(TorchFunctionMode):
         for value in values:
             if isinstance(value, (tuple, list)):
                 self._read(value)
-            elif isinstance(value, Tensor) and id(value) not in self._own and id(value) not in self.tensors:
+            elif not isinstance(value, Tensor) or is_traced(value):  # torch.func inside f makes tensors of its own
+                continue
+            elif id(value) not in self._own and id(value) not in self.tensors:
                 self.tensors[id(value)] = value
                 if not value.requires_grad:
                     self._before[id(value)] = value.detach().clone()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phantom.host import is_on_host
+from phantom.judge import finite_or_infinite
 from phantom.precision import without_autocast
 from phantom.residual import residual_of, vector_norm
-from phantom.scaling import is_on_host, powers_of_two
+from phantom.scaling import powers_of_two
 from phantom.solution import Stats
 from phantom.solver.base import Solver
 from phantom.state import FlatMap
@@ -42,7 +44,7 @@ class Confirming:
         if power is not None:
             fz, z, scale = fz * power, z * power, (power[:, 0] if scale is None else scale * power[:, 0])
         _, _, residual, _ = residual_of(fz, z, scale, norm=norm, relative=relative)
-        residual = torch.where(residual.isfinite(), residual, torch.inf)
+        residual = finite_or_infinite(residual)
         size = 1.0 if relative else vector_norm(fz, norm) / (1.0 if scale is None else scale)
         rounding = ROUNDINGS * torch.finfo(z.dtype).eps * size
         differs = (residual > 2 * stats.residual + rounding).any()

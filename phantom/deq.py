@@ -13,13 +13,13 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from phantom import transforms
 from phantom.check import check
 from phantom.confirm import Confirming
-from phantom.frozen import frozen, uncompiled
+from phantom.frozen import forget_without_graph, frozen, uncompiled
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
+from phantom.host import can_ask
 from phantom.purity import Pure
 from phantom.ranks import Group, name_of
 from phantom.report import SOLVE, OnFailure, act, check_on_failure
-from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
@@ -141,7 +141,7 @@ def fixed_point(
     packing = Packing(z0)
     flat_f, start = _flat(f, packing), packing.pack(z0)
     flat_z0 = start.detach()
-    differentiate = torch.is_grad_enabled()
+    computed_in, differentiate = packing.computed_in(), torch.is_grad_enabled()
     if not differentiate and transforms.are_active() and transforms.is_forward_mode():
         raise RuntimeError(
             "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
@@ -166,10 +166,11 @@ def fixed_point(
                 group=group,
                 watch=watch if states else None,
                 last=returns == "last",
+                computed_in=computed_in,
             )
-            # casts of leaf weights cached under no_grad have no graph, and would silently cut the gradient
-            torch.clear_autocast_cache()
+            forget_without_graph()
     stats.group, stats.on_failure = group, on_failure
+    stats.computed_in, stats.differentiated_in = computed_in, gradient_precision or computed_in
     keep = history if grad.needs_history else None
     del history
     flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
@@ -184,6 +185,11 @@ def fixed_point(
             if unrolled:
                 flat.unrolled = []
             flat.value = grad.attach(confirming, flat)
+            if flat.value.shape != start.shape:
+                raise ValueError(
+                    f"{type(grad).__name__}.attach must return {tuple(start.shape)}, the shape of z_star, got "
+                    f"{tuple(flat.value.shape)}"
+                )
             iterates = [_attach_at(z, flat_f, flat, grad) for z in iterates]
             if not grad.needs_equilibrium:
                 flat.z_star = flat.value.detach()
@@ -211,8 +217,8 @@ def fixed_point(
 
 def _flat(f: Map, packing: Packing, writes: bool | None = None) -> Pure:
     """Return f as a map of (B, D) tensors; where it is a compiled module, with a map for products with its Jacobian."""
-    held = frozen(f)
-    return Pure(packing.wrap(f), writes, None if held is None else Pure(packing.wrap(held), writes))
+    flat_f, held = packing.wrap(f), frozen(f)
+    return Pure(flat_f, writes, None if held is None else Pure(packing.wrap(held), writes))
 
 
 def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator) -> None:
@@ -239,6 +245,7 @@ def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimato
     """Return the iterate `z` of the solve with the gradient attached to it, which counts in `solution.stats`."""
     stats = Stats.of_no_solve(z)
     stats.group, stats.on_failure = solution.stats.group, solution.stats.on_failure
+    stats.differentiated_in = solution.stats.differentiated_in
     value = grad.attach(f, Solution(value=z, z0=solution.z0, z_star=z, stats=stats))
     solution.stats.num_evals += stats.num_evals
     return value
@@ -288,8 +295,8 @@ class DEQ(nn.Module):
         solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
         check_kind("solver", solver, Solver, "Broyden()")
         check_kind("grad", grad, GradientEstimator, "UPG()")
-        if eval_solver is not None and not isinstance(eval_solver, Solver):
-            raise TypeError(f"eval_solver must be a Solver or None, got {eval_solver!r}")
+        if eval_solver is not None:
+            check_kind("eval_solver", eval_solver, Solver, "Broyden()")
         check_on_failure(on_failure)
         if regularizer is not None and not callable(regularizer):
             raise TypeError(f"regularizer must be callable as regularizer(f, z), or None, got {regularizer!r}")

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantom.host import can_ask, has_numbers, is_cheap_to_read, is_on_host, read
 from phantom.residual import Norm, positive, residual_of, vector_norm
-from phantom.scaling import can_ask, has_numbers, is_on_host, is_out_of_range, is_read_for_nothing, read
+from phantom.scaling import is_out_of_range
 from phantom.solver.base import Solver
 
 # |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
 # absolute length decides under either `stop`: the relative one tends to |mu - 1| / |mu| where f grows by mu a step.
 DIVERGENCE = 1e6
-# |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor
-FLOOR = 4
+# |f(z) - z| within so many roundings of |f(z)|, and not falling any more, is at its floor; one of a coarser arithmetic
+# than the state's, as under autocast, is a large number, above which a residual may rise for a step
+FLOOR, COARSE_FLOOR = 4, 1
 # and a `tol` within so many of those may never be met
 NEAR = 16
 
@@ -32,9 +34,12 @@ class Start:
         asks: whether the host asks who goes on; where it does not, a solve runs its whole budget.
         near_rounding: whether `tol` is not far above the rounding of f(z); a tensor () where the host does not know.
         reads: whether the host looks at every step; then `lengths` and `stop_at` are the numbers of `length` and `tol`.
+        floor: the rounding of f(z) relative to it, in the arithmetic of f; `rounding` is that of the state's own.
     """
 
-    def __init__(self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None) -> None:
+    def __init__(
+        self, fz: Tensor, z: Tensor, solver: Solver, scale: Tensor | None, computed_in: torch.dtype | None = None
+    ) -> None:
         self.norm: Norm = solver.norm
         size = vector_norm(fz, solver.norm)
         self.relative = scale is None and solver.stop == "relative"
@@ -44,11 +49,13 @@ class Start:
         # a NaN compares false with everything: it is never better, never converged, and always diverged
         self.active = self.length <= torch.finfo(z.dtype).max
         self.tol: Any = None
-        self.rounding = FLOOR * torch.finfo(z.dtype).eps
+        self.rounding = self.floor = FLOOR * torch.finfo(z.dtype).eps
+        if computed_in is not None:
+            self.floor = max(self.floor, COARSE_FLOOR * torch.finfo(computed_in).eps)
         self.going, self.is_out_of_range = None, False
         self.near_rounding: bool | Tensor = False
         self.is_on_host = is_on_host(z)
-        self.reads = self.is_on_host and is_read_for_nothing(z) and not solver.compile
+        self.reads = is_cheap_to_read(z) and not solver.compile
         self._limit = None if self.reads else _limit(self.length)
         if solver.tol is not None:
             self.tol = self.length.new_full((), solver.tol)
@@ -57,10 +64,10 @@ class Start:
         if can_ask(z, solver):
             self._look(size, solver.tol)
         elif solver.tol is not None and self.relative:
-            self.near_rounding = solver.tol <= NEAR * self.rounding
+            self.near_rounding = solver.tol <= NEAR * self.floor
         elif solver.tol is not None:
             divisor = 1.0 if self.scale is None else self.scale
-            self.near_rounding = (self.tol * divisor <= NEAR * self.rounding * size).any()
+            self.near_rounding = (self.tol * divisor <= NEAR * self.floor * size).any()
 
     def _look(self, size: Tensor, tol: float | None) -> None:
         scale = torch.ones_like(size) if self.scale is None else self.scale
@@ -70,7 +77,7 @@ class Start:
         self.is_out_of_range = is_out_of_range([*map(max, self.lengths, sizes)], self.length.dtype)
         if tol is not None:
             self.going = int(sum(active))
-            near = NEAR * self.rounding
+            near = NEAR * self.floor
             self.near_rounding = any(tol * a <= near * b for a, b in zip(scales, sizes, strict=True))
 
     @property
@@ -85,7 +92,7 @@ class Start:
         size = vector_norm(z, self.norm)
         scale = torch.maximum(size, self.scale) if self.relative else self.scale
         length = residual if scale is None else residual * scale
-        return (length <= self.rounding * size) & self.near_rounding
+        return (length <= self.floor * size) & self.near_rounding
 
 
 def finite_or_infinite(residual: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def finite_or_infinite(residual: Tensor) -> Tensor:
 
 
 def _limit(length: Tensor) -> Tensor:
-    # a start at the fixed point itself gives no scale to grow from; neither infinity nor NaN is below the limit
+    # if z0 is already a fixed point its residual is 0 and sets no scale: only inf and NaN then count as divergence
     largest = torch.finfo(length.dtype).max
     return torch.where(length > 0, length * DIVERGENCE, largest).clamp_max(largest)
 
@@ -184,7 +191,7 @@ def _observe_together(length: Tensor, residual: Tensor, rows: Rows, start: Start
     whole, first = vector_norm(torch.stack((length, start.length)), start.norm)
     better = (residual.amax() < rows.residual.amax()) & (whole < first) & rows.active
     # where other processes go on, a state that is held is evaluated at its best iterate again, as a row is
-    again = torch.where(residual.isfinite(), residual, torch.inf)
+    again = finite_or_infinite(residual)
     best = torch.where(better | ~rows.active, again, rows.residual)
     woken = ~rows.active & (rows.residual <= start.tol).all() & (best > start.tol).any()
     going = (rows.active | woken) & (whole <= _limit(first)) & (best > start.tol).any()

@@ -89,7 +89,9 @@ class SpectralNorm(nn.Module):
         if self.training:
             self._power_step()
         # clone u and v: the next power step overwrites them, and this backward needs the present values
-        sigma = self.u.clone() @ self.weight.flatten(1) @ self.v.clone()
+        u, v = self.u.clone(), self.v.clone()
+        # of length one but in an averaged model, where they are means of unit vectors
+        sigma = (u @ self.weight.flatten(1) @ v) / (u.norm() * v.norm())
         factor = self.g / sigma
         return self.weight * (factor.clamp_max(1.0) if self.capped else factor)
 
@@ -104,6 +106,11 @@ class SpectralNorm(nn.Module):
 
 
 def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be a tensor, got {type(weight).__name__}: pass its weight, and let f compute with what "
+            "forward() returns, as in F.linear(z, weight, bias)"
+        )
     if weight.dim() < 2:
         raise ValueError(f"weight must have an output axis and at least one more, got shape {tuple(weight.shape)}")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from phantom.host import is_traced
 from phantom.state import FlatMap
 
 
@@ -27,7 +26,7 @@ class Pure:
 
     def __call__(self, z: Tensor) -> Tensor:
         first = self._has_versions is None
-        if first and _is_traced(z):
+        if first and is_traced(z):
             return self.f(z.clone())
         if first:
             self._has_versions = not torch.is_inference_mode_enabled()
@@ -52,12 +51,6 @@ class Pure:
 def pure(f: FlatMap) -> Pure:
     """Return `f` as a `Pure` map; one that is so already keeps what it knows."""
     return f if isinstance(f, Pure) else Pure(f)
-
-
-def _is_traced(z: Tensor) -> bool:
-    """Return whether versions say nothing: under torch.compile and inside the transforms of torch.func."""
-    functorch: Any = torch._C  # torch declares nothing of it
-    return torch.compiler.is_compiling() or functorch._functorch.is_functorch_wrapped_tensor(z)
 
 
 def _counted_copy(z: Tensor) -> Tensor:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from phantom.solution import Stats
+from phantom.solution import Solution, Stats
 
 # what to do about a failed solve; a function is called with the statistics
 OnFailure = Literal["useless", "ignore", "warn", "raise"] | Callable[[Stats], None]
 CHOICES = ("useless", "ignore", "warn", "raise")
 # what has failed, in the sentence about it
 SOLVE, ADJOINT = "the solve of z = f(z)", "the adjoint solve of u = J^T u + g"
+
+
+# the files of phantom and of torch
+INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+COUPLED = (
+    "the residual of some problems changed with the state of others: they are one problem, as the nodes of one graph "
+    "are, and want z0[None], one leading axis; or f"
+)
 
 
 class SolveWarning(UserWarning):
@@ -37,11 +48,17 @@ def check_on_failure(value: object) -> None:
         )
 
 
-def describe(stats: Stats, *, of: str = "solve") -> str:
+def describe(stats: Stats | Solution, *, of: str = "solve") -> str:
     """Return in words what happened: how many problems converged, what the others did, and what to try.
 
     Waits for the device.
+
+    Args:
+        stats: of a solve, or its Solution.
+        of: what was solved, to begin with.
     """
+    if isinstance(stats, Solution):
+        stats = stats.stats
     batch, steps = len(stats.residual), int(stats.num_steps.max()) if len(stats.residual) else 0
     if len(stats.trace) == 0:
         return f"{of}: {steps} steps, no residual was measured"
@@ -52,8 +69,8 @@ def describe(stats: Stats, *, of: str = "solve") -> str:
     parts = [f"{of}: {worst}"] if budget else [f"{of}: {converged} of {batch} problems converged, {worst}"]
     if bool(stats.dependent):
         parts.append(
-            "the residual of some problems changed with the state of others: they are one problem, as the nodes of one "
-            "graph are; pass z0[None], one leading axis"
+            ("f gave another value than before: it" if batch == 1 else COUPLED)
+            + " draws random numbers, as dropout does, or moves a buffer: ask phantom.check(f, z0)"
         )
     if diverged:
         parts.append(
@@ -61,10 +78,9 @@ def describe(stats: Stats, *, of: str = "solve") -> str:
             "try Broyden, a smaller lam, or a contractive f (WeightNorm, JacobianRegularizer)"
         )
     if stalled:
-        parts.append(
-            f"{stalled} stopped at the rounding of {str(stats.residual.dtype).removeprefix('torch.')}, which cannot "
-            "meet tol: raise it, or solve in float64"
-        )
+        name = str(stats.computed_in or stats.residual.dtype).removeprefix("torch.")
+        way = "solve in float64" if stats.computed_in is None else "let f compute in float32"
+        parts.append(f"{stalled} stopped at the rounding of {name}, which cannot meet tol: raise it, or {way}")
     if not budget and batch - converged - diverged - stalled:
         parts.append(
             f"{batch - converged - diverged - stalled} ran out of steps: raise max_steps or tol, or try another solver"
@@ -77,15 +93,15 @@ def is_useless(stats: Stats) -> bool:
 
     Waits for the device.
     """
-    # a cotangent that is not finite, as a gradient scaler's first ones, is no failure of the backward solve
-    least = 1 if stats.fallback is None else 2
-    if stats.trace.shape[0] < least or stats.residual.shape[0] == 0:
+    judged = _judged(stats)
+    if stats.trace.shape[0] == 0 or not bool(judged.any()):
         return False
     # a fixed budget promises nothing, so that only what diverged has missed something there
     missed = _missed(stats)
-    if not bool(missed.all() | stats.dependent):
+    if not bool((missed | ~judged).all() | stats.dependent):
         return False
-    stuck = ((stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & missed).all()
+    stuck = (stats.residual >= stats.trace[0].nan_to_num(torch.inf, torch.inf)) & missed
+    stuck = (stuck & ~stats.stalled | ~judged).all()  # a start at the rounding of f is an answer
     return bool(stuck | (stats.dependent & ~stats.converged.all()))
 
 
@@ -95,7 +111,14 @@ def has_failed(stats: Stats) -> bool:
 
 
 def _missed(stats: Stats) -> Tensor:
-    return stats.diverged if stats.tol is None else ~stats.converged
+    return (stats.diverged if stats.tol is None else ~stats.converged) & _judged(stats)
+
+
+def _judged(stats: Stats) -> Tensor:
+    """Return which problems can fail: a cotangent that is not finite, as a gradient scaler's first ones, cannot."""
+    if stats.fallback is None or len(stats.trace) == 0:
+        return torch.ones_like(stats.converged)
+    return stats.trace[0].isfinite()
 
 
 def act_where_nobody_did(stats: Stats) -> None:
@@ -130,4 +153,12 @@ def act(stats: Stats, on_failure: OnFailure, *, of: str = "solve") -> None:
     elif on_failure == "warn" or (of, bool(stats.dependent)) not in _said:
         if on_failure != "warn":
             _said.add((of, bool(stats.dependent)))
-        warnings.warn(describe(stats, of=of), SolveWarning, stacklevel=3)
+        warnings.warn(describe(stats, of=of), SolveWarning, stacklevel=_stacklevel())
+
+
+def _stacklevel() -> int:
+    """Return the stacklevel of the first caller outside of phantom and torch, which is the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level

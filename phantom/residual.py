@@ -36,7 +36,7 @@ def residual_of(
         scale: (B,) positive. Of a relative residual it is |f(z0)|, so that a solution z = 0 can be met; without one,
             an absolute residual is |g|, and a relative one |g| / |f(z)|.
         relative: whether |f(z)| belongs to the scale.
-        in_place: leave g in the memory of `fz`, which saves the half of a pass that makes room for another state.
+        in_place: write g into `fz`, which saves allocating another state.
     """
     if relative:
         size = vector_norm(fz, norm)

@@ -35,6 +35,8 @@ class Stats:
         confirmed: whether f was evaluated at the returned state as a whole: `residual` is then true of dependent
             problems, too.
         tol: the tolerance of the solver; None for a fixed budget.
+        computed_in: the arithmetic of f where it is coarser than that of `residual`, as under autocast; else None.
+        differentiated_in: the same of the evaluations with a graph, whose rounding bounds the backward solve.
         on_failure: the policy of `fixed_point`, which the backward solve follows.
         group: name of the process group of `fixed_point`, whose ranks stop together in the backward solve, too.
         acted: whether the policy has been followed, which waits for the device.
@@ -54,6 +56,8 @@ class Stats:
     scale: Tensor | None = None
     confirmed: bool = True
     tol: float | None = None
+    computed_in: torch.dtype | None = None
+    differentiated_in: torch.dtype | None = None
     on_failure: Any = "useless"
     group: str | None = None
     acted: bool = False

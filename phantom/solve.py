@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantom.host import can_ask, is_traced
 from phantom.judge import Rows, Start, count, finite_or_infinite, join, observe
 from phantom.precision import with_exact_products, without_autocast
 from phantom.purity import pure
 from phantom.ranks import any_rank
-from phantom.scaling import can_ask, powers_of_two, rescaled
+from phantom.scaling import powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
-from phantom.state import FlatMap
+from phantom.state import FlatMap, form_of
 
 # a state of so few numbers gains nothing by a view of it
 SMALL = 4096
@@ -35,6 +36,7 @@ def solve(
     group: str | None = None,
     watch: Watch | None = None,
     last: bool = False,
+    computed_in: torch.dtype | None = None,
 ) -> tuple[Tensor, Stats, Any]:
     """Run `solver` on z = f(z) from `z0` and return (best iterate, statistics, the solver's memory).
 
@@ -56,6 +58,7 @@ def solve(
         group: name of the process group whose ranks go on until all have stopped, because f communicates.
         watch: called after every step with its number and the best iterate until then, memory of the loop.
         last: return the last iterate in the place of the best one; of a problem that has stopped it is the best one.
+        computed_in: the arithmetic of f, where it is coarser than the dtype of `z0`.
     """
     if solver.max_steps == 0:
         return z0.detach(), Stats.of_no_solve(z0), None
@@ -65,7 +68,7 @@ def solve(
         if not solver.measures_residual:
             return *solver.roll_out(f, z, watch), None
         fz = f(z) if fz0 is None else fz0
-        start = Start(fz, z, solver, scale)
+        start = Start(fz, z, solver, scale, computed_in)
         if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
             return _loop(f, z, solver, start, num_evals, in_place, group, watch, last)
@@ -74,9 +77,8 @@ def solve(
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         scaled = None if watch is None else lambda step, best: watch(step, best / power)
-        best, stats, memory = _loop(
-            rescaled(f, power), z, solver, Start(fz, z, solver, scale), num_evals, True, group, scaled, last
-        )
+        start = Start(fz, z, solver, scale, computed_in)
+        best, stats, memory = _loop(rescaled(f, power), z, solver, start, num_evals, True, group, scaled, last)
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
 
@@ -105,7 +107,10 @@ def _loop(
     for step in range(1, solver.max_steps + 1):
         if done:
             break
-        z = propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g) if together else propose(memory, z, g)
+        if together:
+            z = propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g)
+        else:
+            z = _checked(propose, memory, z, g) if step == 1 else propose(memory, z, g)
         held = start.tol is not None and (stopped or going != batch)
         if held:
             z = torch.where(rows.active.unsqueeze(1), z, best)
@@ -164,6 +169,25 @@ def _loop(
         tol=solver.tol,
     )
     return best, stats, None if together else memory
+
+
+def _checked(propose: Callable[..., Tensor], memory: Any, z: Tensor, g: Tensor) -> Tensor:
+    """Return the first iterate that a solver proposes, which may be one of the user's own.
+
+    Raises:
+        ValueError: it is no state, or the solver has written to `z`.
+    """
+    counts = not is_traced(z) and not z.is_inference()
+    before = z._version if counts else 0
+    new = propose(memory, z, g)
+    if not isinstance(new, Tensor) or new.shape != z.shape:
+        raise ValueError(f"a solver's propose must return the next iterate {tuple(z.shape)}, got {form_of(new)}")
+    if counts and z._version != before:
+        raise ValueError(
+            "a solver's propose has written to its argument z, which is the guess of the caller now, and may be the "
+            "best iterate later: return new memory, as z + g does"
+        )
+    return new
 
 
 def replace_rows(kept: Tensor, new: Tensor, rows: Tensor) -> Tensor:

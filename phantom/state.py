@@ -28,13 +28,16 @@ class Packing:
     def __init__(self, z0: State) -> None:
         parts, self._spec = _flatten(z0)
         if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+            way = "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
+            if any(isinstance(part, Tensor) and part.is_complex() for part in parts):
+                way = "z0=torch.view_as_real(z0), and let f begin with torch.view_as_complex and end with view_as_real"
             raise TypeError(
-                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass "
-                "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
+                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass {way}"
             )
         if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
             raise ValueError(
-                f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}"
+                f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}: parts "
+                "of one problem without such an axis get one by z0[None]"
             )
         if any(part.dtype != parts[0].dtype or part.device != parts[0].device for part in parts):
             raise ValueError(
@@ -53,13 +56,20 @@ class Packing:
         # a (B, D) tensor in solver precision is its own packing
         self._is_flat = self._spec is None and z0.dim() == 2 and self.dtype == self.flat_dtype
 
+    def computed_in(self) -> torch.dtype | None:
+        """Return the arithmetic of f under the autocast that is active now, where it is coarser than the solver's."""
+        coarse = max((self.dtype, autocast_dtype(self.device.type) or self.dtype), key=lambda d: torch.finfo(d).eps)
+        return coarse if torch.finfo(coarse).eps > torch.finfo(self.flat_dtype).eps else None
+
     def pack(self, z: State) -> Tensor:
         """Return `z` as one (B, D) tensor in solver precision."""
         if self._is_flat and isinstance(z, Tensor) and z.shape == self._shapes[0] and z.dtype == self.dtype:
             return z
         parts, spec = _flatten(z)
-        if spec != self._spec or [getattr(part, "shape", None) for part in parts] != self._shapes:
+        if spec != self._spec or [part.shape if isinstance(part, Tensor) else None for part in parts] != self._shapes:
             raise ValueError(f"f must return the form of z0, {self._wanted()}, got {form_of(z)}")
+        if not all(part.is_floating_point() for part in parts):
+            raise TypeError(f"f must return floating-point numbers, got {form_of(z)}")
         flat = [
             (p.permute(0, 2, 3, 1) if last else p).reshape(self.batch, size)
             for p, last, size in zip(parts, self._channels_last, self._sizes, strict=True)
@@ -90,6 +100,8 @@ class Packing:
 
         The solver's own arithmetic switches autocast off around its loop; f keeps the caller's.
         """
+        if not callable(f):
+            raise TypeError(f"f must be a map of states, got {form_of(f)}: pass f itself, and not its value f(z)")
         device = self.device.type
         dtype = autocast_dtype(device)
 
@@ -102,10 +114,9 @@ class Packing:
         return (lambda z: self.pack(f(z))) if self._is_flat else lambda z: self.pack(f(self._arguments(z)))
 
     def _arguments(self, z: Tensor) -> State:
-        """Return `z` as f shall see it: with a graph, each part in memory of its own, where there are several.
+        """Unpack `z` for f. With grad enabled, copy each part of a tuple, so that it is contiguous.
 
-        The parts of a tuple are slices, which a convolution copies; one that is kept for the backward would be copied
-        in every vjp again.
+        The parts are slices. A convolution copies a slice, and one that is kept for the backward again in every vjp.
         """
         parts = self.unpack(z)
         if not self.joins or not torch.is_grad_enabled():
@@ -124,8 +135,10 @@ class Packing:
         shapes = ", ".join(str(tuple(shape)) for shape in self._shapes)
         if self._spec is None:
             return f"a tensor {shapes}"
-        kind = "tuple" if self._spec is tuple else self._spec.type.__name__
-        return f"a {kind} of tensors {shapes}"
+        if self._spec is tuple:
+            return f"a tuple of tensors {shapes}"
+        keys = f", with the keys {', '.join(map(str, self._spec.context))} in order" if self._spec.type is dict else ""
+        return f"a {self._spec.type.__name__} of tensors {shapes}{keys}"
 
 
 def _flatten(z: State) -> tuple[list[Any], Any]:

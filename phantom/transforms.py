@@ -119,7 +119,15 @@ class Levels:
 
 
 def solve(
-    f: FlatMap, z0: Tensor, solver: Solver, *, in_place: bool, group: str | None, watch: Watch | None, last: bool
+    f: FlatMap,
+    z0: Tensor,
+    solver: Solver,
+    *,
+    in_place: bool,
+    group: str | None,
+    watch: Watch | None,
+    last: bool,
+    computed_in: torch.dtype | None,
 ) -> tuple[Tensor, Stats, Any]:
     """Return what `phantom.solve.solve` returns, the iterate as a constant of the transforms.
 
@@ -130,7 +138,14 @@ def solve(
     watch_rows = None if watch is None else partial(_watch_wrapped, levels, watch)
     with levels.aside(f) as f_rows:
         z_star, stats, history = solve_rows(
-            f_rows, start, solver, in_place=in_place, group=group, watch=watch_rows, last=last
+            f_rows,
+            start,
+            solver,
+            in_place=in_place,
+            group=group,
+            watch=watch_rows,
+            last=last,
+            computed_in=computed_in,
         )
     return levels.wrap(z_star), stats, history
 

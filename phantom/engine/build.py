@@ -32,17 +32,13 @@ from phantom.validate import check_triton
 log = logging.getLogger(__name__)
 
 
-def build_model(plan: Plan, spec: Spec, deq: nn.Module | None = None) -> nn.Module:
+def build_model(plan: Plan, spec: Spec) -> nn.Module:
     """Return the model of the plan, given the numbers of the data's `spec`.
-
-    Args:
-        deq: solves in the place of the plan's own DEQ.
 
     Raises:
         ConfigError: the constructor refuses an argument, or what it makes is no `Model`.
     """
-    model = instantiate(plan.model_config, "model", **spec.inputs, deq=deq or plan.deq)
-    return check_model(model) if deq is None else model
+    return check_model(instantiate(plan.model_config, "model", **spec.inputs, deq=plan.deq))
 
 
 def compile_cell(model: nn.Module) -> None:
@@ -107,6 +103,11 @@ def _check_machine(config: dict[str, Any], device: torch.device, world_size: int
             check_triton()
         except ValueError as error:
             raise ConfigError(f"speed=kernels: {error}") from error
+
+
+def _say(line: str) -> None:
+    if distributed.is_first():
+        log.info("%s", line)
 
 
 def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.device, world_size: int) -> Speed:
@@ -179,9 +180,9 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     model = build_model(plan, source.spec).to(device)
     if init is not None:
         origin = load_initial(model, init, load_reference)
-        log.info("the run begins with the weights of %s", ", ".join(f"{k} {v}" for k, v in origin.items()))
+        _say("the run begins with the weights of " + ", ".join(f"{k} {v}" for k, v in origin.items()))
     speed = _choose_speed(plan, source, model, device, world_size)
-    log.info("%s", speed)
+    _say(str(speed))
     cell: Any = getattr(model, "cell", None)
     if speed.kernels and hasattr(cell, "fuse"):
         cell.fuse()

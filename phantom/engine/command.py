@@ -17,12 +17,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from phantom.engine.artifacts.sweep import Sweep
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError
 from phantom.engine.machine import signals, slurm
 from phantom.engine.plan import Plan, make_plan
+from phantom.engine.sweep import Sweep
 from phantom.report import SolveError
 
 Job = Callable[[Plan], Any]

@@ -1,6 +1,11 @@
 """The errors of a user: each message names the field or file, the value got, what is allowed and the way out."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(ValueError):
     """An error whose message is all that the user needs; the command line prints it without a traceback."""
 

@@ -68,13 +68,16 @@ def find_cell(model: nn.Module) -> nn.Module:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters of every part of a model; they add up to all parameters."""
+    """Return the number of parameters of every part of a model, and of `dead` ones; they add up to all parameters.
+
+    By default the parts are the child modules, and parameters without a gradient are dead.
+    """
     own = getattr(model, "parameter_counts", None)
     if own is not None:
         return own()
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
+        part = name.split(".")[0] if parameter.requires_grad else "dead"
         parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
 

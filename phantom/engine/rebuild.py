@@ -30,6 +30,7 @@ class Rebuilt(NamedTuple):
 
     Args:
         about: facts about the weights, for the answer: their step, or the code base that wrote them.
+        split: on which the number of their record was taken; None where no record names one.
     """
 
     plan: Plan
@@ -38,33 +39,11 @@ class Rebuilt(NamedTuple):
     device: torch.device
     shard: Shard
     about: dict[str, Any]
+    split: str | None = None
 
     @property
     def task(self) -> Task:
         return self.plan.task
-
-
-def evaluate_run(
-    folder: Path,
-    *,
-    which: str,
-    split: str | None,
-    overrides: Sequence[str],
-    configs: Configs,
-    trust: str | None = None,
-) -> dict[str, Any]:
-    """Return the metrics of a checkpoint of a run; without overrides, exactly the run's own numbers.
-
-    Args:
-        folder, which: see `rebuild_run`.
-        split: the split to evaluate; None takes the first of the run's `eval_splits`.
-        overrides, trust: see `rebuild_run`.
-
-    Raises:
-        CheckpointError, ConfigError: see `rebuild_run`.
-    """
-    run = rebuild_run(folder, which=which, overrides=overrides, configs=configs, trust=trust)
-    return evaluate_rebuilt(run, split)
 
 
 def rebuild_run(
@@ -96,14 +75,11 @@ def rebuild_run(
     return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
 
 
-def evaluate_shipped(
-    folder: Path, *, split: str | None, overrides: Sequence[str], configs: Configs, trust: str | None = None
-) -> dict[str, Any]:
-    """Return the metrics of weights that ship; without `split` and overrides, exactly the number of their record.
+def rebuild_shipped(folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None = None) -> Rebuilt:
+    """Return the model of weights that ship; without overrides it has exactly the number of their record.
 
     Args:
         folder: see `phantom.engine.artifacts.shipped`.
-        split: the split to evaluate; None takes that of the record.
         overrides, trust: see `rebuild_run`.
 
     Raises:
@@ -113,22 +89,22 @@ def evaluate_shipped(
     plan = _saved_plan(found.config, folder, overrides=overrides, configs=configs, trust=trust)
     about = {"weights": folder.name, "checkpoint": found.about.checkpoint, "step": found.about.step}
     run = _rebuild(plan, lambda model: checkpoint.load_weights(model, found.tensors, found.path), about)
-    return evaluate_rebuilt(run, split or found.about.split)
+    return run._replace(split=found.about.split)
 
 
-def load_shipped(folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None = None) -> nn.Module:
+def load_shipped(folder: Path, *, overrides: Sequence[str], configs: Configs) -> nn.Module:
     """Return the model of weights that ship, for evaluation, on the CPU. No data is read.
 
     Args:
         folder: see `phantom.engine.artifacts.shipped`.
-        overrides, trust: see `rebuild_run`.
+        overrides: see `rebuild_run`.
 
     Raises:
         CheckpointError: the folder holds no weights, damaged ones, or those of another model.
         ConfigError: an override names an unknown key, or the saved config builds classes of elsewhere.
     """
     found = shipped.read(folder)
-    plan = _saved_plan(found.config, folder, overrides=overrides, configs=configs, trust=trust)
+    plan = _saved_plan(found.config, folder, overrides=overrides, configs=configs, trust=None)
     model = build_model(plan, Spec(kind=plan.task.kind, inputs=found.about.inputs, sizes={}))
     checkpoint.load_weights(model, found.tensors, found.path)
     return model.eval()
@@ -152,21 +128,14 @@ def begin_run(overrides: Sequence[str], configs: Configs, load_reference: LoadRe
     return _rebuild(plan, lambda model: load_initial(model, init, load_reference), {"step": 0, "init": init})
 
 
-def evaluate_official(
-    path: Path,
-    *,
-    source: str,
-    split: str | None,
-    overrides: Sequence[str],
-    configs: Configs,
-    load_reference: LoadReference,
-) -> dict[str, Any]:
-    """Return the metrics of an official checkpoint, loaded by its own names.
+def rebuild_official(
+    path: Path, *, source: str, overrides: Sequence[str], configs: Configs, load_reference: LoadReference
+) -> Rebuilt:
+    """Return the model of an official checkpoint, loaded by its own names.
 
     Args:
         path: the file of tensors.
         source: the code base that wrote it.
-        split: the split to evaluate; None takes the first of `eval_splits`.
         overrides: key=value items that compose the config, as for train.py.
         load_reference: called as `load_reference(model, state, source)`; translates the official names.
 
@@ -183,7 +152,7 @@ def evaluate_official(
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    return evaluate_rebuilt(_rebuild(plan, load, {"source": source}), split)
+    return _rebuild(plan, load, {"source": source})
 
 
 def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None) -> Plan:
@@ -193,7 +162,7 @@ def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: C
     return plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
 
 
-def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any]) -> Rebuilt:
+def _rebuild(plan: Plan, load: Callable[[nn.Module], object], about: dict[str, Any]) -> Rebuilt:
     device, rank, world_size = set_up_machine(plan)
     source = build_source(plan)
     torch.manual_seed(plan.config["seed"])
@@ -203,12 +172,15 @@ def _rebuild(plan: Plan, load: Callable[[nn.Module], None], about: dict[str, Any
 
 
 def evaluate_rebuilt(run: Rebuilt, split: str | None) -> dict[str, Any]:
-    """Return the metrics of a rebuilt model on a split; None takes the first of its config's `eval_splits`.
+    """Return the metrics of a rebuilt model on a split: exactly the run's own numbers, where no override changed them.
+
+    Args:
+        split: None takes that of the weights' record, or else the first of the config's `eval_splits`.
 
     Raises:
         ConfigError: the data has no such split.
     """
-    split = split or run.plan.budget.eval_splits[0]
+    split = split or run.split or run.plan.budget.eval_splits[0]
     if split not in run.source.splits:
         raise ConfigError(f"split={split!r} does not exist; the data has {', '.join(run.source.splits)}")
     metrics = evaluate(

@@ -62,8 +62,8 @@ def _find_finished(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any
     if finished is not None:
         config = (plan.folder / "config.yaml").read_text()
         check_same_data(Data(finished["data_digests"], config), trainer.data, plan.folder / "record.json")
-        log.info("this run is finished; resume=never trains it again from the start")
         if main:
+            log.info("this run is finished; resume=never trains it again from the start")
             print(summary_table(finished), flush=True)
     return finished
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from phantom.engine.errors import DataError
+from phantom.engine.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def dead_worker(error: BaseException, step: int) -> DataError | None:
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
         return None
     return DataError(
-        f"a process that loads data died before step {step} ({str(error).splitlines()[0]}): most often the memory is "
+        f"a process that loads data died before step {step} ({first_line(error)}): most often the memory is "
         "full. Use a smaller data.workers, or data.workers=0, which shows an error of the data itself; the same "
         "command goes on from the last checkpoint"
     )

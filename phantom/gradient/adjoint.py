@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from phantom import transforms
-from phantom.frozen import uncompiled
+from phantom.frozen import is_kept_elsewhere, uncompiled
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, leads_elsewhere, partial_vjps, vjp
+from phantom.host import can_ask
 from phantom.report import ADJOINT, act
 from phantom.residual import vector_norm
-from phantom.scaling import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
-from phantom.state import FlatMap
-from phantom.validate import check_count, check_lam
+from phantom.state import FlatMap, form_of
+from phantom.validate import check_count, check_kind, check_lam
 
 Vjp = Callable[[Tensor], Tensor]
 
@@ -42,7 +42,7 @@ class _Backward:
     stats: Stats
     history: Any
     is_adjoint: bool = False  # f is the map of an adjoint equation itself, and its inputs are given
-    frozen: FlatMap | None = None  # compiled f for products with J; see `phantom.frozen`
+    anew: FlatMap | None = None  # f for products with J, where those of the value would cost more than they need
 
     def cotangent(self, g: Tensor) -> Tensor:
         point: tuple[Tensor, Tensor] | None = None
@@ -54,16 +54,20 @@ class _Backward:
             return vjp(*point, u)
 
         with torch.no_grad():
-            return self.estimator.cotangent(product, g, self.stats, self.history)
+            u = self.estimator.cotangent(product, g, self.stats, self.history)
+        if not isinstance(u, Tensor) or u.shape != g.shape:
+            name = type(self.estimator).__name__
+            raise ValueError(f"{name}.cotangent must return u {tuple(g.shape)}, the shape of g, got {form_of(u)}")
+        return u
 
     def _point(self) -> tuple[Tensor, Tensor]:
-        """Return f(z) and z of the products with J: those of the value, or where f is compiled one evaluation more."""
-        if self.frozen is None:
+        """Return f(z) and z of the products with J: those of the value, or of one evaluation more."""
+        if self.anew is None:
             return self.linear.fz, self.linear.z
         self.stats.num_evals += 1
         with torch.enable_grad():
             z = self.linear.z.detach().requires_grad_()
-            return self.frozen(z), z
+            return self.anew(z), z
 
     def cotangents(self, g: Tensor) -> Tensor:
         """Return u for a `g` under vmap, of `is_grads_batched=True` for one."""
@@ -111,7 +115,8 @@ class _Equilibrium(torch.autograd.Function):
             return u, None, *nothing
         # create_graph=True: u depends on the parameters through J, even where g is a constant
         if not isinstance(equilibrium.estimator, Implicit):
-            # the mark hangs on fz; once_differentiable looks at g, and would pass a partial answer silently
+            # the check is attached to fz: torch's once_differentiable looks at g alone, and would silently return a
+            # partial second derivative
             return OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
         return None, None, *_differentiable(ctx, g, u)
 
@@ -141,7 +146,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     linear = Linearisation(adjoint, u)
     linear.inputs = [tensor for tensor in (*inputs, z, g) if tensor.requires_grad]
     stats = Stats.of_no_solve(u)
-    stats.group = equilibrium.stats.group
+    stats.group, stats.differentiated_in = equilibrium.stats.group, equilibrium.stats.differentiated_in
     again = _Backward(equilibrium.estimator, adjoint, linear, stats, None, is_adjoint=True)
     u = _with_value(_Equilibrium.apply(linear.fz, again, *linear.inputs), u)
     return partial_vjps(fz, inputs, u, fixed=z)
@@ -177,7 +182,8 @@ class AdjointEstimator(GradientEstimator):
         stats.num_evals += 1
         if linear.is_frozen:
             return linear.fz.detach()
-        backward = _Backward(self, f, linear, stats, solution.history, frozen=getattr(f, "frozen", None))
+        anew = getattr(f, "frozen", None) or (f if is_kept_elsewhere() else None)
+        backward = _Backward(self, f, linear, stats, solution.history, anew=anew)
         return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
 
     def _attach_under(self, levels: transforms.Levels, f: FlatMap, solution: Solution) -> Tensor:
@@ -266,8 +272,7 @@ class Implicit(AdjointEstimator):
     solver: Solver = field(default_factory=lambda: Broyden(tol=1e-6))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a Solver such as Broyden(max_steps=30, tol=1e-6), got {self.solver!r}")
+        check_kind("solver", self.solver, Solver, "Broyden(max_steps=30, tol=1e-6)")
         check_count("solver.max_steps", self.solver.max_steps, least=1)
         if not self.solver.measures_residual:
             raise ValueError(
@@ -284,7 +289,9 @@ class Implicit(AdjointEstimator):
             scale=vector_norm(g, self.solver.norm),
             in_place=True,
             group=stats.group,
+            computed_in=stats.differentiated_in,
         )
+        adjoint.computed_in = stats.differentiated_in
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint

@@ -34,17 +34,6 @@ class Linearisation:
         self.inputs = readings.tensors
         self.is_frozen = not self.fz.requires_grad or not (self.inputs or readings.missed(self.fz))
 
-    def vjp(self, u: Tensor) -> Tensor:
-        """Return J^T u (B, D)."""
-        return vjp(self.fz, self.z, u)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """Return J v (B, D): the gradient of J^T u, which is linear in u."""
-        with torch.enable_grad():
-            u = torch.zeros_like(self.fz).requires_grad_()
-            product = vjp(self.fz, self.z, u, create_graph=True)
-        return vjp(product, u, v)
-
 
 def vjp(fz: Tensor, z: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return (dfz/dz)^T u, zeros where `fz` does not depend on `z`."""

@@ -18,8 +18,8 @@ from phantom.state import FlatMap
 class SHINE(AdjointEstimator):
     """Share the inverse estimate of the forward solve: u = H^T g with Broyden's H, which stands for (I - J)^{-1}.
 
-    H is made to serve the residuals of the forward solve; the cotangent is another direction, where it knows little
-    more than the identity it began as. Expect a little more than the one-step gradient, at the same cost: no vjp, and
+    H is made to serve the residuals of the forward solve; the cotangent points elsewhere, and there H is still close to
+    its initial value, the identity. Expect a little more than the one-step gradient, at the same cost: no vjp, and
     two passes over the stored steps, which are kept until backward. NPG with a few terms is the better estimate, and
     the steadier one: H depends on the path of the solve, down to its rounding.
 

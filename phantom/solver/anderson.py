@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.scaling import is_read_for_nothing
+from phantom.host import is_cheap_to_read
 from phantom.solver.base import Solver
-from phantom.validate import check_count, check_lam, is_number
+from phantom.validate import check_count, check_lam, check_number
 
 
 @dataclass
@@ -65,14 +65,13 @@ class Anderson(Solver):
         super().__post_init__()
         check_count("memory", self.memory, least=1)
         check_lam(self.lam)
-        if not is_number(self.ridge) or not 0 <= self.ridge < 1:
-            raise ValueError(f"ridge={self.ridge!r} must be in [0, 1): it is relative to the squared residuals")
+        check_number("ridge", self.ridge, "[0, 1)", also=": it is relative to the squared residuals")
 
     def start(self, z: Tensor, g: Tensor) -> Window:
         size = min(self.memory, self.max_steps)
         shape = (size, *z.shape)
         gram = g.new_zeros((z.shape[0], size, size))
-        return Window(g.new_empty(shape), g.new_empty(shape), gram, is_read_for_nothing(z))
+        return Window(g.new_empty(shape), g.new_empty(shape), gram, is_cheap_to_read(z))
 
     def propose(self, memory: Window, z: Tensor, g: Tensor) -> Tensor:
         size = memory.z.shape[0]

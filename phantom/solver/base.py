@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from phantom.residual import Norm, Stop
 from phantom.state import FlatMap
-from phantom.validate import check_choice, check_count, is_number
+from phantom.validate import check_choice, check_count, check_flag, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,11 @@ class Solver(ABC):
         check_count("max_steps", self.max_steps, least=0)
         if self.sync_every is not None:
             check_count("sync_every", self.sync_every, least=1, also=", or None (null in YAML) never to ask the device")
-        if self.tol is not None and not (is_number(self.tol) and math.isfinite(self.tol) and self.tol >= 0):
-            raise ValueError(f"tol={self.tol!r} must be a number >= 0, or None (null in YAML) for a fixed budget")
+        if self.tol is not None:
+            check_number("tol", self.tol, ">= 0", also=", or None (null in YAML) for a fixed budget")
         check_choice("stop", self.stop, get_args(Stop))
         check_choice("norm", self.norm, get_args(Norm))
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile={self.compile!r} must be True or False")
+        check_flag("compile", self.compile)
 
     @property
     def asks(self) -> bool:
@@ -68,8 +66,8 @@ class Solver(ABC):
     def propose(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
         """Return the next iterate (B, D) from the current one and its g = f(z) - z, updating `memory` in place.
 
-        The next iterate is memory of the solver's own: f may reuse what it returns, and the loop writes to iterates.
-        `z` may be the best one so far and is not written to; `g` is not needed afterwards, and may be.
+        Return new memory, never a view of `z`: the loop may keep `z` as the best iterate, and f may reuse its output
+        buffer. You may overwrite `g`.
         """
 
     def roll_out(self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.scaling import is_read_for_nothing
+from phantom.host import is_cheap_to_read
 from phantom.solver.base import Solver, compiled
 from phantom.validate import check_count, check_flag, check_triton
 
@@ -141,7 +141,7 @@ class Broyden(Solver):
         room = min(limit, ROOM)
         small = g.new_zeros((2, batch, room, room))
         masks = torch.eye(room, dtype=torch.bool, device=g.device) if self.compile else None
-        reads = not self.compile and is_read_for_nothing(z)
+        reads = not self.compile and is_cheap_to_read(z)
         return Steps(g.new_empty((room, batch, width)), small[0], small[1], limit, masks, reads)
 
     def propose(self, memory: Steps, z: Tensor, g: Tensor) -> Tensor:

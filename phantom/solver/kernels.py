@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phantom.scaling import has_numbers
+from phantom.host import has_numbers
 
 # numbers of a state that a program holds, and its warps. Compiled for sm_90 in float32 a thread has 39 or 48 registers:
 # a multiprocessor then holds ten programs or more, with 80 KB on their way. Not tuned on a GPU

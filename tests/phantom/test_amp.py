@@ -1,10 +1,12 @@
 """Mixed precision with float16 and a GradScaler: the gradients of every estimator, scaled and unscaled."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, describe, fixed_point, report
 
 HALF = 2.0**-10  # the rounding of float16
 SOLVERS = {"plain": FixedPoint(max_steps=40, tol=1e-3), "broyden": Broyden(max_steps=20, tol=1e-3)}
@@ -117,3 +119,52 @@ def test_a_dtype_that_autocast_does_not_have_is_refused():
 
 def solve_with(dtype: torch.dtype):
     return fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), gradient_precision=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", [FixedPoint, Anderson, Broyden])
+def test_a_solve_stops_at_the_rounding_of_what_f_computes_in(solver, dtype):
+    """A tolerance below it is never met; the steps up to there are those of float32, and hardly more."""
+    model = Model(DEQ(solver=solver(max_steps=60, tol=1e-5), on_failure="ignore"))
+    u, z0 = model.encoder(torch.randn(6, 5, generator=torch.Generator().manual_seed(1))), torch.zeros(6, 8)
+
+    def solve(enabled: bool):
+        grad = Implicit(solver=solver(max_steps=60, tol=1e-5))
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            solution = fixed_point(
+                lambda z: torch.tanh(model.inner(z) + u), z0, solver=model.deq.solver, grad=grad, on_failure="ignore"
+            )
+        gradient = torch.autograd.grad(solution.value.square().sum(), model.inner.weight, retain_graph=True)[0]
+        return solution, gradient
+
+    (wide, exact), (coarse, found) = solve(False), solve(True)
+    rounding = torch.finfo(dtype).eps
+    for narrow, full in ((coarse.stats, wide.stats), (coarse.stats.adjoint, wide.stats.adjoint)):
+        assert bool(full.converged.all()) and bool((narrow.converged | narrow.stalled).all())
+        assert len(narrow.trace) <= 1.5 * len(full.trace) and narrow.residual.max() <= rounding
+        assert not narrow.stalled.any() or f"stopped at the rounding of {str(dtype)[6:]}" in describe(narrow)
+    assert bool(coarse.stats.stalled.any()) and relative(coarse.z_star, wide.z_star) < rounding
+    assert relative(found, exact) < 4 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_start_at_the_rounding_is_an_answer(dtype, monkeypatch):
+    monkeypatch.setattr(report, "_said", set())
+    torch.manual_seed(0)
+    w, x = (0.7 * torch.linalg.qr(torch.randn(8, 8))[0]).to(dtype), torch.randn(2, 8).to(dtype)
+
+    def f(z):
+        return torch.tanh(z @ w + x)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        z = fixed_point(f, torch.zeros(2, 8, dtype=dtype), solver=FixedPoint(tol=1e-9), on_failure="ignore").z_star
+        stats = fixed_point(f, z, solver=FixedPoint(tol=1e-9)).stats
+    assert len(stats.trace) <= 4 and bool((stats.stalled | stats.converged).all())
+
+
+def test_a_fixed_budget_is_run_whole_under_autocast():
+    model = Model(DEQ(solver=FixedPoint(max_steps=40, tol=None)))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        stats = model.deq(lambda z: torch.tanh(model.inner(z)), torch.ones(6, 8)).stats
+    assert len(stats.trace) == 41 and not stats.stalled.any()

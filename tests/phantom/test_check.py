@@ -54,6 +54,8 @@ SOUND = {
     "layer_norm": nn.Sequential(nn.Linear(4, 4, dtype=DTYPE), nn.LayerNorm(4, dtype=DTYPE), nn.ReLU(inplace=True)),
     "frozen_batch_norm": FROZEN,
     "row_weights": lambda z: z * torch.arange(5, dtype=DTYPE)[:, None] * 0.1 + LEAF,
+    "gradient_inside": lambda z: z - 0.1 * torch.func.grad(lambda w: (w - LEAF).square().sum() / 2)(z),
+    "vmap_inside": lambda z: torch.func.vmap(lambda row: 0.5 * torch.tanh(row) + LEAF)(z),
     "solve_inside": lambda z: (
         fixed_point(
             lambda y: 0.3 * torch.tanh(y) + z + LEAF,

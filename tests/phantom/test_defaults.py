@@ -4,6 +4,7 @@ import dataclasses
 import tomllib
 import warnings
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,28 @@ from torch.utils import _pytree as pytree
 
 import phantom
 from phantom import (
+    DEQ,
     NPG,
     UPG,
+    AdjointEstimator,
     Anderson,
     Broyden,
     FixedPoint,
     Implicit,
+    JacobianRegularizer,
     SolveError,
     SolveWarning,
+    SpectralNorm,
+    WeightNorm,
     describe,
     fixed_point,
     report,
 )
+from phantom.diagnostics import spectral_radius
 from tests.phantom.cases import close
 from tests.phantom.problems import DTYPE, randn, with_radius
+
+Z = torch.zeros(2, 3)
 
 ROOT = Path(__file__).resolve().parents[2]
 Pair = namedtuple("Pair", "h c")
@@ -221,3 +230,77 @@ def test_a_solve_that_worked_says_so():
         lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=FixedPoint(max_steps=2, tol=None), on_failure="raise"
     )
     assert "a fixed budget" in describe(fixed.stats)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: WeightNorm(torch.nn.Linear(3, 3)), TypeError, "weight must be a tensor, got Linear: pass its weight"),
+        (lambda: SpectralNorm(torch.nn.Conv2d(3, 3, 1)), TypeError, "weight must be a tensor, got Conv2d"),
+        (lambda: JacobianRegularizer()(Z, Z), TypeError, "f must be a map of states, got a tensor .*: pass f itself"),
+        (lambda: spectral_radius(Z, Z), TypeError, r"pass f itself, and not its value f\(z\)"),
+        (lambda: fixed_point(Z, Z), TypeError, "f must be a map of states"),
+    ],
+)
+def test_what_a_user_types_first_is_answered(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_solution_is_described_by_its_statistics():
+    solution = fixed_point(lambda z: 0.5 * z + 1, Z)
+    assert describe(solution) == describe(solution.stats)
+
+
+def test_a_warning_names_the_line_of_the_user():
+    few = FixedPoint(max_steps=2, tol=1e-9)
+    deq, x = DEQ(solver=few, on_failure="warn", grad=Implicit(solver=few)), Z.clone().requires_grad_()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = deq(lambda z: 0.9 * z + x + 1, Z).value
+        value.sum().backward()
+    assert len(caught) == 2 and {warning.filename for warning in caught} == {__file__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong(FixedPoint):
+    """A solver that makes the mistake `how`."""
+
+    how: str
+
+    def propose(self, memory, z, g):
+        if self.how == "writes":
+            z += g
+            return z
+        return (z + g)[0] if self.how == "shape" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongEstimator(AdjointEstimator):
+    how: str
+
+    def cotangent(self, vjp, g, stats, history):
+        return g[:1] if self.how == "shape" else None
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("writes", "propose has written to its argument z"),
+        ("shape", r"propose must return the next iterate \(2, 3\), got a tensor \(3,\)"),
+        ("none", r"propose must return the next iterate \(2, 3\), got NoneType"),
+    ],
+)
+def test_a_solver_of_ones_own_that_errs_is_told(how, message):
+    with pytest.raises(ValueError, match=message):
+        fixed_point(lambda z: 0.5 * z + 1, Z.clone(), solver=Wrong(how=how))
+
+
+@pytest.mark.parametrize(("how", "message"), [("shape", r"got a tensor \(1, 3\)"), ("none", "got NoneType")])
+def test_an_estimator_of_ones_own_that_errs_is_told(how, message):
+    x = Z.clone().requires_grad_()
+    value = fixed_point(lambda z: 0.5 * z + x, Z, grad=WrongEstimator(how=how)).value
+    with pytest.raises(
+        ValueError, match=r"WrongEstimator.cotangent must return u \(2, 3\), the shape of g, " + message
+    ):
+        value.sum().backward()

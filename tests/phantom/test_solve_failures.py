@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import FixedPoint, Implicit, SolveWarning, fixed_point, report
+from phantom import Broyden, FixedPoint, Implicit, SolveError, SolveWarning, describe, fixed_point, report
 from phantom.solve import solve
 from tests.phantom.problems import DTYPE, linear_nonsymmetric
 from tests.phantom.solvers import FEW_STEPS, SOLVERS, TOL, each
@@ -125,3 +125,34 @@ def test_a_cotangent_that_is_not_finite_is_no_failure_of_the_solve(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (value * torch.inf).sum().backward()
+
+
+def adjoint_of(factor: Tensor, grad: Implicit, on_failure) -> None:
+    """Differentiate z = 0.9 z + x with the cotangents `factor` (B,)."""
+    z0 = torch.zeros(len(factor), 3, dtype=DTYPE)
+    x = z0.clone().requires_grad_()
+    solver = Broyden(max_steps=40, tol=1e-12)
+    solution = fixed_point(lambda z: 0.9 * z + x, z0, solver=solver, grad=grad, on_failure=on_failure)
+    (solution.value * factor[:, None]).sum().backward()
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_a_cotangent_that_is_not_finite_is_none_of_a_problem_that_failed(on_failure):
+    """Of several problems, too: an overflow is the step that a gradient scaler means to skip."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adjoint_of(torch.tensor([1.0, torch.inf, torch.nan], dtype=DTYPE), Implicit(), on_failure)
+    short = Implicit(solver=FixedPoint(max_steps=2, tol=1e-6))
+    with pytest.raises((SolveError, SolveWarning), match="0 of 2 problems converged"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adjoint_of(torch.tensor([1.0, torch.inf], dtype=DTYPE), short, on_failure)
+
+
+def test_a_random_map_is_told_from_problems_that_depend_on_each_other():
+    z = torch.zeros(1, 3)
+    stats = fixed_point(lambda z: 0.5 * z + 1, z, solver=FixedPoint(max_steps=3, tol=1e-9), on_failure="ignore").stats
+    stats.dependent = torch.tensor(True)
+    assert "f gave another value than before: it draws random numbers" in describe(stats)
+    stats.residual = stats.residual.expand(2)
+    told = describe(stats)
+    assert "they are one problem" in told and "z0[None]" in told and "; or f draws random numbers" in told

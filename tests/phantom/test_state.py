@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import UPG, FixedPoint, fixed_point
+from phantom import UPG, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.state import Packing
 
 PARTS = (torch.arange(24.0).reshape(2, 3, 2, 2), torch.arange(10.0).reshape(2, 5), torch.tensor([7.0, 8.0]))
@@ -83,6 +83,27 @@ def test_packing_carries_the_graph():
         assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize("f", [lambda z: (0.5 * z).to(torch.complex64), lambda z: z.long()], ids=["complex", "integer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_map_that_leaves_the_real_numbers(f, dtype):
+    with pytest.raises(TypeError, match="f must return floating-point numbers, got a tensor"):
+        fixed_point(f, torch.zeros(2, 3, dtype=dtype))
+
+
+def test_complex_numbers_are_pairs_of_real_ones():
+    """z = a z + 1 has the solution 1 / (1 - a), and d z / d a is its square."""
+    a = torch.tensor([0.3 + 0.4j, -0.5j], dtype=torch.complex128, requires_grad=True)
+
+    def f(z):
+        return torch.view_as_real(a * torch.view_as_complex(z) + 1)
+
+    z0 = torch.view_as_real(torch.zeros_like(a).detach())
+    value = torch.view_as_complex(fixed_point(f, z0, solver=Broyden(tol=1e-13), grad=Implicit()).value)
+    torch.testing.assert_close(value, 1 / (1 - a), rtol=1e-11, atol=1e-11)
+    value.real.sum().backward()
+    torch.testing.assert_close(a.grad, (1 / (1 - a.detach()) ** 2).conj(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_batch_is_solved():
     solution = fixed_point(
         lambda z: 0.5 * z, torch.zeros(0, 4), solver=FixedPoint(max_steps=3, tol=None), grad=UPG(k=1, lam=0.5)
@@ -102,7 +123,8 @@ def test_an_empty_batch_is_solved():
         (torch.zeros(2, 3, dtype=torch.long), TypeError, "got a tensor (2, 3) of torch.int64"),
         (None, TypeError, "got NoneType"),
         ((), TypeError, "non-empty tuple"),
-        (torch.zeros(()), ValueError, "leading axis B, got shapes [()]"),
+        (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "pass z0=torch.view_as_real(z0)"),
+        (torch.zeros(()), ValueError, "leading axis B, got shapes [()]: parts of one problem without such an axis get"),
         ((torch.zeros(2, 3), torch.zeros(3, 3)), ValueError, "got shapes [(2, 3), (3, 3)]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3).double()), ValueError, "share dtype and device"),
     ],
@@ -120,6 +142,8 @@ def test_a_guess_that_is_no_state(z0, error, message):
         (lambda z: (z,), torch.zeros(2, 3), "a tensor (2, 3), got a tuple of (a tensor (2, 3)"),
         (lambda z: list(z), (torch.zeros(2, 3),), "a tuple of tensors (2, 3), got a list of"),
         (lambda z: None, torch.zeros(2, 3), "got NoneType"),
+        (lambda z: z.numpy(), torch.zeros(2, 3), "got ndarray"),
+        (lambda z: {"a": z["a"], "b": z["b"]}, {"b": torch.zeros(2, 3), "a": torch.zeros(2, 3)}, "keys b, a in order"),
         (lambda z: z[::-1], (torch.zeros(2, 3), torch.zeros(2, 4)), "(2, 3), (2, 4), got a tuple of (a tensor (2, 4)"),
     ],
 )

@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from phantom.engine.artifacts import files
-from phantom.engine.errors import CheckpointError
+from phantom.engine.errors import CheckpointError, first_line
 
 # 2: one entry of random state and carries per rank; 3: averaged weights named as those of the model
 FORMAT = 3
@@ -124,7 +124,7 @@ def load(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum or kind of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DamagedError(
             f"the checkpoint {path} is damaged and cannot be read ({reason}). The command of its run goes on from the "
             "newest intact one of that folder (last.pt, last-1.pt), or from the beginning with resume=never; "

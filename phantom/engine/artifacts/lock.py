@@ -21,15 +21,14 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, wait: float = WAIT) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Be the only writer of `folder` during the body; the folder must exist.
 
     The system's own file lock (flock) decides, and goes with the process that holds it: a lock file that a killed run
     left behind locks nothing. Between machines it is as good as the file system: NFS passes flock on to its server;
     where a file system has no flock at all, filelock leaves a marker with host and process instead.
 
-    Args:
-        wait: seconds to wait for another writer.
+    Another writer has some seconds to end.
 
     Raises:
         LockedError: another process still holds the folder; names it, and its machine.
@@ -39,9 +38,9 @@ def hold(folder: Path, *, wait: float = WAIT) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("%s writes to %s: waiting up to %.0f s for it", _holder(path), folder, wait)
+        log.info("%s writes to %s: waiting up to %.0f s for it", _holder(path), folder, WAIT)
         try:
-            lock.acquire(timeout=wait)
+            lock.acquire(timeout=WAIT)
         except Timeout:
             raise LockedError(
                 f"{_holder(path)} writes to {folder}, and a run has one writer: wait for it, end it, or name another "

@@ -16,10 +16,27 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from phantom.engine.artifacts import checkpoint
 from phantom.engine.errors import CheckpointError
+from phantom.engine.machine import distributed
 from phantom.engine.source import Shard
 
 log = logging.getLogger(__name__)
+
+
+def newest_of_all(folder: Path, rank: int) -> Path | None:
+    """Return the checkpoint that all ranks go on from, which the first one chooses; None where there is none.
+
+    Raises:
+        CheckpointError: see `checkpoint.newest`; or this rank does not see the file.
+    """
+    name = distributed.gather(checkpoint.newest(folder) if rank == 0 else None)[0]
+    if name is not None and not (folder / name).exists():
+        raise CheckpointError(
+            f"rank {rank} finds no {folder / name}, which the first rank has: runs=<folder> must be on a file system "
+            "that all machines share"
+        )
+    return None if name is None else folder / name
 
 
 def carries_to_resume(ranks: Sequence[dict[str, Any]], shard: Shard, *, by_rows: bool, path: Path) -> list[Any]:

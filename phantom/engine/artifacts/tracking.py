@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phantom.engine.errors import first_line
+
 MODES = ("auto", "online", "offline", "disabled")
 LONGEST, LONGEST_TAG = 128, 64  # characters that wandb takes
 VARIABLE = "WANDB_MODE"
@@ -73,7 +75,7 @@ class Tracker:
     def _give_up(self, error: Exception) -> None:
         """Go on without wandb, whose process may fail at any time: no reason not to train."""
         self._run = None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         log.warning("wandb failed (%s: %s): metrics go to metrics.jsonl only", type(error).__name__, reason)
 
     def log(self, row: Mapping[str, Any]) -> None:

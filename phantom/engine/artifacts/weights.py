@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from phantom.engine.artifacts import checkpoint
-from phantom.engine.errors import CheckpointError, ConfigError
+from phantom.engine.errors import CheckpointError, ConfigError, first_line
 
 LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 SAFETENSORS = ".safetensors"
@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except Exception as error:  # also safetensors' own class, which is known only where it is installed
         if not isinstance(error, (*checkpoint.UNREADABLE, pickle.UnpicklingError)) and path.suffix != SAFETENSORS:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path} cannot be read as tensors alone: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")

@@ -15,7 +15,7 @@ from phantom.engine.config.instantiate import parameters_of
 from phantom.engine.config.layers import drop_replaced
 from phantom.engine.config.overrides import OF_DATA, check_overrides, given_keys, to_hydra
 from phantom.engine.config.recipes import with_recipe
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, first_line
 
 # groups without a default leaf: absent from the config unless chosen
 OPTIONAL = ("eval_solver", "clipping", "pretraining", "penalty", "jitter", "course", "monitor")
@@ -59,7 +59,7 @@ def _resolve(tree: DictConfig, choices: dict[str, Any], overrides: Sequence[str]
     try:
         config = plain(OmegaConf.create(container), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
     # `pretraining=null` on top of an experiment leaves the experiment's numbers without a constructor: that is None too
     config |= {key: None for key in OPTIONAL if "_target_" not in (config.get(key) or {})}
     unknown = [key for key in config if key not in configs.root_keys]

@@ -8,7 +8,7 @@ from typing import Any
 import hydra.utils
 from hydra.errors import InstantiationException
 
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, first_line
 
 
 def instantiate(config: Any, field: str, **extra: Any) -> Any:
@@ -36,7 +36,7 @@ def locate(target: str) -> Any:
     try:
         return hydra.utils.get_object(target)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{target} cannot be imported: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{target} cannot be imported: {first_line(error)}") from error
 
 
 def parameters_of(target: str) -> set[str]:

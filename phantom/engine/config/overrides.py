@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from phantom.engine.config.configs import ESTIMATOR_KEYS, Configs, nearest, plain
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, first_line
 
 ANY = "++"  # Hydra's mark of a key that need not be there
 # root keys that a data set's leaf repeats; a saved config has their values in both places
@@ -40,9 +40,9 @@ def _parse(parser: OverridesParser, line: str) -> Override:
     except HydraException as error:
         key, equals, value = line.partition("=")
         if not equals:
-            raise ConfigError(f"{line!r} is no override: {_first_line(error)}; write overrides as key=value") from error
+            raise ConfigError(f"{line!r} is no override: {first_line(error)}; write overrides as key=value") from error
         raise ConfigError(
-            f"{line!r} cannot be read ({_first_line(error)}): write overrides as key=value, and a value of other "
+            f"{line!r} cannot be read ({first_line(error)}): write overrides as key=value, and a value of other "
             f"characters than letters, digits and _-/.:+@%*? in two pairs of quotes, {_quoted(key, value)!r}"
         ) from error
     if not item.key_or_group:
@@ -64,10 +64,6 @@ def _quoted(key: str, value: str) -> str:
     # in Hydra's quotes a backslash counts only before a quote, or at the end
     body = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" if found[2] else "") + found[2], value)
     return f'{key}="{body}"'
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def given_keys(overrides: Sequence[str]) -> set[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from phantom.engine.errors import first_line
+
 
 def check_compiler(device: torch.device, name: str) -> None:
     """Raise unless torch compiles and runs a small function on `device`; seconds, and less where torch has it cached.
@@ -19,7 +21,7 @@ def check_compiler(device: torch.device, name: str) -> None:
     try:
         torch.compile(_probe, fullgraph=True)(torch.ones(4, device=device))
     except Exception as error:  # of torch's compilers, whose classes change between versions, or of the system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         needs = "a C++ compiler, such as g++, or the one that the environment variable CXX names"
         if device.type == "cuda":
             needs = "triton and a C compiler"

@@ -49,7 +49,7 @@ def store() -> Store:
     return next(rendezvous("env://", timeout=TIMEOUT))[0]
 
 
-def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> Store:
+def fresh_store(rank: int, world: int) -> Store:
     """Return the shared store under a prefix of its own: what a dead attempt left there is not read.
 
     Without it, ranks that torchrun starts again read the addresses of dead ones, and wait for those. The number of the
@@ -66,11 +66,11 @@ def fresh_store(rank: int, world: int, *, timeout: timedelta = TIMEOUT) -> Store
         prefix = shared.get(f"answer/{own}").decode()
         shared.set(f"confirmed/{prefix}/{rank}", "")
         return PrefixStore(prefix, shared)
-    missing, end = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    missing, end = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > end:
             raise TimeoutError(
-                f"ranks {sorted(missing)} of {world} have not come within {timeout}: see what they print"
+                f"ranks {sorted(missing)} of {world} have not come within {TIMEOUT}: see what they print"
             )
         for other in missing:
             if shared.check([f"ticket/{other}"]):

@@ -20,11 +20,10 @@ from phantom.deq import deqs_of
 from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.artifacts import files
 from phantom.engine.artifacts.identity import Data, check_same_data
-from phantom.engine.artifacts.progress import Progress
-from phantom.engine.artifacts.records import MetricsLog, device_name
-from phantom.engine.artifacts.redistribution import carries_to_resume
+from phantom.engine.artifacts.journal import Journal
+from phantom.engine.artifacts.records import device_name
+from phantom.engine.artifacts.redistribution import carries_to_resume, newest_of_all
 from phantom.engine.artifacts.tracking import Tracker
-from phantom.engine.errors import CheckpointError
 from phantom.engine.machine import distributed
 from phantom.engine.machine.lateness import LateRanks
 from phantom.engine.machine.memory import peak_memory
@@ -122,10 +121,8 @@ class Trainer:
         self._late_ranks = LateRanks()
         # the epoch of a step whose evaluation a signal cut short
         self._evaluation_due: int | None = None
-        # opened by fit, which knows where the run stands, and on the first rank alone
-        self._log: MetricsLog | None = None
-        self._tracker: Tracker | None = None
-        self._progress: Progress | None = None
+        # opened by fit, which knows where the run stands
+        self._opened: Journal | None = None
 
     def fit(self, *, resume: bool) -> None:
         """Train to the end of the budget, or to its target. A second call finds that done, and does nothing.
@@ -139,7 +136,7 @@ class Trainer:
             DataError: a process that loads data has died.
             Interrupted: a signal asked for the end; a SystemExit with status 128 + its number.
         """
-        if self._progress is not None and self._ended:
+        if self._opened is not None and self._ended:
             return
         if resume:
             self._resume()
@@ -148,24 +145,27 @@ class Trainer:
         if main:  # once nothing was refused: until then the folder is that of the run before
             with files.whole(self.folder / "config.yaml") as file:
                 file.write(self.config.encode())
-        self._log = MetricsLog(self.folder / "metrics.jsonl", keep_until=self.step) if main else None
-        self._tracker = self.make_tracker(not self._goes_on) if main else None
-        self._progress = Progress(self.total, done=self.step, enabled=main and self.progress, metric=self.task.metric)
+        self._opened = Journal(
+            self.folder,
+            step=self.step,
+            total=self.total,
+            main=main,
+            shown=self.progress,
+            metric=self.task.metric,
+            open_tracker=lambda: self.make_tracker(not self._goes_on),
+        )
         self._late_ranks.start(self.shard.rank, self.shard.world)
         try:
             with self._interruption:
                 self._epochs()
         except BaseException as error:
-            if self._tracker is not None:
-                self._tracker.abort()
+            self._journal.abort()
             if (dead := dead_worker(error, self.step + 1)) is not None:
                 raise dead from error
             raise
         finally:
             self._late_ranks.stop()
-            self._progress.stop()
-            if self._log is not None:
-                self._log.close()
+            self._journal.close()
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -185,12 +185,7 @@ class Trainer:
         Raises:
             RuntimeError: `fit`, which opens the tracker, has not run.
         """
-        if self._progress is None:
-            raise RuntimeError("finish closes what fit opens: call fit first")
-        if self._tracker is not None:
-            self._tracker.finish(
-                {key: value for key, value in record.items() if isinstance(value, (int, float, str, dict))}
-            )
+        self._journal.finish(record)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -204,9 +199,10 @@ class Trainer:
         return self.step >= self.total or self.reached is True
 
     @property
-    def _shown(self) -> Progress:
-        assert self._progress is not None, "fit opens it"
-        return self._progress
+    def _journal(self) -> Journal:
+        if self._opened is None:
+            raise RuntimeError("fit opens what is written to: call fit first")
+        return self._opened
 
     def _epochs(self) -> None:
         self.model.train()
@@ -244,11 +240,12 @@ class Trainer:
         if self.monitor is not None and self.step % self.monitor.every == 0 and micro_batches:
             self._take_step.check_finite(epoch, self.folder)
             batch = batch_to(micro_batches[0], self.device)
-            self._write({"kind": "monitor", **self.monitor.measure(self.unwrapped, self.task, batch, carry)}, epoch)
+            row = {"kind": "monitor", **self.monitor.measure(self.unwrapped, self.task, batch, carry)}
+            self._journal.write(row, step=self.step, epoch=epoch)
 
     def _after_step(self, epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
-        self._shown.step(self.step, epoch)
+        self._journal.step(self.step, epoch)
         every = budget.eval_every
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
         saves = evaluates or (budget.checkpoint_every is not None and self.step % budget.checkpoint_every == 0)
@@ -272,13 +269,16 @@ class Trainer:
         number = max(distributed.gather(self._interruption.number))
         self._take_step.check_finite(self._evaluation_due or 0, self.folder)
         self._save(checkpoints.LAST)
-        log.warning(
-            "%s: stopped after step %d of %d. The same command goes on from there, as if nothing had happened: %s",
-            name_of(number),
-            self.step,
-            self.total,
-            self.folder / checkpoints.LAST,
-        )
+        # a rank that ended before the first one has written might take it along, as srun --kill-on-bad-exit does
+        distributed.barrier()
+        if self.shard.rank == 0:
+            log.warning(
+                "%s: stopped after step %d of %d. The same command goes on from there, as if nothing had happened: %s",
+                name_of(number),
+                self.step,
+                self.total,
+                self.folder / checkpoints.LAST,
+            )
         raise Interrupted(number)
 
     # ------------------------------------------------------------------------------------------- rows and evaluations
@@ -295,8 +295,7 @@ class Trainer:
         times, speed = self.timer.recent()
         row |= {f"time/{name}": seconds for name, seconds in times.items()}
         row |= ({"items_per_second": speed} if speed else {}) | {"peak_memory": peak_memory(self.device)}
-        self._write(row, epoch)
-        self._shown.train_row(row)
+        self._journal.write(row, step=self.step, epoch=epoch)
         self._take_step.reset_window()
 
     def _evaluate(self, epoch: int) -> None:
@@ -315,8 +314,7 @@ class Trainer:
             self._stop()
         self._evaluation_due = None
         for split, metrics in found.items():
-            self._write({"kind": "eval", "split": split, **metrics}, epoch)
-            self._shown.eval_row({"split": split, "epoch": epoch, "step": self.step, **metrics})
+            self._journal.write({"kind": "eval", "split": split, **metrics}, step=self.step, epoch=epoch)
         self.final = found
         self._select(epoch)
         self.timer.reset_marks()
@@ -329,12 +327,6 @@ class Trainer:
         if next(iter(self.best), None) != first or sign * self.final[first][metric] > sign * self.best[first][metric]:
             self.best = {split: {**metrics, "epoch": epoch, "step": self.step} for split, metrics in self.final.items()}
             self._save("best.pt")
-
-    def _write(self, row: dict[str, Any], epoch: int) -> None:
-        if self._log is not None and self._tracker is not None:
-            row = {"kind": row.pop("kind"), "step": self.step, "epoch": epoch, **row}
-            self._log.write(row)
-            self._tracker.log(row)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -351,9 +343,9 @@ class Trainer:
         window = batch_to(self._take_step.window.state(), torch.device("cpu"))
         ranks = distributed.gather({"rng": checkpoints.rng_state(self.device), "carries": carries, "window": window})
         seconds = self.stopwatch.state()
-        if self._log is None:  # not the first rank
+        if self.shard.rank > 0:
             return
-        self._log.sync()
+        self._journal.sync()
         state = {
             "model": self.unwrapped.state_dict(),
             "ema": None if self._take_step.average is None else self._take_step.average.module.state_dict(),
@@ -375,18 +367,10 @@ class Trainer:
         checkpoints.save(self.folder / name, state)
 
     def _resume(self) -> None:
-        """Load the newest intact checkpoint, if there is one: the first rank chooses it."""
-        chosen = checkpoints.newest(self.folder) if self.shard.rank == 0 else None
-        name = distributed.gather(chosen)[0]
-        if name is not None and not (self.folder / name).exists():
-            raise CheckpointError(
-                f"rank {self.shard.rank} finds no {self.folder / name}, which the first rank has: runs=<folder> must "
-                "be on a file system that all machines share"
-            )
-        if name is not None:
-            self._load(self.folder / name)
-
-    def _load(self, path: Path) -> None:
+        """Go on from the newest intact checkpoint, if there is one."""
+        path = newest_of_all(self.folder, self.shard.rank)
+        if path is None:
+            return
         state = checkpoints.load(path)
         checkpoints.check_config(state, self.differences, path)
         # early checkpoints do not know their data

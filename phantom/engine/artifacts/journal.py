@@ -1,0 +1,77 @@
+"""What a run tells as it goes: rows for metrics.jsonl and the tracker, a bar or lines for the person who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from phantom.engine.artifacts.progress import Progress
+from phantom.engine.artifacts.records import MetricsLog
+from phantom.engine.artifacts.tracking import Tracker
+
+
+class Journal:
+    """Pass on the rows of a run. On all ranks but the first it is silent.
+
+    Args:
+        folder: of the run.
+        step: where the run stands; later rows of metrics.jsonl are dropped, for the run writes them again.
+        total: steps of the run.
+        main: whether this is the first rank.
+        shown: whether a person watches.
+        metric: the task's headline number.
+        open_tracker: called on the first rank alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total: int,
+        main: bool,
+        shown: bool,
+        metric: str,
+        open_tracker: Callable[[], Tracker],
+    ) -> None:
+        self._log = MetricsLog(folder / "metrics.jsonl", keep_until=step) if main else None
+        self._tracker = open_tracker() if main else None
+        self._progress = Progress(total, done=step, enabled=main and shown, metric=metric)
+
+    def step(self, step: int, epoch: int) -> None:
+        """Move the bar."""
+        self._progress.step(step, epoch)
+
+    def write(self, row: Mapping[str, Any], *, step: int, epoch: int) -> None:
+        """Pass on a row, of a `kind`: `train`, `eval` or `monitor`."""
+        row = {"kind": row["kind"], "step": step, "epoch": epoch, **row}
+        if self._log is not None and self._tracker is not None:
+            self._log.write(row)
+            self._tracker.log(row)
+        if row["kind"] == "train":
+            self._progress.train_row(row)
+        elif row["kind"] == "eval":
+            self._progress.eval_row(row)
+
+    def sync(self) -> None:
+        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it."""
+        if self._log is not None:
+            self._log.sync()
+
+    def close(self) -> None:
+        """End the file and the bar, and leave the tracker open for `finish`."""
+        self._progress.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def abort(self) -> None:
+        """Close the tracker of a run that failed."""
+        if self._tracker is not None:
+            self._tracker.abort()
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Close the tracker with what it can show of the final record."""
+        if self._tracker is not None:
+            shown = {key: value for key, value in record.items() if isinstance(value, (int, float, str, dict))}
+            self._tracker.finish(shown)
