@@ -30,7 +30,7 @@ from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
-from phantom.engine.rebuild import evaluate_official, evaluate_run, evaluate_shipped, load_shipped
+from phantom.engine.rebuild import evaluate_rebuilt, load_shipped, rebuild_official, rebuild_run, rebuild_shipped
 from train import CONFIGS
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -82,22 +82,18 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
 
 def evaluate_one(named: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Return the metrics of what `named` names, with one set of overrides."""
-    split = named.get("split")
-    if "official" in named:
-        return evaluate_official(
-            Path(named["official"]),
-            source=named["source"],
-            split=split,
-            overrides=overrides,
-            configs=CONFIGS,
-            load_reference=load_reference,
-        )
     trust = named.get("trust")
-    if "weights" in named:
-        folder = shipped_folder(named["weights"])
-        return evaluate_shipped(folder, split=split, overrides=overrides, configs=CONFIGS, trust=trust)
-    which = named.get("checkpoint", "last")
-    return evaluate_run(Path(named["run"]), which=which, split=split, overrides=overrides, configs=CONFIGS, trust=trust)
+    if "official" in named:
+        path, source = Path(named["official"]), named["source"]
+        rebuilt = rebuild_official(
+            path, source=source, overrides=overrides, configs=CONFIGS, load_reference=load_reference
+        )
+    elif "weights" in named:
+        rebuilt = rebuild_shipped(shipped_folder(named["weights"]), overrides=overrides, configs=CONFIGS, trust=trust)
+    else:
+        which = named.get("checkpoint", "last")
+        rebuilt = rebuild_run(Path(named["run"]), which=which, overrides=overrides, configs=CONFIGS, trust=trust)
+    return evaluate_rebuilt(rebuilt, named.get("split"))
 
 
 def pretrained(name: str, *overrides: str) -> nn.Module:

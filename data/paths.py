@@ -1,8 +1,9 @@
-"""Folders of the data sets, and the cache folder for downloads and decoded copies."""
+"""Folders of the data sets, the cache folder for downloads and decoded copies, and how a file is put there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 VARIABLE = "PHANTOM_DATA"
@@ -24,3 +25,14 @@ def data_root(root: str | None, name: str) -> Path:
 def root_hint(name: str) -> str:
     """Return the sentence that tells the user how to set the folder of the set `name`."""
     return f"Set the folder with data.root=<folder>, or set {VARIABLE} to the parent of a folder called {name}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: no reader sees a partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 # Set up (once) and build the site into docs/_build/html: bash scripts/docs.sh [sphinx-build options]
 source "$(dirname "$0")/setup.sh"
 stamp=.venv/.installed_docs
-sum=$(sha256sum pyproject.toml | cut -d' ' -f1)
+sum=$(cksum < pyproject.toml)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
   echo "installing what the site needs into .venv (once)" >&2
   .venv/bin/python -m pip install -qq --disable-pip-version-check -e ".[docs]"

@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 try:
     import huggingface_hub
@@ -26,7 +25,7 @@ try:
 
     from evaluate import WEIGHTS, shipped_folder, shipped_names
     from phantom.engine.artifacts import shipped
-    from phantom.engine.errors import UserError
+    from phantom.engine.errors import UserError, first_line
     from scripts import arguments
     from scripts.reporting import cards
     from scripts.running import shipping
@@ -95,12 +94,8 @@ def _push(own: dict[str, str]) -> None:
         arguments.fail("nobody is logged in at the Hugging Face hub: `hf auth login` first, or set HF_TOKEN")
     # the base of all errors of the hub's HTTP client, which is another library by version
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        arguments.fail(f"the Hugging Face hub: {_first_line(error)}")
+        arguments.fail(f"the Hugging Face hub: {first_line(error)}")
     print(f"{own['name']} is at {where}")
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

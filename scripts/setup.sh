@@ -2,10 +2,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stamp=.venv/.installed
-sum=$(sha256sum requirements.txt | cut -d' ' -f1)
+sum=$(cksum < requirements.txt)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
   echo "installing the requirements into .venv (once)" >&2
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: .venv has $(.venv/bin/python --version), and 3.11 or newer with pip is needed: remove .venv, and name" \
+      "another one by PYTHON=python3.12" >&2
+    exit 1
+  }
   # -qq leaves errors alone: pip warns of every place that it finds no packages in
   .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
   echo "$sum" > "$stamp"

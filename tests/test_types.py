@@ -1,4 +1,4 @@
-"""pyright's basic rules: no error in the method, and elsewhere never more than there are.
+"""pyright's basic rules: no error but in scripts/, and there never more than there are.
 
 `pip install -e ".[dev]"` brings basedpyright. It reads torch for the better part of a minute, so the suite does without
 it where it is not installed; the workflow has a job for this file.
@@ -15,18 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # errors of each part, which may only fall: who removes some, lowers the number
-ERRORS = {"phantom": 0, "phantom/engine": 1, "models": 5, "data": 2, "scripts": 24, "train.py": 0, "evaluate.py": 0}
+ERRORS = {"phantom": 0, "models": 0, "data": 0, "scripts": 12, "train.py": 0, "evaluate.py": 0}
 BASEDPYRIGHT = shutil.which("basedpyright", path=str(Path(sys.executable).parent)) or shutil.which("basedpyright")
 
 
 def part_of(path: str) -> str:
-    """Return the part of the repository that a file counts for: the longest that it lies in."""
-    name = Path(path).resolve().relative_to(ROOT).as_posix()
-    return max((part for part in ERRORS if name == part or name.startswith(f"{part}/")), key=len)
+    """Return the part of the repository that a file counts for."""
+    return Path(path).resolve().relative_to(ROOT).parts[0]
 
 
 def test_parts():
-    names = {"phantom/solve.py": "phantom", "phantom/engine/run.py": "phantom/engine", "train.py": "train.py"}
+    names = {"phantom/solve.py": "phantom", "phantom/engine/run.py": "phantom", "train.py": "train.py"}
     assert {name: part_of(str(ROOT / name)) for name in names} == names
 
 

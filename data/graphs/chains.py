@@ -11,7 +11,7 @@ from torch import Tensor
 from data.digests import digest_of_tensors
 from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
 from phantom.engine.source import Shard, Source, Spec, share
-from phantom.validate import check_count
+from phantom.validate import check_counts
 
 Batch = tuple[Graph, Tensor, Tensor]  # the graph, labels (N,), the nodes to score (S,)
 
@@ -53,9 +53,8 @@ class Chains(Source):
         seed: int,
     ) -> None:
         sizes = {"train": train_nodes, "valid": valid_nodes, "test": test_nodes}
-        counts = {"length": length, "chains_per_class": chains_per_class, "num_classes": num_classes}
-        for name, value in {**counts, **{f"{split}_nodes": size for split, size in sizes.items()}}.items():
-            check_count(name, value, least=1)
+        check_counts(least=1, length=length, chains_per_class=chains_per_class, num_classes=num_classes)
+        check_counts(least=1, **{f"{split}_nodes": size for split, size in sizes.items()})
         if num_features < num_classes:
             raise ValueError(f"num_features={num_features!r} must be at least num_classes={num_classes}")
         self.shape = (num_classes, chains_per_class, length, num_features)

@@ -51,10 +51,6 @@ class SparseMatrix:
     rows: Rows
     columns: Rows
 
-    @property
-    def transposed(self) -> SparseMatrix:
-        return SparseMatrix(self.columns, self.rows)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseMatrix:
         """Return the matrix on `device`."""
         rows = Rows(*(part.to(device, non_blocking=non_blocking) for part in self.rows))

@@ -25,7 +25,7 @@ from data.paths import cache_folder, data_root, root_hint
 from data.seeding import generator, seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec, share
-from phantom.validate import check_count
+from phantom.validate import check_counts
 
 Batch = tuple[Graph, Tensor]  # a union of graphs, labels (N, 121) of zeros and ones
 
@@ -61,8 +61,7 @@ class LabelledGraphs(Source):
     splits: tuple[str, ...] = ("train", "valid", "test")
 
     def __init__(self, *, batch_size: int, eval_batch_size: int, seed: int) -> None:
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            check_count(name, value, least=1)
+        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.spec = Spec(
             kind=self.kind,

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.digests import digest
 from data.seeding import generator
 from phantom.engine.source import Shard, Source, Spec, share
-from phantom.validate import check_choice, check_count
+from phantom.validate import check_choice, check_counts
 
 Augment = Literal["none", "crop_flip"]
 PADDING = 4
@@ -74,8 +74,7 @@ class InMemoryImages(Source):
         seed: int,
     ) -> None:
         check_choice("augment", augment, get_args(Augment))
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            check_count(name, value, least=1)
+        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.augment, self.seed = augment, seed
         train, test = self.load()

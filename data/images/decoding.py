@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.seeding import seed_of
-from phantom.engine.errors import DataError
+from phantom.engine.errors import DataError, first_line
 
 Transform = Callable[[Tensor], Tensor]
 # how BMP, TIFF and the six kinds of PPM begin, which torchvision does not read
@@ -53,8 +53,10 @@ def decode(encoded: bytes, name: str) -> Tensor:
             warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
             pixels = _decoder()(buffer)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"the picture {name} is damaged and cannot be decoded ({reason})") from error
+        reason = first_line(error)
+        raise DataError(
+            f"the picture {name} is damaged and cannot be decoded ({reason}): replace or remove it"
+        ) from error
     # a PNG may have 16 bits
     return pixels if pixels.dtype == torch.uint8 else (pixels.float() / 257).round().to(torch.uint8)
 

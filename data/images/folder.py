@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 
 from data.images.base import ImageSet
-from data.images.tree import list_classes, list_pictures
-from data.paths import cache_folder
+from data.images.decoding import decode
+from data.images.tree import list_classes, list_pictures, read_picture
+from data.paths import cache_folder, write_atomically
 from phantom.engine.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -53,20 +53,11 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
 
 
 def _decode(path: Path, size: tuple[int, int]) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"the picture {path} is damaged and cannot be decoded ({error}): replace or remove it"
-        ) from error
-    if pixels.shape[:2] != size:
-        raise DataError(
-            f"the picture {path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {size[1]} x {size[0]}"
-        )
-    return pixels.transpose(2, 0, 1)
+    pixels = decode(read_picture(path), str(path))
+    height, width = pixels.shape[1:]
+    if (height, width) != size:
+        raise DataError(f"the picture {path} is {width} x {height} pixels, expected {size[1]} x {size[0]}")
+    return pixels.numpy()
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
@@ -78,12 +69,13 @@ def _fingerprint(files: Sequence[Path]) -> str:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Write `array` atomically. If the folder is not writable, only warn: the next run decodes again."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+    """Write `array`. If the folder is not writable, only warn: the next run decodes again."""
+
+    def fill(part: Path) -> None:
+        with open(part, "wb") as file:
             np.save(file, array)
-        os.replace(temporary, path)
+
+    try:
+        write_atomically(path, fill)
     except OSError as error:
         log.warning("cannot cache the decoded pictures: %s", error)

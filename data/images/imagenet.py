@@ -22,7 +22,7 @@ from data.paths import data_root, root_hint
 from data.seeding import generator
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec
-from phantom.validate import check_count
+from phantom.validate import check_count, check_counts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HUB = "hf:"  # what a root begins with that `datasets` finds
@@ -74,8 +74,7 @@ class ImageNet(Source):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("crop", crop)):
-            check_count(name, value, least=1)
+        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size, crop=crop)
         check_count("resize", resize, least=crop, also=": the short side, of which evaluation takes the centre crop")
         check_count("shuffle_buffer", shuffle_buffer, least=1)
         check_count("workers", workers, least=0)

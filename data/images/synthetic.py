@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from data.images.base import Augment, ImageSet, InMemoryImages
 from data.seeding import generator
-from phantom.validate import check_count
+from phantom.validate import check_counts
 
 
 class SyntheticImages(InMemoryImages):
@@ -43,9 +43,7 @@ class SyntheticImages(InMemoryImages):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        numbers = {"num_classes": num_classes, "size": size, "num_train": num_train, "num_test": num_test}
-        for name, value in numbers.items():
-            check_count(name, value, least=1)
+        check_counts(least=1, num_classes=num_classes, size=size, num_train=num_train, num_test=num_test)
         self.num_classes, self._size, self._generation_seed = num_classes, size, generation_seed
         self._counts = (num_train, num_test)
         super().__init__(

@@ -38,10 +38,19 @@ class Tree:
 
     def __getitem__(self, index: int) -> Example:
         path, label = self.samples[index]
-        try:
-            return Example(Path(path).read_bytes(), label, path)
-        except OSError as error:
-            raise DataError(f"the picture {path} is damaged and cannot be decoded ({error.strerror})") from error
+        return Example(read_picture(Path(path)), label, path)
+
+
+def read_picture(path: Path) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the picture {path} is damaged and cannot be decoded ({error.strerror})") from error
 
 
 def list_classes(folder: Path) -> list[str]:

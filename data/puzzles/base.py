@@ -17,7 +17,7 @@ from data.digests import digest
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec, share
-from phantom.validate import check_count, check_flag
+from phantom.validate import check_counts, check_flag
 
 PATIENCE = 20
 Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each
@@ -78,9 +78,7 @@ class Puzzles(Source):
         test_subset: int | None,
         seed: int,
     ) -> None:
-        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "passes": passes}
-        for name, value in counts.items():
-            check_count(name, value, least=1)
+        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size, passes=passes)
         check_flag("augment", augment)
         self.batch_size, self.eval_batch_size, self.passes = batch_size, eval_batch_size, passes
         self.augment, self.seed = augment, seed
@@ -211,4 +209,5 @@ def collect(
 
 
 def _tensors(puzzles: PuzzleSet) -> Batch:
-    return tuple(torch.from_numpy(part.astype(np.int64)) for part in puzzles)
+    inputs, labels = (torch.from_numpy(part.astype(np.int64)) for part in puzzles)
+    return inputs, labels

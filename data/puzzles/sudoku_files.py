@@ -141,7 +141,8 @@ def _read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
                 kept.append(grid)
     if not lines:
         raise DataError(f"{path} has a header and no puzzle")
-    return np.array(lines), *(_digits(kept, size, path, lines) for kept in words)
+    questions, answers = (_digits(kept, size, path, lines) for kept in words)
+    return np.array(lines), questions, answers
 
 
 def check_pairs(puzzles: np.ndarray, solutions: np.ndarray, size: int, *, path: Path, lines: np.ndarray) -> None:

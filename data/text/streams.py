@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec, share
-from phantom.validate import check_count
+from phantom.validate import check_counts
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, (B, L) int64 each
 log = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ class TokenStreams(Source):
     kind: ClassVar[str] = "language_modelling"
 
     def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
-        for name, value in (("streams", streams), ("eval_streams", eval_streams), ("segment", segment)):
-            check_count(name, value, least=1)
+        check_counts(least=1, streams=streams, eval_streams=eval_streams, segment=segment)
         self.streams, self.eval_streams, self.segment = streams, eval_streams, segment
         self._tokens, counts, digests = self.load()
         self.splits = tuple(self._tokens)

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.digests import digest
 from data.text.streams import Corpus, TokenStreams
-from phantom.validate import check_count
+from phantom.validate import check_counts
 
 
 class SyntheticText(TokenStreams):
@@ -34,8 +34,7 @@ class SyntheticText(TokenStreams):
         eval_streams: int,
         segment: int,
     ) -> None:
-        for name, value in (("vocab_size", vocab_size), ("num_train", num_train), ("num_eval", num_eval)):
-            check_count(name, value, least=2)
+        check_counts(least=2, vocab_size=vocab_size, num_train=num_train, num_eval=num_eval)
         self._vocab_size, self._generation_seed = vocab_size, generation_seed
         self._sizes = {"train": num_train, "valid": num_eval, "test": num_eval}
         super().__init__(streams=streams, eval_streams=eval_streams, segment=segment)

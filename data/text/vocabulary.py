@@ -7,14 +7,14 @@ decreasing count, and ties by first occurrence.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
+from data.paths import write_atomically
 from phantom.engine.errors import DataError
 from phantom.validate import check_choice
 
@@ -158,14 +158,3 @@ def _first_bad_line(path: Path) -> str:
             except UnicodeDecodeError as error:
                 return f"line {number} has the byte 0x{line[error.start]:02x} at position {error.start + 1}"
     return "its last character is cut off"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: no reader sees a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from data.digests import LENGTH
-from data.paths import cache_folder, data_root, root_hint
+from data.paths import cache_folder, data_root, root_hint, write_atomically
 from data.text.streams import Corpus, TokenStreams
-from data.text.vocabulary import OOV, Vocabulary, read_words, write_atomically
-from phantom.engine.errors import DataError
+from data.text.vocabulary import OOV, Vocabulary, read_words
+from phantom.engine.errors import DataError, first_line
 from phantom.validate import check_count
 
 # published counts of words and of tokens per split, <eos> included
@@ -185,7 +185,7 @@ def download(paths: Mapping[str, Path]) -> None:
             lines: Any = load_dataset("Salesforce/wikitext", "wikitext-103-v1", split=HUB_SPLITS[split])
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"wikitext-103-v1 could not be downloaded from Hugging Face ({str(error).splitlines()[0]}): put the "
+                f"wikitext-103-v1 could not be downloaded from Hugging Face ({first_line(error)}): put the "
                 f"wiki.*.tokens files into {path.parent}, or try again"
             ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import limits, markdown, pipeline, small
+from scripts.reporting import limits, markdown, pipeline, provenance, small
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest", "total")
 HEADS = ("variant", "solve", "attach", "backward", "optimiser", "rest", "total", "items/s")
@@ -28,9 +28,7 @@ def render(result: dict[str, Any]) -> str:
     blocks = [
         f"# {about['title']}",
         f"`{about['command']}`",
-        f"{about['machine']}, {about['threads']} thread(s), torch {about['torch']}, clock: {about['clock']}. "
-        f"Median of {about['repeats']} interleaved rounds, with the order-statistic interval that holds the median at "
-        "95 % in brackets. Milliseconds per step.",
+        f"{provenance.circumstances(about)} Milliseconds per step.",
         markdown.table(HEADS, [_row(row) for row in result["rows"]], "l" + "r" * 12),
     ]
     compiled = [f"{row['label']} {row['compile_seconds']:.0f} s" for row in result["rows"] if "compile_seconds" in row]
@@ -72,7 +70,7 @@ def interval_cell(item: dict[str, Any] | None, part: str) -> str:
     """Return `median [low, high]` of a part of a ratio, empty where it was not measured."""
     if item is None or part not in item:
         return ""
-    return f"{item[part]['median']:.2f} [{item[part]['low']:.2f}, {item[part]['high']:.2f}]"
+    return provenance.interval(item[part])
 
 
 def _row(row: dict[str, Any]) -> list[str]:

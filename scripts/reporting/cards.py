@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.reporting import markdown
-from scripts.reporting.html.chosen import command
+from scripts.reporting.provenance import command
 
 NAME = "README.md"
 LICENCE = "mit"

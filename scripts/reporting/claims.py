@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, provenance
 
 
 def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> str:
@@ -23,11 +23,10 @@ def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> str:
 def source(record: dict[str, Any]) -> str:
     """Return the line that says where the numbers come from."""
     settings = ", ".join(f"{key} {_value(value)}" for key, value in record["settings"].items())
-    commit = (record["commit"] or "none")[:8] + "*" * bool(record["dirty"])  # * stands for changed files
     where = f"one thread ({record['device'].split(',')[0]})"
     return (
         f"Settings: {settings}. {record['cpu_seconds']:.0f} CPU seconds on {where}, {record['finished'][:10]}, "
-        f"commit {commit}, torch {record['versions']['torch']}."
+        f"commit {provenance.commit(record)}, torch {record['versions']['torch']}."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripts.reporting import markdown, plots
+from scripts.reporting import markdown, plots, provenance
 from scripts.reporting.tables import other_precisions
 
 
@@ -15,12 +15,11 @@ def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     about = "Last value, in brackets the best and the epoch it was first reached (from 0); -- means not run."
     found = {(entry["panel"], entry["line"]): entry for entry in entries}
     rows = [[line["name"], *(_cell(found.get((panel, line["name"]))) for panel in panels)] for line in figure["lines"]]
-    commits = sorted({(entry["commit"] or "none")[:8] + "*" * bool(entry["dirty"]) for entry in entries})
     # early entries do not know their precision
     precisions = other_precisions([entry for entry in entries if entry.get("precision") is not None])
     ran = f" Precision {', '.join(precisions)}." if precisions else ""
     drawn = "The curves are in `curves.json`, drawn in `curves.png`."
-    source = f"Commit {', '.join(commits) or '--'} (* marks uncommitted changes).{ran} {drawn}"
+    source = f"Commit {provenance.commits(entries)} (* marks uncommitted changes).{ran} {drawn}"
     return markdown.page(f"# {figure['title']}", about, markdown.table(["", *panels], rows), source)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, provenance
 
 
 def render(result: dict[str, Any]) -> str:
@@ -17,8 +17,7 @@ def render(result: dict[str, Any]) -> str:
     return markdown.page(
         f"# {about['title']}",
         f"`{about['command']}`",
-        f"{about['machine']}, {about['threads']} thread(s), torch {about['torch']}, clock: {about['clock']}. "
-        f"Median of {about['repeats']} interleaved rounds, with the order-statistic interval that holds the median at "
-        "95 % in brackets. One process reads, decodes, cuts and normalises; a core of a worker does as many.",
+        f"{provenance.circumstances(about)} "
+        "One process reads, decodes, cuts and normalises; a core of a worker does as many.",
         markdown.table(["", "pictures per second and core"], rows, "lr"),
     )

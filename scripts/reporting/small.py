@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.reporting import markdown
+from scripts.reporting import markdown, provenance
 
 
 def render(result: dict[str, Any]) -> str:
@@ -14,9 +14,7 @@ def render(result: dict[str, Any]) -> str:
     return markdown.page(
         f"# {about['title']}",
         f"`{about['command']}`",
-        f"{about['machine']}, {about['threads']} thread(s), torch {about['torch']}, clock: {about['clock']}. "
-        f"Median of {about['repeats']} interleaved rounds, with the order-statistic interval that holds the median at "
-        "95 % in brackets. A solve per evaluation of f, a step (forward and backward) as a whole.",
+        f"{provenance.circumstances(about)} A solve per evaluation of f, a step (forward and backward) as a whole.",
         table(result),
         "## Microseconds",
         markdown.table(["", "microseconds", "divided by"], rows, "lrr"),
@@ -25,9 +23,5 @@ def render(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return the ratios, ours over the bare loop or over torchdeq's."""
-    rows = [
-        [item["a"], item["b"], f"{part['median']:.2f} [{part['low']:.2f}, {part['high']:.2f}]"]
-        for item in result["ratios"]
-        for part in (item["total"],)
-    ]
+    rows = [[item["a"], item["b"], provenance.interval(item["total"])] for item in result["ratios"]]
     return markdown.table(["ours", "over", "ratio"], rows, "llr")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import studies
-from scripts.reporting import markdown
+from scripts.reporting import markdown, provenance
 
 DIFFERENCE = ["difference", "in spread"]
 TIMED = (
@@ -186,12 +186,11 @@ def measured(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         if "step" in record["times"]:
             timed.setdefault(record["device"], []).append(1e3 * record["times"]["step"]["median"])
-    commits = {(record["commit"] or "none")[:8] + ("*" if record["dirty"] else "") for record in records}
     return [
         f"{records[0]['num_parameters']:,}",
         "; ".join(f"{statistics.median(steps):.1f} on {device}" for device, steps in sorted(timed.items())) or "--",
         f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
-        ", ".join(sorted(commits)),
+        provenance.commits(records),
     ]
 
 
@@ -231,5 +230,5 @@ def _folds_cells(record: dict[str, Any], protocols: list[str], paper: str) -> li
         str(len(record["folds"])),
         f"{record['num_parameters']:,}",
         f"{seconds['mean']:.0f} ({seconds['min']:.0f} to {seconds['max']:.0f})" if seconds else "--",
-        ", ".join(commit[:8] for commit in record["commit"].split(", ")) + ("*" if record["dirty"] else ""),
+        provenance.commit(record),
     ]

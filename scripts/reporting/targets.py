@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
-from scripts.reporting import markdown, tables
+from scripts.reporting import markdown, provenance, tables
 
 HEADS = ("row", "reached", "seconds", "best", "record of the best", "steps", "accuracy then", "with evaluations, s")
 HEADS += ("card", "precision", "budget", "commit", "command")
@@ -45,18 +44,14 @@ def _cells(table: dict[str, Any], row: dict[str, Any]) -> list[str]:
         ", ".join(sorted({f"{record['world_size']} x {record['device']}" for record in shown})),
         ", ".join(sorted({tables.precision(record) for record in shown})),
         _budget(scale, [record["steps"] for record in records if not record["reached"]]),
-        ", ".join(sorted({(r["commit"] or "none")[:8] + ("*" if r["dirty"] else "") for r in records})),
-        f"`{_command(shown[0])}`",
+        provenance.commits(records),
+        f"`{provenance.command(shown[0])}`",
     ]
 
 
 def _budget(scale: str, spent: list[int]) -> str:
     """Return the scale, and the steps of the runs that spent all of theirs: the others have not told how many."""
     return f"{scale}, {max(spent)} steps at most" if spent else scale
-
-
-def _command(record: dict[str, Any]) -> str:
-    return shlex.join(["python", "train.py", *record["overrides"], f"seed={record['seed']}"])
 
 
 def _range(values: list[float], form: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from phantom.engine.artifacts import files
 from phantom.engine.errors import ConfigError
 from scripts import studies
 from scripts.running.costs import kind_of
@@ -71,7 +72,6 @@ def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, pane
 
 def write(entries: list[dict[str, Any]], path: Path) -> None:
     """Write the runs, one a line: curves of hundreds of values would fill as many lines each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text('{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n")
-    temporary.replace(path)
+    text = '{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n"
+    with files.whole(path) as file:
+        file.write(text.encode())

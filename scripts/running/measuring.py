@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import files, records
 from phantom.engine.config.overrides import parse
 from phantom.engine.errors import ConfigError
 from scripts.running.process import Run, Work
@@ -68,11 +68,9 @@ def record(measure: Callable[..., dict[str, Any]], settings: dict[str, Any]) -> 
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a record, a line per key and per row: curves of hundreds of values would fill as many lines each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     parts = [f"{records.to_json(key)}: {_rows(value)}" for key, value in content.items()]
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    temporary.replace(path)
+    with files.whole(path) as file:
+        file.write(("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
 def _rows(value: Any) -> str:

@@ -9,7 +9,11 @@ cd "$SLURM_SUBMIT_DIR" || exit
 if [ -d .venv/bin ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
-# torchrun kills its processes 30 seconds after it has passed a signal on; here there are five minutes
+# srun reads no SLURM_CPUS_PER_TASK since SLURM 22.05, and would give its task one core
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+fi
+# torchrun kills its processes 30 seconds after it has passed a signal on; here there are five minutes (torch 2.12)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
 run_and_requeue() { # the command, with srun and its options before it

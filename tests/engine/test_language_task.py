@@ -220,12 +220,15 @@ def test_memory_and_order_survive_resume_bit_for_bit(tmp_path, accumulate):
 def test_evaluation_of_a_run_gives_its_own_perplexity(tmp_path, grad):
     run = train(tmp_path, 3, f"grad={grad}")
     trainer = run["trainer"]
-    options = {"which": "last", "split": None, "configs": CONFIGS}
-    metrics = rebuild.evaluate_run(trainer.folder, overrides=[], **options)
+
+    def evaluated(*overrides: str) -> dict:
+        found = rebuild.rebuild_run(trainer.folder, which="last", overrides=overrides, configs=CONFIGS)
+        return rebuild.evaluate_rebuilt(found, None)
+
+    metrics = evaluated()
     assert metrics["perplexity"] == trainer.final["test"]["perplexity"]
     assert metrics["num_evals"] == 6
-    other = ["eval_solver.max_steps=9", "model.eval_mem_len=48"]
-    changed = rebuild.evaluate_run(trainer.folder, overrides=other, **options)
+    changed = evaluated("eval_solver.max_steps=9", "model.eval_mem_len=48")
     assert changed["num_evals"] == 10
     assert changed["perplexity"] != metrics["perplexity"]
 

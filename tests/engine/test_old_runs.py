@@ -14,7 +14,7 @@ import yaml
 from phantom.engine.build import build_trainer
 from phantom.engine.config.instantiate import locate
 from phantom.engine.config.upgrade import MOVED, upgrade
-from phantom.engine.rebuild import evaluate_run
+from phantom.engine.rebuild import evaluate_rebuilt, rebuild_run
 from phantom.engine.run import run
 from tests.engine import tiny
 from tests.plans import plan
@@ -61,7 +61,7 @@ def test_a_finished_one_is_not_trained_again(folder, tmp_path):
 
 
 def test_it_is_evaluated(folder):
-    metrics = evaluate_run(folder, which="last", split=None, overrides=[], configs=CONFIGS)
+    metrics = evaluate_rebuilt(rebuild_run(folder, which="last", overrides=[], configs=CONFIGS), None)
     row = next(row for row in tiny.rows(folder) if row["kind"] == "eval")
     assert metrics["step"] == 4 and metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from phantom.engine import command
-from phantom.engine.artifacts import sweep as sweeps
+from phantom.engine import sweep as sweeps
 from phantom.engine.errors import DivergenceError
 from scripts import report
 from tests.plans import plan

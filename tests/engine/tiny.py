@@ -27,6 +27,7 @@ SOLVER = FixedPoint(max_steps=60, tol=1e-12)
 GRAD = UPG(k=5, lam=0.5)
 CPU = torch.device("cpu")
 DISABLED = Tracker(mode="disabled", project="", name="", folder=Path(), config={})
+CLOCKED = {"seconds", "measured"}  # of a checkpoint: what depends on the clock and on memory
 TIMES = ("time/", "items_per_second", "peak_memory")
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
+from phantom.engine.machine.signals import Interrupted
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.training.clipping import ClipTotal
 from phantom.engine.training.evaluation import evaluate
@@ -78,6 +82,33 @@ def interrupted(folder: Path, rank: int, world: int, *, step: int | None) -> Non
     fit(tiny.Vectors(count=24, batch_size=8))
 
 
+class Signalling(tiny.Vectors):
+    """Vectors whose second rank is asked to stop before step 2."""
+
+    def train(self, *, epoch: int, start: int, shard: Shard):
+        for i, batches in enumerate(super().train(epoch=epoch, start=start, shard=shard), start):
+            if i == 2 and shard.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batches
+
+
+def stopped(folder: Path, rank: int, world: int) -> None:
+    """Stop by a signal while the first rank writes slowly; each rank notes what it finds as it leaves."""
+    save = checkpoints.save
+
+    def slow(path: Path, state: dict[str, Any]) -> None:
+        time.sleep(1.0)
+        save(path, state)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(checkpoints, "save", slow)
+        budget = tiny.budget(epochs=1, checkpoint_every=None)
+        trainer(folder, rank, world, noisy=False, source=Signalling(count=40, batch_size=4), budget=budget).fit(
+            resume=True
+        )
+    (folder / f"left{rank}").write_text(str((folder / "last.pt").exists()))
+
+
 def batch_statistics(folder: Path, rank: int, world: int, *, ema: float | None) -> None:
     run = trainer(folder, rank, world, noisy=True, ema_decay=ema)
     run.fit(resume=False)
@@ -121,6 +152,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         name = folder / f"statistics{ema}"
         name.mkdir(exist_ok=True)
         batch_statistics(name, rank, world, ema=ema)
+    (folder / "stopped").mkdir(exist_ok=True)
+    stopped(folder / "stopped", rank, world)
     (folder / "target").mkdir(exist_ok=True)
     target(folder / "target", rank, world)
     (folder / "one").mkdir(exist_ok=True)

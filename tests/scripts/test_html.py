@@ -10,7 +10,8 @@ import yaml
 
 from scripts import report, studies
 from scripts.reporting import markdown, pages
-from scripts.reporting.html.chosen import chosen, command
+from scripts.reporting.html.chosen import chosen
+from scripts.reporting.provenance import command
 from tests.tiny_run import tiny_run
 
 pytest.importorskip("plotly")

@@ -1,6 +1,5 @@
 """The set-up makes the repository importable, installs quietly, and lets pip's errors through."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -32,8 +31,8 @@ def set_up(tree: Path, **environment: str) -> subprocess.CompletedProcess:
 
 def test_scripts_find_the_repository_wherever_it_lies(tree):
     venv.create(tree / ".venv", with_pip=False, symlinks=True)
-    installed = hashlib.sha256((tree / "requirements.txt").read_bytes()).hexdigest()
-    (tree / ".venv" / ".installed").write_text(installed + "\n")
+    installed = subprocess.run("cksum < requirements.txt", shell=True, cwd=tree, capture_output=True, text=True).stdout
+    (tree / ".venv" / ".installed").write_text(installed)
     done = set_up(tree)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "nothing to install"
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -63,3 +62,17 @@ def test_an_editable_install_is_this_folder():
     """setuptools then writes the folder into a .pth file; without it, only phantom would be found."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["package-dir"] == {"": "."}
+
+
+@pytest.mark.parametrize("says", ["sys.exit(1)", "import no_such_pip"])
+def test_a_python_that_cannot_do_is_named_before_anything_is_installed(tree, says):
+    """An old one, or one whose pip is missing, as a failed set-up leaves it behind."""
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    python = tree / ".venv" / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit\nexec "{sys.executable}" -c "{says}"\n'
+    )
+    python.chmod(0o755)
+    done = set_up(tree)
+    assert done.returncode == 1 and not (tree / ".venv" / ".installed").exists()
+    assert "error: .venv has Python 3.9.1, and 3.11 or newer with pip is needed: remove .venv" in done.stderr

@@ -74,6 +74,15 @@ def test_a_run_on_many_nodes_is_torchrun_on_each(room):
     assert "SIGUSR2" in options["signals-to-handle"].split(",") and asked(room, "scontrol") == []
 
 
+def test_a_task_has_the_cores_that_the_job_asked_for(room):
+    """srun does not hand on SLURM_CPUS_PER_TASK itself."""
+    (room / "runs.txt").write_text("SEED=7 python train.py 'data.root=/it is here'\n")
+    told = 'echo "$SRUN_CPUS_PER_TASK $SEED" > $FAKED/told'
+    job = begin(room, "array.sbatch", "runs.txt", task=told, SLURM_ARRAY_TASK_ID="1", SLURM_CPUS_PER_TASK="8")
+    assert end_in_time(job)[0] == 0 and asked(room, "told") == ["8 7"]
+    assert asked(room, "python") == ["train.py", "data.root=/it is here"]
+
+
 def test_torchrun_knows_the_options(room):
     from torch.distributed.run import parse_args
 

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from scripts import studies
+from scripts.reporting import provenance
 from scripts.reporting.tables import SCALES, label_of, other_precisions, read
 
 
@@ -50,13 +51,12 @@ def source(runs: Runs) -> str:
     records = runs.records
     if not records:
         return "Nothing has been run yet."
-    commits = sorted({(record["commit"] or "none")[:8] + "*" * bool(record["dirty"]) for record in records})
     devices, steps = sorted({record["device"] for record in records}), sorted({record["steps"] for record in records})
     budget = f"{'the paper' if runs.scale == 'paper' else f'scale={runs.scale}'}"
     ran_on = ", ".join([*devices, *other_precisions(records)])
     return (
         f"Budget of {budget}{runs.label}: {' or '.join(map(str, steps))} steps, {len(records)} runs on "
-        f"{ran_on}. Commit {', '.join(commits)} (* marks uncommitted changes)."
+        f"{ran_on}. Commit {provenance.commits(records)} (* marks uncommitted changes)."
     )
 
 

@@ -25,15 +25,6 @@ def chosen(record: Mapping[str, Any]) -> dict[str, str]:
     return {key: "--" if shown.get(key) is None else _text(shown[key]) for key in (*KEYS, "scale")}
 
 
-def command(record: Mapping[str, Any]) -> str:
-    """Return the command that makes the run of a record again."""
-    if "folds" in record:
-        study, _, row = record["experiment"].partition("/")
-        more = [item for item in record["overrides"] if not item.startswith("experiment=")]
-        return " ".join([f"python scripts/reproduce.py {study} rows={row}", *more])
-    return " ".join(["python train.py", *record["overrides"], f"seed={record['seed']}"])
-
-
 def _of_leaf(group: str, leaf: str | None) -> dict[str, Any]:
     """Return what a recipe or an experiment chooses, after the recipe that it stands on; nothing for another label."""
     if not leaf:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts import studies
-from scripts.reporting.html.chosen import chosen, command
+from scripts.reporting import provenance
+from scripts.reporting.html.chosen import chosen
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest")
 # of a benchmark's row by phase
@@ -43,12 +44,10 @@ def number(content: Any, place: Place) -> dict[str, Any] | None:
 def at(content: Any, place: Place) -> Any:
     """Return what lies at a place of a record, as in `["best", "test", "accuracy"]`; None where nothing does."""
     for key in place:
-        is_there = (
-            key in content if isinstance(content, Mapping) else isinstance(content, list) and key in range(len(content))
-        )
-        if not is_there:
+        try:
+            content = content[key]
+        except (KeyError, IndexError, TypeError):
             return None
-        content = content[key]
     return content
 
 
@@ -89,11 +88,11 @@ def _run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     numbers = {name: number(content, place) for name, place in places.items()}
     return {
         "record": name_of(path),
-        "command": command(content),
+        "command": provenance.command(content),
         "label": content["label"],
         "metric": content["metric"],
         **chosen(content),
-        "commit": str(content["commit"] or "none")[:8] + "*" * bool(content["dirty"]),
+        "commit": provenance.commit(content),
         "numbers": {name: found for name, found in numbers.items() if found is not None},
     }
 
@@ -125,7 +124,7 @@ def _figure_curves() -> list[dict[str, Any]]:
                 {
                     **chosen(entry),
                     "label": f"{study['name']}, {entry['panel']}: {entry['line']}",
-                    "command": command(entry),
+                    "command": provenance.command(entry),
                     "record": name_of(path),
                     "name": f"{entry['split']}/{entry['metric']} by epoch",
                     "x": entry["epochs"],
