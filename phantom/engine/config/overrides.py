@@ -55,8 +55,8 @@ def _as_typed(line: str) -> str:
     key, _, value = line.partition("=")
     if key not in PATHS or value in ("", "null") or value[0] in "'\"" or "${" in value:
         return line
-    # the folders of runs have commas in their names
-    there = any(path and Path(path).expanduser().exists() for path in (value, value.partition(":")[2]))
+    # the folders of runs have commas in their names, and equals signs, which no value of a sweep has
+    there = "=" in value or any(path and Path(path).expanduser().exists() for path in (value, value.partition(":")[2]))
     return line if "," in value and not there else _quoted(key, value)
 
 
