@@ -77,3 +77,8 @@ def test_ranks_share_the_nodes():
 def test_impossible_settings(change, message):
     with pytest.raises(ValueError, match=message):
         Chains(**{**SETTINGS, **change})
+
+
+def test_the_order_of_the_nodes_is_the_official_one():
+    """The official code draws noise of width zero first, which moves the generator on."""
+    assert Chains(**SETTINGS).data[2]["train"][:5].tolist() == [239, 253, 182, 104, 216]

@@ -252,3 +252,14 @@ def test_a_program_may_end_in_the_middle_of_a_pass(tree):
     line = [sys.executable, "-c", program, str(tree)]
     done = subprocess.run(line, cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert done.returncode == 7 and "Error" not in done.stderr, done.stderr
+
+
+def test_the_colours_are_those_of_every_imagenet_code():
+    assert (MEAN, STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("value", [0, 65535])
+def test_the_ends_of_16_bits_are_those_of_8(value):
+    deep = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(deep, format="PNG")
+    assert (decode(deep.getvalue(), "deep") == value // 257).all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.images import base
 from data.images.base import PADDING, ImageSet, InMemoryImages, crop_flip
 from data.images.digits import Digits
 from phantom.engine.source import Shard
@@ -173,3 +174,19 @@ def test_digits_are_the_real_set_with_a_fixed_stratified_split():
     assert abs(images.mean()) < 1e-3 and abs(images.std() - 1) < 1e-3
     [(_, test_labels)] = digits.evaluate("test", shard=Shard())
     assert (torch.bincount(test_labels) - torch.bincount(labels) / 1437 * 360).abs().max() < 1
+
+
+def test_the_draws_of_an_augmentation_fill_their_range(monkeypatch):
+    seen = []
+    monkeypatch.setattr(base, "crop_flip", lambda images, *drawn: seen.append(drawn) or images)
+    source = make(augment="crop_flip")
+    for epoch in range(60):
+        list(source.train(epoch=epoch, start=0, shard=Shard()))
+    shifts, flips = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert shifts.unique().tolist() == list(range(2 * 4 + 1)), "as the paper's code pads by 4"
+    assert flips.double().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_seed_and_epoch_are_two_numbers():
+    orders = [[numbers(b) for [b] in epoch_of(make(seed=seed), epoch=epoch)] for seed, epoch in ((3, 1), (4, 0))]
+    assert orders[0] != orders[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.graphs.ppi import NODES, PPI, labelled_graph
+from data.graphs.ppi import NODES, PPI, _join, labelled_graph
 from data.graphs.ppi_synthetic import SyntheticPPI
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
@@ -143,3 +143,13 @@ def test_impossible_settings():
     for change, message in (({"scale": 0}, "scale=0"), ({"batch_size": 0}, "batch_size=0")):
         with pytest.raises(ValueError, match=message):
             synthetic(**change)
+
+
+def test_a_share_of_a_batch_has_the_radius_of_the_whole():
+    def complete(count: int):
+        edges = torch.tensor([[i, j] for i in range(count) for j in range(count) if i != j]).T
+        return labelled_graph(torch.zeros(count, 3), edges, torch.zeros(count, 2))
+
+    small, large = complete(3), complete(6)
+    for part in (range(0, 1), range(1, 2), range(2)):
+        assert _join([small, large], part)[0].radius == large[0].radius > small[0].radius

@@ -213,3 +213,9 @@ def test_keys_do_not_depend_on_how_many_are_computed_at_a_time(monkeypatch):
     for found, expected in zip((orbit_keys(puzzles, answers, 4), maze.orbit_keys(mazes, 5)), whole, strict=True):
         assert (found == expected).all()
     assert orbit_keys(puzzles[:0], answers[:0], 4).shape == (0,)
+
+
+def test_every_number_of_clues_that_is_asked_for_occurs():
+    source = make(4, clues=[5, 7])
+    batches = source.evaluate("test", shard=Shard())
+    assert {int(count) for inputs, _ in batches for count in (inputs > 1).sum(dim=1)} == {5, 6, 7}

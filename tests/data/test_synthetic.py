@@ -66,3 +66,17 @@ def test_generated_graphs_have_the_folds_and_classes_of_the_set():
     raw = made.raw
     parts = raw.features.argmax(1).reshape(467, 12) // 17  # 35 labels: two parts of 17, and one that is not used
     assert torch.equal(parts, raw.labels[:, None].expand(-1, 12))
+
+
+def test_a_stream_that_ends_with_a_segment_has_no_empty_one():
+    sizes = ["data.vocab_size=5", "data.num_train=18", "data.num_eval=9", "data.segment=4"]
+    made = source("model=deq_transformer_small", "data=text_synthetic", *sizes, "data.streams=2", "data.eval_streams=1")
+    assert made.steps(0) == 2
+    assert [batch[0].shape[1] for [batch] in made.train(epoch=0, start=0, shard=Shard())] == [4, 4]
+    assert [batch[0].shape[1] for batch in made.evaluate("valid", shard=Shard())] == [4, 4]
+
+
+def test_the_validation_graphs_do_not_follow_the_seed_of_the_run():
+    settings = ["model=ignn", "data=cox2_synthetic", "data.folds=stratified", "data.validation=0.1"]
+    a, b, c = (source(*settings, *more).ids for more in (["seed=0"], ["seed=1"], ["seed=0", "data.split_seed=7"]))
+    assert a == b and a["valid"] != c["valid"] and a["train"] != c["train"]

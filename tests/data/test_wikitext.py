@@ -345,3 +345,8 @@ def test_a_config_saved_before_it_had_that_argument_is_the_same_run():
     config = yaml.safe_load(saved.text)
     assert config["data"].pop("eval_tokens", "absent") is None
     assert saved.differences(yaml.safe_dump(config)) == []
+
+
+def test_an_end_of_line_in_the_text_counts():
+    vocabulary = Vocabulary.from_lines([["a", "<eos>"], ["a"]], "x")
+    assert vocabulary.words == ("<eos>", "a") and vocabulary.counts == (3, 2)

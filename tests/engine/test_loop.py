@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.clipping import ClipTotal
+from phantom.engine.training.evaluation import evaluate
 from phantom.engine.training.rules import Penalty, Rules
 from phantom.engine.training.schedule import Constant, Cosine, EpochSteps
 from tests.engine import tiny
@@ -261,3 +263,49 @@ def test_a_row_covers_the_steps_since_the_last_one(tmp_path):
         for key in ("loss", "accuracy", "gradient_norm", "num_evals", "residual", "num_steps"):
             assert row[key] == pytest.approx(sum(other[key] for other in part) / 3), key
         assert row["lr"] == part[-1]["lr"]
+
+
+def test_the_times_of_an_evaluation_are_not_those_of_the_next_step(tmp_path):
+    seen = []
+
+    class Watching(tiny.Vectors):
+        def train(self, **options):
+            for batches in super().train(**options):
+                seen.append(len(run.timer.take_marks()))
+                yield batches
+
+    run = tiny.trainer(tmp_path, source=Watching(), budget=tiny.budget(eval_every=1))
+    run.fit(resume=False)
+    assert seen == [0] * 6
+
+
+def test_of_equal_evaluations_the_first_is_the_best(tmp_path):
+    model = tiny.Classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    run = tiny.trainer(tmp_path, unwrapped=model, optimizer=optimizer, budget=tiny.budget(eval_every=1))
+    run.fit(resume=False)
+    assert run.best["valid"]["step"] == 1
+
+
+def test_the_sums_of_a_window_keep_no_graph(tmp_path):
+    run = tiny.trainer(tmp_path, budget=tiny.budget(epochs=1, log_every=100, eval_every=100))
+    take, seen = run._take_step.reset_window, []
+    run._take_step.reset_window = lambda: seen.append(run._take_step.window.tally) or take()
+    run.fit(resume=False)
+    assert seen and not any(tally.loss_sum.requires_grad for tally in seen)
+
+
+def test_evaluation_waits_for_no_other_rank():
+    """A split that the ranks do not divide evenly has fewer batches on some of them."""
+    seen = []
+
+    class Watching(ImageClassification):
+        def score(self, model, batch, carry):
+            seen.append(model.deq.group)
+            return super().score(model, batch, carry)
+
+    model = tiny.Classifier()
+    model.deq.group = "world"
+    options = {"shard": tiny.Shard(), "device": tiny.CPU, "precision": "fp32"}
+    evaluate(model, Watching(), tiny.Vectors(), "test", **options)
+    assert set(seen) == {None} and model.deq.group == "world"

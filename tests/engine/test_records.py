@@ -2,14 +2,16 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import lock, records, shipped
 from phantom.engine.artifacts.records import CIRCUMSTANCES, MetricsLog, config_hash, differences, run_folder
+from phantom.engine.errors import LockedError
 from tests.plans import trained
 
 CONFIG = {
@@ -212,7 +214,8 @@ def test_the_record_of_a_run(tmp_path, capsys):
     assert record["times"].keys() == {"solve", "attach", "backward", "optimizer", "step"}
     step = record["times"]["step"]
     assert step["n"] == 3 and 0 < step["p10"] <= step["median"] <= step["p90"]
-    assert record["items_per_second"] == pytest.approx(4 / step["median"], rel=1.0) and record["unit"] == "images"
+    # a step that the machine held up counts in the mean of three, and not in their median
+    assert 0.2 < record["items_per_second"] / (4 / step["median"]) < 1.6 and record["unit"] == "images"
     assert record["versions"].keys() >= {"python", "torch", "hydra-core"}
     assert record["started"] <= record["finished"] and record["started"].endswith("+00:00")
     assert record["num_parameters"] == sum(record["parameter_groups"].values())
@@ -232,3 +235,57 @@ def test_a_finished_run_is_trained_again_only_when_asked(tmp_path):
     again, _ = train(tmp_path, resume=False)
     assert (path / "last.pt").stat().st_mtime_ns > before
     assert again["final"] == first["final"] and again["steps"] == first["steps"]
+
+
+def test_a_record_that_is_written_again_leaves_the_code_clean(repository):
+    git(repository, "init", "-q")
+    (repository / "results").mkdir()
+    for name in ("records.py", "results/a.json"):
+        (repository / name).write_text("1")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "x")
+    (repository / "results/a.json").write_text("2")
+    assert records.environment(torch.device("cpu"))["dirty"] is False
+    (repository / "records.py").write_text("2")
+    assert records.environment(torch.device("cpu"))["dirty"] is True
+
+
+def test_what_says_only_where_and_how_a_run_runs():
+    """All other keys make another run."""
+    machine = {"device", "speed", "compile", "cuda_graph", "data.workers", "data.root", "data.download", "data.cache"}
+    files = {"runs", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
+    shown = {"progress", "on_failure", "wandb", "wandb_project"}
+    assert set(CIRCUMSTANCES) == {"seed"} | machine | files | shown
+
+
+def test_a_folder_has_one_writer_who_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT", 0.1)
+    with (
+        lock.hold(tmp_path),
+        pytest.raises(LockedError, match=r"process \d+ on .* writes to .*one writer"),
+        lock.hold(tmp_path),
+    ):
+        pass
+    monkeypatch.setattr(lock, "WAIT", 30)
+    begun, done = threading.Event(), threading.Event()
+
+    def writer() -> None:
+        with lock.hold(tmp_path):
+            begun.set()
+            done.wait()
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    begun.wait()
+    threading.Timer(0.3, done.set).start()
+    with lock.hold(tmp_path):
+        assert done.is_set()
+    thread.join()
+
+
+def test_weights_that_leave_take_no_path_along(tmp_path):
+    config = {"runs": "/a", "data": {"root": "/b", "cache": "/c", "k": 1}}
+    about = {"checkpoint": "last", "step": 1, "split": "test", "inputs": {}}
+    shipped.write(tmp_path, {"w": torch.ones(2)}, config=config, record={}, about=about)
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert kept == {"runs": "runs", "data": {"root": None, "cache": None, "k": 1}}

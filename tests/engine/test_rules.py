@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from phantom import BPTT, DEQ, UPG, FixedPoint, JacobianRegularizer
+from phantom import BPTT, DEQ, UPG, FixedPoint, JacobianRegularizer, Rollout
+from phantom.engine.training.course import Course, Ramp
 from phantom.engine.training.rules import Jitter, Penalty, Pretraining, Rules
 from tests.engine import tiny
 
@@ -127,3 +128,21 @@ def test_a_shorter_run_keeps_the_share_of_pretraining():
 def test_impossible_values(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_course_and_jitter_and_a_penalty_of_another_seed():
+    penalty, jitter = Penalty(regularizer=JacobianRegularizer(), weight=0.5, frequency=0.5), Jitter(below=5)
+    course = Course(depth=Ramp(first=20, last=20, steps=1))
+    layer = DEQ(solver=Rollout(max_steps=9), grad=UPG(k=2))
+    rules = Rules(solver=layer.solver, grad=layer.grad, seed=1, penalty=penalty, jitter=jitter, course=course)
+    found = []
+    for step in range(40):
+        found.append(rules.apply([layer], step, 40))
+        assert layer.solver.max_steps == 18 + jitter.at(step, 1)
+    assert found == [penalty.at(step, 1) for step in range(40)] != [penalty.at(step, 0) for step in range(40)]
+
+
+def test_jitter_and_penalty_are_drawn_apart():
+    penalty, jitter = Penalty(regularizer=JacobianRegularizer(), weight=0.5, frequency=0.5), Jitter(below=5)
+    shallow = [penalty.at(step, 1) > 0 for step in range(2000) if jitter.at(step, 1) <= -4]
+    assert sum(shallow) / len(shallow) == pytest.approx(0.5, abs=0.1)

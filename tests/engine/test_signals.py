@@ -56,7 +56,7 @@ def fit(folder: Path, source: tiny.Vectors) -> tiny.Trainer:
         task=tiny.WarmStart(),
         ema_decay=0.8,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
-        budget=tiny.budget(epochs=3, log_every=5),
+        budget=tiny.budget(epochs=3, log_every=4),
     )
     torch.manual_seed(1)
     run.fit(resume=True)

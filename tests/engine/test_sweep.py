@@ -159,3 +159,14 @@ def test_jobs_of_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     seen = []
     run(monkeypatch, lambda made: seen.append(made.folder), "-m", f"runs={tmp_path / 'a'},{tmp_path / 'b'}", *SHORT)
     assert len(set(seen)) == 2, "folders of their own"
+
+
+def test_the_best_of_a_job_and_its_last_are_two_numbers(tmp_path):
+    sweep = sweeps.Sweep(command="", folder=tmp_path, metric="accuracy", split="test", mode="max", jobs=[])
+    record = {
+        "best": {"test": {"accuracy": 3.0}},
+        "final": {"test": {"accuracy": 2.0}},
+        "wall_seconds": 1.0,
+        "times": {},
+    }
+    assert sweep._measured(record, tmp_path / "nowhere") == {"best": 3.0, "last": 2.0, "seconds": 1.0}

@@ -10,7 +10,7 @@ import models.deq_transformer.cell as transformer_cell
 from models.deq_transformer.attention import causal_mask, padded, relative_shift, row_multiple, sinusoids
 from models.deq_transformer.cell import CellMasks, TransformerCell
 from models.deq_transformer.model import DEQTransformer
-from phantom import BPTT, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
+from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.diagnostics import cosine
 from phantom.engine.build import compile_cell
 from tests.models.transformers import V, make, tokens, written_out
@@ -315,3 +315,14 @@ def test_shapes_that_do_not_fit():
         model(words[:1], targets[:1], memory)
     with pytest.raises(ValueError, match=r"two parts of memory must have the same streams and length, got \(2, 5, "):
         model(words, targets, (memory[0], memory[1][:, 1:]))
+
+
+def test_weights_are_drawn_as_wide_as_asked_for():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "d_model": 96, "num_heads": 3, "d_inner": 8, "cutoffs": [100, 200], "div_val": 1}
+    memory = {"mem_len": 0, "eval_mem_len": 0, "window": 9, "dropout": 0.0, "attention_dropout": 0.0}
+    model = DEQTransformer(**sizes, **memory, norm="post", preln_residual="plain", init_std=0.3, deq=DEQ())
+    attention, softmax, embedding = model.cell.attention, model.softmax, model.embedding
+    drawn = [attention.content_bias, attention.position_bias, softmax.head_projection, softmax.cluster_weight]
+    for parameter in (*drawn, *embedding.tables, *embedding.projections, model.injection.weight):
+        assert parameter.std().item() == pytest.approx(0.3, rel=0.25), parameter.shape

@@ -1,5 +1,7 @@
 """IGNN: parameter counts, the projected contraction, exact gradients on a directed graph, odd graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -282,3 +284,11 @@ def test_graph_classification_needs_to_know_the_graphs():
     graph = directed_graph()
     with pytest.raises(ValueError, match="pooling is None"):
         graph_model()(Graph(graph.features, graph.adjacency, graph.radius))
+
+
+def test_layers_of_graph_classification_start_at_their_injection():
+    graph = directed_graph()
+    graph = replace(graph, pooling=membership([graph.num_nodes], ones(graph.num_nodes)))
+    model = graph_model()
+    _, solutions = model(graph)
+    torch.testing.assert_close(solutions[0].z0[0], model.layers[0].inject(graph.features, graph).detach())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.mdeq.cell import MDEQCell
+from models.mdeq.cell import MDEQCell, _resize
 from models.mdeq.model import MDEQ
 from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, WeightNorm
 
@@ -389,3 +389,8 @@ def test_solver_setting_of_the_layer_is_used_in_evaluation():
     assert model(digits())[1][0].stats.num_evals == 7 + 2
     with torch.no_grad():
         assert model.eval()(digits())[1][0].stats.num_evals == 3
+
+
+def test_upsampling_to_an_odd_size_takes_the_pixel_of_the_index():
+    x = torch.arange(4.0).view(1, 1, 1, 4)
+    assert _resize(x, torch.Size([1, 7])).flatten().tolist() == [0, 0, 1, 1, 2, 2, 3]

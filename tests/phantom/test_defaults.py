@@ -304,3 +304,10 @@ def test_an_estimator_of_ones_own_that_errs_is_told(how, message):
         ValueError, match=r"WrongEstimator.cotangent must return u \(2, 3\), the shape of g, " + message
     ):
         value.sum().backward()
+
+
+def test_the_defaults_of_solvers_and_estimators():
+    shared = {"max_steps": 50, "tol": 1e-4, "stop": "relative", "norm": "l2", "sync_every": 1}
+    assert Anderson() == Anderson(**shared, memory=6, lam=1.0, ridge=1e-6)
+    assert Broyden() == Broyden(**shared, memory=None) and FixedPoint() == FixedPoint(**shared)
+    assert (NPG(), UPG(), Implicit().solver) == (NPG(k=5, lam=0.5), UPG(k=5, lam=0.5), Broyden(tol=1e-6))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import NPG, UPG, Anderson, Broyden, FixedPoint, Solver, fixed_point
+from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Solver, fixed_point
 from phantom.solve import solve
 from tests.phantom.problems import DTYPE, linear_nonsymmetric, randn
 from tests.phantom.solvers import FEW_STEPS, SOLVERS, Recorded, each
@@ -148,3 +148,45 @@ def test_confirmation_can_be_left_out():
             calls, torch.zeros_like(b), solver=FixedPoint(max_steps=9, tol=None), grad=NPG(k=1, lam=1), confirm=False
         ).stats
     assert stats.num_evals == len(calls.calls) == 10 and not stats.confirmed
+
+
+@pytest.mark.parametrize("sync_every", [1, 1000, None])
+def test_parts_of_one_problem_do_not_converge_alone(sync_every):
+    b, _ = chain(3)
+    solver = FixedPoint(max_steps=20, tol=1e-4, sync_every=sync_every)
+    with torch.no_grad():
+        stats = fixed_point(lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b), solver=solver).stats
+    assert stats.dependent and not stats.converged.any()
+
+
+def test_problems_that_were_joined_may_diverge():
+    """The second one grows with the first, and had converged before that reached it."""
+    x, c = torch.tensor([[1.0], [0.0]], dtype=DTYPE), torch.tensor([[3.0, 0], [3.0, 0]], dtype=DTYPE)
+    z, stats, _ = solve(lambda z: c @ z + x, torch.zeros_like(x), FixedPoint(max_steps=60, tol=1e-8))
+    assert stats.diverged.all() and stats.num_steps.max() < 20 and z.isfinite().all()
+
+
+def test_problems_that_were_joined_stay_finite():
+    def f(z: Tensor) -> Tensor:
+        return torch.stack((0.9 * z[0] + 1, 0.5 * z[0], torch.sqrt(0.5 - z[2])))
+
+    z, stats, _ = solve(f, torch.zeros(3, 1, dtype=DTYPE), FixedPoint(max_steps=60, tol=1e-8))
+    assert f(z).isfinite().all() and stats.diverged.all()
+
+
+def test_values_in_bfloat16_confirm_nothing():
+    b, a = chain(3)[0].float(), CHAIN.float()
+    solver = FixedPoint(max_steps=20, tol=1e-4, sync_every=1000)
+    options = {"solver": solver, "grad": UPG(k=1, lam=1.0), "gradient_precision": torch.bfloat16}
+    assert not fixed_point(lambda z: 0.99 * (a @ z) + b, torch.zeros_like(b), **options).stats.confirmed
+
+
+def test_a_layer_confirms_unless_it_is_told_not_to():
+    b, _ = chain(3)
+    found = []
+    for confirm in (True, False):
+        deq = DEQ(solver=FixedPoint(max_steps=9, tol=None), confirm=confirm)
+        with torch.no_grad():
+            stats = deq(lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b)).stats
+        found.append((stats.num_evals, stats.confirmed))
+    assert found == [(11, True), (10, False)]

@@ -302,3 +302,24 @@ def test_unknown_settings_are_refused():
     for make in (lambda: UPG(k=1, lam=1.0, tau=0.5), lambda: Implicit(solver=SOLVE, k=9), lambda: UPG(5, 0.5)):
         with pytest.raises(TypeError):
             make()
+
+
+def test_checkpointed_steps_draw_their_masks_again():
+    w = randn(6, 6, seed=1).mul_(0.2).requires_grad_()
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        value = fixed_point(
+            lambda z: torch.nn.functional.dropout(torch.tanh(z @ w.T + 1), 0.5),
+            torch.ones(4, 6, dtype=DTYPE),
+            solver=FixedPoint(max_steps=0, tol=None),
+            grad=UPG(k=3, lam=0.5, checkpoint=checkpoint),
+        ).value
+        torch.manual_seed(5)
+        found.append(torch.autograd.grad(value.sum(), w)[0])
+    assert torch.equal(*found)
+
+
+def test_the_regulariser_does_not_ask_for_training_mode():
+    deq = DEQ(solver=SOLVE, grad=UPG(k=1, lam=1.0), regularizer=lambda f, z: f(z).square().mean()).eval()
+    assert deq(lambda z: 0.5 * z + 1, torch.zeros(2, 3, dtype=DTYPE)).penalty is not None

@@ -214,3 +214,20 @@ def test_impossible_probability(p):
         draw(p=p)
     with pytest.raises(ValueError, match="dropout"):
         draw(p=p, training=False)
+
+
+def test_spectral_norm_is_near_from_its_start():
+    torch.manual_seed(0)
+    weight = SpectralNorm(torch.randn(6, 8, dtype=torch.float64)).eval()()
+    assert torch.linalg.svdvals(weight)[0].item() == pytest.approx(1, rel=0.02)
+
+
+def test_spectral_norm_of_an_averaged_model_takes_the_length_of_its_vectors_out():
+    """An average of unit vectors is shorter than one, and the bound would be exceeded by as much squared."""
+    torch.manual_seed(0)
+    layer = SpectralNorm(torch.randn(6, 8, dtype=torch.float64), bound=0.9).eval()
+    expected = layer()
+    with torch.no_grad():
+        layer.u.mul_(0.9)
+        layer.v.mul_(0.8)
+    torch.testing.assert_close(layer(), expected, rtol=1e-12, atol=1e-14)

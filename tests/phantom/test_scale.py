@@ -23,7 +23,7 @@ FIXED = {
     "broyden_fixed": Broyden(max_steps=25, tol=None),
 }
 WEIGHT, INPUT = 0.7 * torch.linalg.qr(randn(DIM, DIM, seed=1))[0], randn(BATCH, DIM, seed=2)
-SIZES = [1e-36, 1e-30, 1e-20, 1e-12, 1.0, 1e12, 1e20, 1e30, 1e36]
+SIZES = [1e-36, 1e-30, 1e-20, 1e-17, 3e-16, 1e-12, 1.0, 1e12, 1e17, 1e20, 1e30, 1e36]
 
 
 def affine(size: float, rows: list[float] | None = None):
@@ -166,3 +166,19 @@ def test_the_floor_does_not_depend_on_the_neighbours():
         own, alone, _ = run([i] * BATCH)
         assert torch.equal(own[i], z[i]) and alone.num_steps[i] == stats.num_steps[i]
         assert alone.stalled[i] == stats.stalled[i]
+
+
+def test_growth_of_large_states_is_seen_as_soon():
+    steps = []
+    for size in (1.0, 1e15):
+        _, stats, _ = solve(lambda z, size=size: 3 * z + size, torch.zeros(1, 2), FixedPoint(max_steps=40, tol=1e-5))
+        assert stats.diverged.all()
+        steps.append(stats.num_steps.item())
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30])
+def test_what_residuals_are_relative_to_is_told_in_the_units_of_the_state(size):
+    x = torch.full((2, 3), size)
+    _, stats, _ = solve(lambda z: 0.5 * z + x, torch.zeros(2, 3), FixedPoint(max_steps=9, tol=None))
+    torch.testing.assert_close(stats.scale / size, torch.full((2,), 3**0.5), rtol=1e-5, atol=0)

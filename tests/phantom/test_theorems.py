@@ -159,3 +159,10 @@ def test_damping_conditions_the_phantom_matrix():
         singular = torch.linalg.svdvals(neumann_matrix(jacobian, k=k, lam=lam))
         torch.testing.assert_close(value, singular[0] / singular[-1])
     assert values[2, 0.1] < values[2, 0.9] < values[20, 0.9] and values[2, 0.1] < values[20, 0.1]
+
+
+def test_the_margin_of_theorem_1_squares_the_smallest_singular_value():
+    """sigma_min^2 / sigma_max of rows with singular values 3 to 9 is 1, where A is exact."""
+    jacobian, theta = contraction(7), 3 * orthogonal_rows(8, 3.0, WIDTH, 9)
+    exact = torch.linalg.solve(torch.eye(WIDTH, dtype=DTYPE) - jacobian, theta)
+    torch.testing.assert_close(ascent_margin(exact, jacobian, theta).item(), 1.0, rtol=1e-9, atol=1e-9)

@@ -33,3 +33,9 @@ def test_a_row_is_the_record(tmp_path, monkeypatch, dirty):
         f"| aaaaaaaa, bbbbbbbb{mark} |"
     )
     assert second == "| COX2, UPG | 83.9 ± 3.0 |" + " -- |" * 9
+
+
+def test_a_smaller_budget_is_not_set_beside_the_paper():
+    record = {"scale": "cpu", "protocols": {"best_epoch": {"mean": 84.0, "std": 1.0}}, "cpu_seconds": None}
+    record |= {"folds": [1], "num_parameters": 3, "commit": "a", "dirty": False}
+    assert tables._folds_cells(record, ["best_epoch"], "84.1 ± 2.9")[:3] == ["84.00 ± 1.00 [cpu]", "--", "--"]

@@ -10,7 +10,6 @@ import pytest
 from scripts import studies
 from scripts.running.study import rows_of
 from tests.phantom.test_import_law import PYTHON, ROOT, imports, roots
-from train import CONFIGS
 
 SCRIPTS = [path for path in PYTHON if path.startswith("scripts/")]
 REPORTING = [path for path in SCRIPTS if path.startswith("scripts/reporting/")]
@@ -113,10 +112,6 @@ def test_a_study_is_one_of_the_known_kinds(name):
     rows = [row for part in parts for row in part.get("rows", part.get("lines"))]
     points = [name for grid in study.get("grids", {}).values() for name in grid["experiments"]]
     assert len(rows_of(study)) == len(rows) + len(points) + len(study.get("measures", ())), "two rows have one name"
-
-
-def test_every_folder_of_configs_is_a_group():
-    assert {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()} <= set(CONFIGS.groups)
 
 
 @pytest.mark.parametrize("path", [path for path in COMMANDS if "__main__" in (ROOT / path).read_text()])
