@@ -58,6 +58,8 @@ class Packing:
 
     def computed_in(self) -> torch.dtype | None:
         """Return the arithmetic of f under the autocast that is active now, where it is coarser than the solver's."""
+        if self.dtype == torch.float64:  # which autocast leaves alone
+            return None
         coarse = max((self.dtype, autocast_dtype(self.device.type) or self.dtype), key=lambda d: torch.finfo(d).eps)
         return coarse if torch.finfo(coarse).eps > torch.finfo(self.flat_dtype).eps else None
 

@@ -168,3 +168,12 @@ def test_a_fixed_budget_is_run_whole_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         stats = model.deq(lambda z: torch.tanh(model.inner(z)), torch.ones(6, 8)).stats
     assert len(stats.trace) == 41 and not stats.stalled.any()
+
+
+def test_autocast_leaves_float64_alone():
+    w = 0.7 * torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        stats = fixed_point(
+            lambda z: torch.tanh(z @ w + 1), torch.zeros(2, 8, dtype=torch.float64), solver=FixedPoint(tol=1e-6)
+        ).stats
+    assert stats.converged.all() and stats.computed_in is None
