@@ -76,9 +76,13 @@ def test_models_import_torch_and_the_method(path):
 
 # the engine's contract with data, and the checks of arguments
 KNOWN_TO_DATA = {
-    *("phantom.engine.source", "phantom.engine.errors", "phantom.engine.errors.DataError", "phantom.validate"),
+    *("phantom.engine.source", "phantom.engine.errors", "phantom.validate"),
+    *(f"phantom.engine.errors.{name}" for name in ("DataError", "first_line")),
     *(f"phantom.engine.source.{name}" for name in ("Source", "Spec", "Shard", "share")),
-    *(f"phantom.validate.{name}" for name in ("check_count", "check_number", "check_choice", "check_flag")),
+    *(
+        f"phantom.validate.{name}"
+        for name in ("check_count", "check_counts", "check_number", "check_choice", "check_flag")
+    ),
 }
 
 
