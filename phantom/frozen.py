@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def is_kept_elsewhere() -> bool:
 
     Every product with the Jacobian would fetch all of it again, under checkpointing by running the model once more.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    hooks: Any = torch._C  # torch declares nothing of them
+    return hooks._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def forget_without_graph() -> None:
