@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from phantom.state import Map, State
+from phantom.threads import Shared
 
 
 def frozen(f: Map) -> Map | None:
@@ -48,28 +47,8 @@ def frozen(f: Map) -> Map | None:
     return map_of_z
 
 
-class _Stance:
-    """The stance of torch.compile, which is the process's: the last of several threads to leave restores it."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._kept = threading.Lock(), 0, ExitStack()
-
-    @contextmanager
-    def eager(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._kept.enter_context(torch.compiler.set_stance("force_eager"))
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._kept.close()
-
-
-_STANCE = _Stance()
+# torch.compile's stance is the process's
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 def uncompiled() -> AbstractContextManager:
@@ -78,7 +57,7 @@ def uncompiled() -> AbstractContextManager:
     In one piece, every vjp computes the gradients of all weights. torch._dynamo takes seconds to load, and has nothing
     compiled where nobody has loaded it.
     """
-    return _STANCE.eager() if "torch._dynamo" in sys.modules else nullcontext()
+    return _EAGER.inside() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def is_kept_elsewhere() -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from phantom.threads import Shared
 
 REDUCED = ("tf32", "bf16")
 # devices with autocast, asked for once: the compiler of torch 2.11 cannot trace the question
@@ -17,33 +19,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Switch:
-    """A process-wide switch of torch that several threads turn at once: the last one to leave restores it."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend, self._lock, self._inside, self._kept = backend, threading.Lock(), 0, ""
-
-    def is_reduced(self) -> bool:
-        return self._inside > 0 or self._backend.fp32_precision in REDUCED
-
-    @contextmanager
-    def exact(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._kept = self._backend.fp32_precision
-                self._backend.fp32_precision = "ieee"
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._backend.fp32_precision = self._kept
+@contextmanager
+def _exact(backend: Any) -> Iterator[None]:
+    kept = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = kept
 
 
-_CUDA = _Switch(torch.backends.cuda.matmul)
-_CPU = _Switch(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+_CUDA, _CPU = ((backend, Shared(partial(_exact, backend))) for backend in _BACKENDS)
 
 
 def with_exact_products(function: Callable[P, R], device: str) -> Callable[P, R]:
@@ -52,8 +39,8 @@ def with_exact_products(function: Callable[P, R], device: str) -> Callable[P, R]
     Where the user allows neither, it is `function` itself, and nothing is written. Otherwise the switch is the
     process's: while one thread is inside, an f in another thread has exact products, too.
     """
-    switch = _CUDA if device == "cuda" else _CPU
-    return switch.exact()(function) if switch.is_reduced() else function
+    backend, exact = _CUDA if device == "cuda" else _CPU
+    return exact.inside()(function) if exact.is_made or backend.fp32_precision in REDUCED else function
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
