@@ -183,6 +183,12 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         _say("the run begins with the weights of " + ", ".join(f"{k} {v}" for k, v in origin.items()))
     speed = _choose_speed(plan, source, model, device, world_size)
     _say(str(speed))
+    deq = plan.deq
+    if deq.eval_solver is None and not deq.solver.measures_residual and deq.grad.needs_equilibrium:
+        _say(
+            f"a rollout is no solve to the end: training adds the steps of {type(deq.grad).__name__} to its "
+            f"{deq.solver.max_steps}, evaluation does not; eval_solver=rollout eval_solver.max_steps=<n> says how many"
+        )
     cell: Any = getattr(model, "cell", None)
     if speed.kernels and hasattr(cell, "fuse"):
         cell.fuse()

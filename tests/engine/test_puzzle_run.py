@@ -217,3 +217,12 @@ def test_the_published_models_train_and_evaluate_alike_twice(tmp_path, leaf):
     assert again["loss"] == after
     if leaf == "reasoner_hrm":  # two cycles and a pair, and three more cycles that no gradient sees
         assert [row["num_evals"] for row in rows_of(tmp_path) if row["kind"] == "train"] == [3] * 4
+
+
+def test_cycles_that_only_training_has_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    alike = [f"runs={tmp_path}", "solver=rollout", "solver.max_steps=2"]
+    build_trainer(plan([*TINY, *alike, "eval_solver=rollout", "eval_solver.max_steps=3"]))
+    assert "a rollout" not in caplog.text
+    build_trainer(plan([*TINY, *alike, "eval_solver=null"]))
+    assert "training adds the steps of UPG to its 2, evaluation does not" in caplog.text
