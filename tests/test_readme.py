@@ -106,6 +106,8 @@ def test_lines_of_scripts_name_scripts_and_tables(monkeypatch, capsys):
     monkeypatch.setattr(benchmark.pages, "write", lambda study: None)
     for _, script, *items in (line[: line.index(">")] if ">" in line else line for line in lines):
         if script.endswith("reproduce.py"):
+            # one study for `all`, whose rows take a minute to compose
+            items = ["table1" if item == "all" else item for item in items]
             reproduce.main([*items, *([] if "list" in items else ["list"])])
         elif script.endswith("report.py"):
             assert set(items) <= {*studies.names(), "html", "runs=runs"}
