@@ -18,8 +18,9 @@ from data.seeding import seed_of
 from phantom.engine.errors import DataError, first_line
 
 Transform = Callable[[Tensor], Tensor]
-# how BMP, TIFF and the six kinds of PPM begin, which torchvision does not read
-FOR_PILLOW = (b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+# how PNG begins, and BMP, TIFF and the six kinds of PPM. A damaged PNG crashes the process in torchvision, which does
+# not read the others
+FOR_PILLOW = (b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 
 
 class Example(NamedTuple):
@@ -39,7 +40,7 @@ def decode(encoded: bytes, name: str) -> Tensor:
     """Return the pixels (3, H, W) uint8 of a picture in colours; a grey one has three equal channels.
 
     torchvision decodes straight into a tensor, in three quarters of Pillow's time. With a torchvision that has no
-    decoders any more, this takes torchcodec's. Pillow decodes the formats that torchvision does not read.
+    decoders any more, this takes torchcodec's. Pillow decodes the formats of `FOR_PILLOW`. Of 16 bits 8 are kept.
 
     Raises:
         DataError: the bytes are no picture, or not all of one; `name` says which.
@@ -51,14 +52,12 @@ def decode(encoded: bytes, name: str) -> Tensor:
         with warnings.catch_warnings():
             # torchvision 0.29 says at every call that torchcodec takes over
             warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
-            pixels = _decoder()(buffer)
-    except (RuntimeError, ValueError, OSError) as error:
+            return _decoder()(buffer)
+    except (RuntimeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = first_line(error)
         raise DataError(
             f"the picture {name} is damaged and cannot be decoded ({reason}): replace or remove it"
         ) from error
-    # a PNG may have 16 bits
-    return pixels if pixels.dtype == torch.uint8 else (pixels.float() / 257).round().to(torch.uint8)
 
 
 def batch_of(pairs: Iterable[tuple[str, Example]], transform: Transform) -> tuple[Tensor, Tensor]:
@@ -83,8 +82,10 @@ def batch_of(pairs: Iterable[tuple[str, Example]], transform: Transform) -> tupl
 
 def _with_pillow(encoded: bytes) -> Tensor:
     with Image.open(io.BytesIO(encoded)) as picture:
-        if picture.mode[0] in "IF":  # Pillow's conversion cuts 16 bits off at 255
-            raise ValueError(f"its pixels are of Pillow's mode {picture.mode}: save it as PNG or JPEG")
+        if picture.mode.startswith("I;16"):  # Pillow's own conversion cuts them off at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        elif picture.mode in ("I", "F"):
+            raise ValueError(f"its pixels are of Pillow's mode {picture.mode}: save it with 8 or 16 bits")
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 

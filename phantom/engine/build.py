@@ -186,8 +186,9 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     deq = plan.deq
     if deq.eval_solver is None and not deq.solver.measures_residual and deq.grad.needs_equilibrium:
         _say(
-            f"a rollout is no solve to the end: training adds the steps of {type(deq.grad).__name__} to its "
-            f"{deq.solver.max_steps}, evaluation does not; eval_solver=rollout eval_solver.max_steps=<n> says how many"
+            f"rollout: training runs solver.max_steps={deq.solver.max_steps} steps and those of "
+            f"{type(deq.grad).__name__}, evaluation the former alone; eval_solver=rollout eval_solver.max_steps=<n> "
+            "sets its number"
         )
     cell: Any = getattr(model, "cell", None)
     if speed.kernels and hasattr(cell, "fuse"):

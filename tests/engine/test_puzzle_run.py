@@ -223,6 +223,8 @@ def test_cycles_that_only_training_has_are_told(tmp_path, caplog):
     caplog.set_level("INFO")
     alike = [f"runs={tmp_path}", "solver=rollout", "solver.max_steps=2"]
     build_trainer(plan([*TINY, *alike, "eval_solver=rollout", "eval_solver.max_steps=3"]))
-    assert "a rollout" not in caplog.text
+    assert "rollout: training runs" not in caplog.text
     build_trainer(plan([*TINY, *alike, "eval_solver=null"]))
-    assert "training adds the steps of UPG to its 2, evaluation does not" in caplog.text
+    assert (
+        "rollout: training runs solver.max_steps=2 steps and those of UPG, evaluation the former alone" in caplog.text
+    )
