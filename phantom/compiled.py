@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.decorators import skip
+from torch._dynamo.decorators import disable, skip
 from torch._dynamo.eval_frame import _callback_from_stance, skip_code
 
 from phantom import deq
+from phantom.gradient.adjoint import Equilibrium
+from phantom.gradient.inverse import Inverse
 from phantom.solution import Solution
 from phantom.state import Map, State
 
@@ -48,3 +50,6 @@ outside._torchdynamo_disable_msg = REASON
 # these frames lead to `outside` and have nothing to compile: each would be a graph break of its own
 skip_code(deq.fixed_point.__code__)
 skip_code(deq.DEQ.forward.__code__)
+# a backward that compiled code starts, a whole training step for one, would be compiled line by line
+for node in (Equilibrium, Inverse):
+    node.backward = staticmethod(disable(node.backward, reason="phantom runs the backward of an equilibrium eagerly"))

@@ -87,7 +87,7 @@ class _Backward:
         return Inverse.apply(g, index, operator, True, True, ())
 
 
-class _Equilibrium(torch.autograd.Function):
+class Equilibrium(torch.autograd.Function):
     """The identity on f(z_star), whose backward maps the cotangent; the graph of f below it stays an ordinary graph.
 
     z_star is a leaf there, so no reference cycle forms, and nothing outlives the graph. What f reads is an input of
@@ -148,7 +148,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     stats = Stats.of_no_solve(u)
     stats.group, stats.differentiated_in = equilibrium.stats.group, equilibrium.stats.differentiated_in
     again = _Backward(equilibrium.estimator, adjoint, linear, stats, None, is_adjoint=True)
-    u = _with_value(_Equilibrium.apply(linear.fz, again, *linear.inputs), u)
+    u = _with_value(Equilibrium.apply(linear.fz, again, *linear.inputs), u)
     return partial_vjps(fz, inputs, u, fixed=z)
 
 
@@ -184,7 +184,7 @@ class AdjointEstimator(GradientEstimator):
             return linear.fz.detach()
         anew = getattr(f, "frozen", None) or (f if is_kept_elsewhere() else None)
         backward = _Backward(self, f, linear, stats, solution.history, anew=anew)
-        return _Equilibrium.apply(linear.fz, backward, *linear.inputs)
+        return Equilibrium.apply(linear.fz, backward, *linear.inputs)
 
     def _attach_under(self, levels: transforms.Levels, f: FlatMap, solution: Solution) -> Tensor:
         """Return the value with a derivative at every level of torch.func and forward mode.
@@ -206,7 +206,12 @@ class AdjointEstimator(GradientEstimator):
 
         fz = levels.rows(value)
         operator = Operator(fz, rows, apply, is_exact=isinstance(self, Implicit), has_forward=not self.needs_history)
-        orders = levels.orders + leads_elsewhere(fz, rows)
+        elsewhere = leads_elsewhere(fz, rows)
+        if not elsewhere:
+            # the graph to `rows` is for products alone: what the transforms return would hold it, and need grad
+            value = f(levels.wrap(rows.detach()))
+            stats.num_evals += 1
+        orders = levels.orders + elsewhere
         if not levels.rows(levels.wrap(rows) * 1).requires_grad:
             raise RuntimeError(
                 "torch.func needs grad around it to differentiate an equilibrium: call it outside of torch.no_grad()"

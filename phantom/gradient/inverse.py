@@ -128,9 +128,9 @@ class Inverse(torch.autograd.Function):
         u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
         if ctx.acts:
             return u
-        if torch.is_grad_enabled() and not transforms.are_active():
-            return OnceOnly.apply(u, ctx.operator.fz.sum() + fz.sum())
-        return u if ctx.operator.is_exact else OnceOnly.apply(u, fz)
+        # once the transforms are over, autograd around them asks: then the Newton steps that follow are not there
+        is_differentiable = ctx.operator.is_exact and transforms.are_active()
+        return u if is_differentiable else OnceOnly.apply(u, fz)
 
     @staticmethod
     def vmap(

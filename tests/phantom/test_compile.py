@@ -130,6 +130,28 @@ def test_a_bare_call_and_a_second_derivative():
         torch.testing.assert_close(a, b, rtol=SAME, atol=SAME)
 
 
+@pytest.mark.parametrize("name", ["npg", "implicit"])
+@pytest.mark.parametrize("way", ["autograd", "func"])
+def test_the_backward_inside_compiled_code_runs_eagerly(name, way):
+    """As in a whole training step; compiled line by line it takes a minute once, and each step 60 times as long."""
+    model, x = Model(DEQ(solver=FixedPoint(max_steps=30, tol=1e-9), grad=GRADS[name])), randn(5, 3, seed=1)
+
+    def step(x: Tensor) -> list[Tensor]:
+        if way == "func":
+            return [torch.func.grad(lambda x: model(x).square().sum())(x)]
+        return outcome(model, model, x)
+
+    traced = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]):
+        traced.extend(str(node.meta.get("stack_trace")) for node in module.graph.nodes)
+        return module.forward
+
+    for a, b in zip(torch.compile(step, backend=backend)(x), step(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=SAME, atol=SAME)
+    assert bool(traced) == (way == "autograd") and not any("phantom/gradient" in lines for lines in traced)
+
+
 def test_fullgraph_of_an_unrolled_iteration():
     model, backend = Model(DEQ(solver=FixedPoint(max_steps=9, tol=None), grad=GRADS["bptt"])), Backend()
     compiled, x = torch.compile(model, backend=backend, fullgraph=True), randn(5, 3, seed=1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, func
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import exact_adjoint
@@ -119,6 +120,16 @@ def test_phantom_gradients_are_the_neumann_sum(grad, k, lam):
     close(found, torch.einsum("bij,bi->bj", total, g))
     _, moved = func.jvp(lambda x: equilibrium(WEIGHT, x, grad=grad), (X,), (tangent,))
     close(moved, torch.einsum("bij,bj->bi", total, tangent))
+
+
+@pytest.mark.parametrize("grad", [Implicit(), NPG(), UPG(), SHINE()], ids=["implicit", "npg", "upg", "shine"])
+@pytest.mark.parametrize("name", ["grad", "vjp", "jvp", "jacrev", "vmap", "per_sample"])
+def test_nothing_holds_a_graph_that_nobody_asked_for(grad, name):
+    """As with torch.func of plain code: else w - 0.1 * func.grad(loss)(w) has a graph that grows with every step."""
+    if isinstance(grad, SHINE) and name == "jvp":
+        pytest.skip("SHINE has no forward mode")
+    found = FIRST[name](lambda weight, x: equilibrium(weight, x, grad=grad))
+    assert not any(t.requires_grad for t in pytree.tree_leaves(found))
 
 
 def test_bptt_is_the_loop():
