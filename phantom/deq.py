@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +103,9 @@ def fixed_point(
         Solution: value, z0 and z_star in the form of `z0`.
     """
     solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
-    check_kind("solver", solver, Solver, "Broyden()")
-    check_kind("grad", grad, GradientEstimator, "UPG()")
-    check_on_failure(on_failure)
-    group = name_of(group)
-    check_choice("returns", returns, RETURNS)
-    _check_precision(gradient_precision)
+    _check_settings(solver, grad, on_failure, returns, gradient_precision)
     _check_extras(states, unrolled, grad)
+    group = name_of(group)
     if _is_compiled_around(grad, regularizer):
         from phantom.compiled import outside
 
@@ -140,64 +136,42 @@ def fixed_point(
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
     flat_f, start = _flat(f, packing), packing.pack(z0)
-    flat_z0 = start.detach()
     computed_in, differentiate = packing.computed_in(), torch.is_grad_enabled()
     if not differentiate and transforms.are_active() and transforms.is_forward_mode():
         raise RuntimeError(
             "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
             "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
         )
-    visited: dict[int, Tensor] = {}
-
-    def watch(step: int, best: Tensor) -> None:
-        if step in states:
-            visited[step] = best.clone()
-
     with clock("solve"):
-        if differentiate and not grad.needs_equilibrium:
-            z_star, stats, history = flat_z0, Stats.of_no_solve(flat_z0), None
-        else:
-            run = solve if not transforms.are_active() else transforms.solve
-            z_star, stats, history = run(
-                flat_f,
-                flat_z0,
-                solver,
-                in_place=in_place or packing.joins,
-                group=group,
-                watch=watch if states else None,
-                last=returns == "last",
-                computed_in=computed_in,
-            )
-            forget_without_graph()
+        flat, iterates = _solve(
+            flat_f,
+            start,
+            solver,
+            grad,
+            states,
+            in_place=in_place or packing.joins,
+            group=group,
+            last=returns == "last",
+            computed_in=computed_in,
+        )
+    stats = flat.stats
     stats.group, stats.on_failure = group, on_failure
     stats.computed_in, stats.differentiated_in = computed_in, gradient_precision or computed_in
-    keep = history if grad.needs_history else None
-    del history
-    flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=keep)
-    iterates = [visited.get(step, z_star) for step in states]
     unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
         with clock("attach"):
             if gradient_precision is not None:
-                with torch.autocast(flat_z0.device.type, dtype=gradient_precision):
+                with torch.autocast(start.device.type, dtype=gradient_precision):
                     flat_f = _flat(f, packing, flat_f.writes)  # f keeps the autocast it is wrapped under
-            confirming = Confirming(flat_f, stats, solver) if unsure and gradient_precision is None else flat_f
-            if unrolled:
-                flat.unrolled = []
-            flat.value = grad.attach(confirming, flat)
-            if flat.value.shape != start.shape:
-                raise ValueError(
-                    f"{type(grad).__name__}.attach must return {tuple(start.shape)}, the shape of z_star, got "
-                    f"{tuple(flat.value.shape)}"
-                )
+            flat.unrolled = [] if unrolled else None
+            confirms = unsure and gradient_precision is None
+            _attach(Confirming(flat_f, stats, solver) if confirms else flat_f, flat, grad)
             iterates = [_attach_at(z, flat_f, flat, grad) for z in iterates]
-            if not grad.needs_equilibrium:
-                flat.z_star = flat.value.detach()
     elif unsure:
         with clock("solve"):
-            Confirming(flat_f, stats, solver)(z_star)
+            Confirming(flat_f, stats, solver)(flat.z_star)
             stats.num_evals += 1
-    if on_failure != "ignore" and stats.num_evals and can_ask(flat_z0, solver):
+    if on_failure != "ignore" and stats.num_evals and can_ask(flat.z_star, solver):
         act(stats, on_failure, of=SOLVE)
     # the value is the user's to write to: it shares memory with neither z_star nor what the graph has saved
     solution = Solution(
@@ -205,7 +179,7 @@ def fixed_point(
         z0=z0,
         z_star=packing.unpack(flat.z_star),
         stats=stats,
-        history=keep,
+        history=flat.history,
         states=tuple(packing.unpack(z, copy=True) for z in iterates),
         unrolled=None if flat.unrolled is None else [packing.unpack(z, copy=True) for z in flat.unrolled],
     )
@@ -213,6 +187,41 @@ def fixed_point(
         with clock("attach"), uncompiled():  # a penalty may differentiate f twice
             solution.penalty = regularizer(f, solution.z_star)
     return solution
+
+
+def _solve(
+    f: Pure, start: Tensor, solver: Solver, grad: GradientEstimator, states: Sequence[int], **settings: Any
+) -> tuple[Solution, list[Tensor]]:
+    """Return the solve from `start` (B, D), or `start` where `grad` needs none, and the iterates z_t of `states`.
+
+    Args:
+        settings: of `phantom.solve.solve`.
+    """
+    z0, visited = start.detach(), {}
+    if torch.is_grad_enabled() and not grad.needs_equilibrium:
+        return Solution(value=z0, z0=start, z_star=z0, stats=Stats.of_no_solve(z0)), []
+
+    def watch(step: int, best: Tensor) -> None:
+        if step in states:
+            visited[step] = best.clone()
+
+    run = transforms.solve if transforms.are_active() else solve
+    z_star, stats, history = run(f, z0, solver, watch=watch if states else None, **settings)
+    forget_without_graph()
+    flat = Solution(value=z_star, z0=start, z_star=z_star, stats=stats, history=history if grad.needs_history else None)
+    return flat, [visited.get(step, z_star) for step in states]
+
+
+def _attach(f: FlatMap, flat: Solution, grad: GradientEstimator) -> None:
+    """Give `flat.value` the gradient of `grad`."""
+    flat.value = grad.attach(f, flat)
+    if flat.value.shape != flat.z0.shape:
+        raise ValueError(
+            f"{type(grad).__name__}.attach must return {tuple(flat.z0.shape)}, the shape of z_star, got "
+            f"{tuple(flat.value.shape)}"
+        )
+    if not grad.needs_equilibrium:
+        flat.z_star = flat.value.detach()
 
 
 def _flat(f: Map, packing: Packing, writes: bool | None = None) -> Pure:
@@ -233,11 +242,17 @@ def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator
         raise ValueError(f"unrolled=True needs UPG or BPTT: {type(grad).__name__} unrolls no steps")
 
 
-def _check_precision(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.bfloat16, torch.float16):
+def _check_settings(
+    solver: object, grad: object, on_failure: object, returns: object, precision: torch.dtype | None
+) -> None:
+    check_kind("solver", solver, Solver, "Broyden()")
+    check_kind("grad", grad, GradientEstimator, "UPG()")
+    check_on_failure(on_failure)
+    check_choice("returns", returns, RETURNS)
+    if precision not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"gradient_precision={dtype} is no dtype of autocast: choose torch.bfloat16, torch.float16 or None, which "
-            "keeps the caller's"
+            f"gradient_precision={precision} is no dtype of autocast: choose torch.bfloat16, torch.float16 or None, "
+            "which keeps the caller's"
         )
 
 
@@ -263,7 +278,7 @@ def _is_compiled_around(grad: GradientEstimator, regularizer: Regularizer | None
 class DEQ(nn.Module):
     """A deep equilibrium layer without parameters: how to solve, and how to differentiate.
 
-    `forward(f, z0)` is `fixed_point` with these settings. The four settings are plain attributes holding immutable
+    `forward(f, z0)` is `fixed_point` with these settings. The settings are plain attributes holding immutable
     objects: replace one to change a run on the way (pretraining phase, jitter of the budget, another estimator).
 
     Args:
@@ -293,11 +308,9 @@ class DEQ(nn.Module):
     ) -> None:
         super().__init__()
         solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
-        check_kind("solver", solver, Solver, "Broyden()")
-        check_kind("grad", grad, GradientEstimator, "UPG()")
+        _check_settings(solver, grad, on_failure, returns, gradient_precision)
         if eval_solver is not None:
             check_kind("eval_solver", eval_solver, Solver, "Broyden()")
-        check_on_failure(on_failure)
         if regularizer is not None and not callable(regularizer):
             raise TypeError(f"regularizer must be callable as regularizer(f, z), or None, got {regularizer!r}")
         self.solver = solver
@@ -308,8 +321,6 @@ class DEQ(nn.Module):
         self.confirm = confirm
         self.on_failure: OnFailure = on_failure
         self.group = name_of(group)
-        check_choice("returns", returns, RETURNS)
-        _check_precision(gradient_precision)
         self.returns: Returns = returns
         self.clock: Clock = nullcontext
 

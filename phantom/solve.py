@@ -16,6 +16,7 @@ from phantom.ranks import any_rank
 from phantom.scaling import powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
+from phantom.solver.rollout import Rollout
 from phantom.state import FlatMap, form_of
 
 # a state of so few numbers gains nothing by a view of it
@@ -65,20 +66,21 @@ def solve(
     own = pure(f)
     f, z, num_evals = lambda z: own(z).detach(), z0.detach(), int(fz0 is None)  # f may switch grad on
     with without_autocast(z.device.type):
-        if not solver.measures_residual:
+        if isinstance(solver, Rollout):
             return *solver.roll_out(f, z, watch), None
         fz = f(z) if fz0 is None else fz0
         start = Start(fz, z, solver, scale, computed_in)
         if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            return _loop(f, z, solver, start, num_evals, in_place, group, watch, last)
+            return _loop(f, z, solver, start, num_evals, in_place=in_place, group=group, watch=watch, last=last)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         scaled = None if watch is None else lambda step, best: watch(step, best / power)
         start = Start(fz, z, solver, scale, computed_in)
-        best, stats, memory = _loop(rescaled(f, power), z, solver, start, num_evals, True, group, scaled, last)
+        f = rescaled(f, power)
+        best, stats, memory = _loop(f, z, solver, start, num_evals, in_place=True, group=group, watch=scaled, last=last)
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
 
@@ -89,6 +91,7 @@ def _loop(
     solver: Solver,
     start: Start,
     num_evals: int,
+    *,
     in_place: bool,
     group: str | None,
     watch: Watch | None,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from phantom import Solver
+from phantom import Rollout, Solver
 from phantom.deq import deqs_of
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
@@ -184,7 +184,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     speed = _choose_speed(plan, source, model, device, world_size)
     _say(str(speed))
     deq = plan.deq
-    if deq.eval_solver is None and not deq.solver.measures_residual and deq.grad.needs_equilibrium:
+    if deq.eval_solver is None and isinstance(deq.solver, Rollout) and deq.grad.needs_equilibrium:
         _say(
             f"rollout: training runs solver.max_steps={deq.solver.max_steps} steps and those of "
             f"{type(deq.grad).__name__}, evaluation the former alone; eval_solver=rollout eval_solver.max_steps=<n> "

@@ -26,6 +26,7 @@ from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
+from phantom.solver.rollout import Rollout
 from phantom.state import FlatMap, form_of
 from phantom.validate import check_count, check_kind, check_lam
 
@@ -279,7 +280,7 @@ class Implicit(AdjointEstimator):
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Broyden(max_steps=30, tol=1e-6)")
         check_count("solver.max_steps", self.solver.max_steps, least=1)
-        if not self.solver.measures_residual:
+        if isinstance(self.solver, Rollout):
             raise ValueError(
                 f"solver={self.solver!r} measures no residual: the adjoint solve needs one, as FixedPoint has"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phantom.gradient.adjoint import AdjointEstimator, Vjp
 from phantom.solution import Solution, Stats
-from phantom.solver.broyden import Steps
+from phantom.solver.ring import Steps
 from phantom.state import FlatMap
 
 

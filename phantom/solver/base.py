@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from phantom.residual import Norm, Stop
-from phantom.state import FlatMap
 from phantom.validate import check_choice, check_count, check_flag, check_number
 
 
@@ -33,8 +32,6 @@ class Solver(ABC):
             captures never asks, whatever is said here.
         compile: fuse the solver's own arithmetic; a minute at the first solve, and worth it on a GPU.
     """
-
-    measures_residual: ClassVar[bool] = True  # False: `solve` calls `roll_out`, and returns the last iterate
 
     max_steps: int = 50
     tol: float | None = 1e-4
@@ -69,10 +66,6 @@ class Solver(ABC):
         Return new memory, never a view of `z`: the loop may keep `z` as the best iterate, and f may reuse its output
         buffer. You may overwrite `g`.
         """
-
-    def roll_out(self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Any]:
-        """Return the last iterate (B, D) from `z` (B, D), and its statistics; a solver without residuals has this."""
-        raise NotImplementedError(f"{type(self).__name__} measures residuals, and is run by phantom.solve.solve")
 
 
 def _is_captured() -> bool:

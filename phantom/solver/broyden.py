@@ -21,83 +21,24 @@ from torch import Tensor
 
 from phantom.host import is_cheap_to_read
 from phantom.solver.base import Solver, compiled
+from phantom.solver.ring import (
+    Steps,
+    at_next,
+    at_previous,
+    drop,
+    fill_column,
+    fill_row,
+    pick,
+    project,
+    put,
+    times,
+    widened,
+)
 from phantom.validate import check_count, check_flag, check_triton
 
 ROOM = 32  # steps for which a solve makes room at its start
-LANES = 8  # float32 numbers in a vector register
 # Outside these bounds of |1 - c| the secant factor carries rounding noise rather than curvature.
 MOST, LEAST = 1e3, 1e-3
-
-
-@dataclass
-class Steps:
-    """The last `limit` steps of a solve in a ring, and the small matrices that make the next one.
-
-    Everything is in ring order: position i mod `limit` holds step i. Room is made as steps are taken, so that a solve
-    costs what its steps cost, whatever its budget; positions not used yet hold zeros.
-
-    Args:
-        steps: (room, B, D), step axis first, so that appending is one contiguous write.
-        gram: (B, room, room) inner products of the stored steps.
-        coefficients: (B, room, room) the matrix C of `Broyden`.
-        limit: most steps to keep.
-        masks: (room, room) row i is True at i alone; for compiled arithmetic, where one kernel serves every position.
-        reads: whether the host looks at every step for factors that are noise.
-        count: steps taken so far, those no longer stored included.
-    """
-
-    steps: Tensor
-    gram: Tensor
-    coefficients: Tensor
-    limit: int
-    masks: Tensor | None = None
-    reads: bool = False
-    count: int = 0
-    _views: tuple[Any, ...] = (0,)
-
-    def make_room(self) -> None:
-        """Double the room where the next step finds none."""
-        room, batch, width = self.steps.shape
-        if self.count < room or room == self.limit:
-            return
-        more = min(2 * room, self.limit)
-        steps, small = self.steps.new_empty((more, batch, width)), self.gram.new_zeros((2, batch, more, more))
-        steps[:room], small[0, :, :room, :room], small[1, :, :room, :room] = self.steps, self.gram, self.coefficients
-        self.steps, self.gram, self.coefficients, self._views = steps, small[0], small[1], (0,)
-        self.masks = None if self.masks is None else torch.eye(more, dtype=torch.bool, device=steps.device)
-
-    def width(self, n: int) -> int:
-        """Return how much of the small matrices to use for `n` steps: whole vector registers, so that sums over it
-
-        have the order, and the rounding, of sums over all of `limit`.
-        """
-        if self.masks is not None:
-            return len(self.masks)
-        width = -(-n // LANES) * LANES
-        return width if width <= self.limit // LANES * LANES else self.limit
-
-    def small(self, width: int) -> tuple[Tensor, Tensor]:
-        """Return the first `width` rows and columns of both small matrices, (B, width, width) each."""
-        if self._views[0] != width:
-            self._views = width, (self.gram[:, :width, :width], self.coefficients[:, :width, :width])
-        return self._views[1]
-
-    def place(self, position: int) -> int | Tensor:
-        """Return the position as the arithmetic takes it."""
-        return position if self.masks is None else self.masks[position]
-
-    def apply_inverse_transposed(self, v: Tensor) -> Tensor:
-        """Return H^T v (B, D) for `v` (B, D), H the estimate of (I - J)^{-1} that the stored steps make.
-
-        H v = v + sum_l (C S v)_l s_{l+1}, so H^T v = v + sum_j (C^T b)_j s_j with b_l = <s_{l+1}, v>.
-        """
-        n = min(self.count, self.limit)
-        if n == 0:  # the start met tol
-            return v
-        stored = self.steps[:n]
-        products = _put(_project(stored, v).roll(-1, 1), (self.count - 1) % n, 0.0)
-        weights = _times(self.coefficients[:, :n, :n].mT, products)
-        return torch.baddbmm(v[:, None, :], weights[:, None, :], stored.transpose(0, 1))[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +100,13 @@ class Broyden(Solver):
         else:
             weights, scale, products = secant(
                 *memory.small(width),
-                _widened(project(stored, g), width),
+                widened(project(stored, g), width),
                 memory.place((memory.count - 1) % memory.limit),
                 memory.place(position % width),
                 full,
                 memory.reads,
             )
-            products = _widened(products, wider)
+            products = widened(products, wider)
         z, square = combine(step, stored, weights, scale, z, g)
         if full:
             memory.steps[position] = step
@@ -180,7 +121,7 @@ class Broyden(Solver):
             from phantom.solver import kernels
 
             return secant, append, kernels.project, kernels.combine
-        return secant, append, _project, partial(_combine, move)
+        return secant, append, project, partial(_combine, move)
 
 
 def _secant(
@@ -198,15 +139,15 @@ def _secant(
         newest, here: the position of the newest step, and of the one to come.
     """
     # a problem without a finite answer takes the plain step
-    c = _times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
-    scale = torch.rsub(_pick(c, newest), 1)  # 1 - c, without the detour of an operator between a number and a tensor
+    c = times(coefficients, a).nan_to_num(0.0, 0.0, 0.0)
+    scale = torch.rsub(pick(c, newest), 1)  # 1 - c, without the detour of an operator between a number and a tensor
     noise = _noise(scale, reads)
     if noise is not None:
-        _drop(coefficients, newest, noise)
+        drop(coefficients, newest, noise)
         scale = scale.masked_fill(noise, 1.0)
     scale = scale.unsqueeze(1)
-    weights = _previous(c, newest, here, full) / scale
-    return weights, scale, a / scale + _times(gram, weights)
+    weights = at_previous(c, newest, here, full) / scale
+    return weights, scale, a / scale + times(gram, weights)
 
 
 def _noise(scale: Tensor, reads: bool) -> Tensor | None:
@@ -249,92 +190,19 @@ def _append(
     reads: bool,
 ) -> None:
     """Extend the small matrices by a step with these inner products (B, n) and squared length (B,)."""
-    products = _put(products, here, square)
-    _fill_row(gram, here, products)
-    _fill_column(gram, here, products)
+    products = put(products, here, square)
+    fill_row(gram, here, products)
+    fill_column(gram, here, products)
     if full:  # the oldest step leaves
         zero = torch.zeros_like(products)
-        _fill_row(coefficients, here, zero)
-        _fill_column(coefficients, here, zero)
+        fill_row(coefficients, here, zero)
+        fill_column(coefficients, here, zero)
     # a step of length zero, as of a problem held where it converged, tells nothing: its row is zero
     least, inverse = torch.finfo(square.dtype).tiny, square.reciprocal()
     if not reads or not all(number > least for number in square.tolist()):
         inverse = torch.where(square > least, inverse, 0.0)
-    new = _times(coefficients.mT, _next(products, here, full))
-    _fill_row(coefficients, here, _put(new, here, 1.0) * inverse.unsqueeze(1))
-
-
-def _project(stored: Tensor, v: Tensor) -> Tensor:
-    """Return <s_j, v> (B, n): a row vector times (D, n), several times faster in BLAS than the column form."""
-    return torch.bmm(v.unsqueeze(1), stored.permute(1, 2, 0)).squeeze(1)
-
-
-def _widened(rows: Tensor, width: int) -> Tensor:
-    """Return `rows` (B, n) with zeros up to `width` columns."""
-    missing = width - rows.shape[1]
-    return torch.constant_pad_nd(rows, (0, missing)) if missing else rows
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return torch.linalg.vecdot(matrix, vector.unsqueeze(1), dim=2)
-
-
-def _next(rows: Tensor, here: int | Tensor, full: bool) -> Tensor:
-    """Return, for every position, the entry of `rows` (B, n) at the next one of the ring; 0 for the newest, `here`."""
-    if full or isinstance(here, Tensor):
-        return _put(rows.roll(-1, 1), here, 0.0)
-    return torch.constant_pad_nd(rows, (-1, 1))  # beyond the newest all are zero
-
-
-def _previous(rows: Tensor, newest: int | Tensor, here: int | Tensor, full: bool) -> Tensor:
-    """Return, for every position, the entry of `rows` (B, n) at the one before; 0 for that of the step to come, `here`.
-
-    c_l weighs the step after l; the one after the newest is not there yet.
-    """
-    if full or not isinstance(newest, int):
-        return _put(rows.roll(1, 1), here, 0.0)
-    return torch.constant_pad_nd(rows[:, :newest], (1, rows.shape[1] - newest - 1))
-
-
-# A position is a number, or in compiled code a mask (n,) that is True there alone.
-
-
-def _pick(rows: Tensor, at: int | Tensor) -> Tensor:
-    """Return the entries (B,) of `rows` (B, n) at a position."""
-    return rows.select(1, at) if isinstance(at, int) else (rows * at).sum(1)
-
-
-def _put(rows: Tensor, at: int | Tensor, value: Tensor | float) -> Tensor:
-    """Return `rows` (B, n), which may be written to, with `value` () or (B,) at a position."""
-    if isinstance(at, int):
-        column = rows.select(1, at)
-        column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
-        return rows
-    return torch.where(at, value[:, None] if isinstance(value, Tensor) else value, rows)
-
-
-def _fill_row(matrix: Tensor, at: int | Tensor, row: Tensor) -> None:
-    """Write `row` (B, n) into the row of `matrix` (B, n, n) at a position."""
-    if isinstance(at, int):
-        matrix.select(1, at).copy_(row)
-    else:
-        matrix.copy_(torch.where(at[:, None], row[:, None, :], matrix))
-
-
-def _fill_column(matrix: Tensor, at: int | Tensor, column: Tensor) -> None:
-    """Write `column` (B, n) into the column of `matrix` (B, n, n) at a position."""
-    if isinstance(at, int):
-        matrix.select(2, at).copy_(column)
-    else:
-        _fill_row(matrix.mT, at, column)
-
-
-def _drop(matrix: Tensor, at: int | Tensor, problems: Tensor) -> None:
-    """Write zeros into the row of `matrix` (B, n, n) at a position, for the `problems` (B,) that say so."""
-    if isinstance(at, int):
-        matrix.select(1, at).masked_fill_(problems[:, None], 0.0)
-    else:
-        matrix.masked_fill_(at[:, None] & problems[:, None, None], 0.0)
+    new = times(coefficients.mT, at_next(products, here, full))
+    fill_row(coefficients, here, put(new, here, 1.0) * inverse.unsqueeze(1))
 
 
 PLAIN = (_secant, _append, _move)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ class Rollout(Solver):
     returns the iterate with the smallest residual. Cost: `max_steps` evaluations of f. The residual stays unknown
     (NaN), for it would cost one more; measure it with `FixedPoint`.
     """
-
-    measures_residual: ClassVar[bool] = False
 
     tol: None = None
     lam: float = 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phantom import Broyden
 from phantom.solve import solve
-from phantom.solver import broyden, kernels
+from phantom.solver import broyden, kernels, ring
 from tests.phantom.problems import linear_nonsymmetric, plateau, randn, tanh_contraction
 
 # B, D, n, and the room of the steps; D in part of a block, one whole block, and several with a rest
@@ -49,7 +49,7 @@ def errors_of_the_passes(batch, width, n, room, *, dtype=torch.float32, device="
     s = wide_g / wide_scale + (wide_steps * weights[:, :n].T[:, :, None].double()).sum(0)
     exact = [(wide_steps * wide_g).sum(2).T, s, z.double() + s, s.square().sum(1)]
     step, found = torch.empty((batch, width), dtype=dtype, device=device), []
-    plain = broyden._project(steps[:n], g), *broyden._combine(broyden._move, step, steps[:n], weights, scale, z, g)
+    plain = ring.project(steps[:n], g), *broyden._combine(broyden._move, step, steps[:n], weights, scale, z, g)
     found.append([relative(a, e) for a, e in zip((plain[0], step, *plain[1:]), exact, strict=True)])
     step.fill_(torch.nan)
     own = kernels.combine(step, steps[:n], weights, scale, z, g, num_warps=num_warps)
