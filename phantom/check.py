@@ -106,7 +106,7 @@ def _dependence(f: Map, packing: Packing, z: Tensor, fz: Tensor, with_graph: Ten
     if _same(evaluate(z + step), fz):
         return ["f does not depend on z: its fixed point is f(z0), and no solve is needed."]
     rows = torch.arange(len(z), device=z.device)
-    for bit in range(max(len(z) - 1, 0).bit_length()):
+    for bit in range((len(z) - 1).bit_length()):
         for value in (0, 1):
             moved = (rows >> bit) % 2 == value
             other = evaluate(torch.where(moved[:, None], z + step, z))

@@ -22,7 +22,7 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
 
     Source: Arnoldi, *The principle of minimized iterations* (1951).
     """
-    vjp, z = _linearise(f, z)
+    product, z = _linearise(f, z)
     batch, width = z.shape
     steps = min(num_steps, width)
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -33,7 +33,7 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
     basis = torch.nn.functional.normalize(draw(), dim=1)[None]
     hessenberg = z.new_zeros(batch, steps, steps)
     for j in range(steps):
-        w, products = _orthogonalise(vjp(basis[j]), basis)
+        w, products = _orthogonalise(product(basis[j]), basis)
         hessenberg[:, : j + 1, j] = products
         if j + 1 == steps:
             break
@@ -78,8 +78,8 @@ def best_damping(eigenvalues: Tensor) -> float:
 
 def dense_jacobian(f: Map, z: State) -> Tensor:
     """Return J (B, D, D) at `z`, one vjp per row: for small D."""
-    vjp, z = _linearise(f, z)
-    rows = [vjp(unit.expand_as(z)) for unit in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
+    product, z = _linearise(f, z)
+    rows = [product(unit.expand_as(z)) for unit in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
     return torch.stack(rows, dim=1)
 
 

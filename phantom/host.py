@@ -11,19 +11,17 @@ from torch._subclasses.fake_tensor import is_fake
 
 from phantom.solver.base import Solver
 
-FUNCTORCH: Any = torch._C  # torch declares nothing of what is used here
+TORCH: Any = torch._C  # torch declares nothing of what is used here
 
 
 def is_traced(z: Tensor) -> bool:
     """Return whether operators are traced: under torch.compile and inside the transforms of torch.func."""
-    return torch.compiler.is_compiling() or FUNCTORCH._functorch.is_functorch_wrapped_tensor(z)
+    return torch.compiler.is_compiling() or TORCH._functorch.is_functorch_wrapped_tensor(z)
 
 
 def is_on_host(z: Tensor) -> bool:
     """Return whether reading a number waits for nothing, and is possible at all: nobody traces operators."""
-    return (
-        z.device.type == "cpu" and type(z) is Tensor and not is_traced(z) and FUNCTORCH._len_torch_dispatch_stack() == 0
-    )
+    return z.device.type == "cpu" and type(z) is Tensor and not is_traced(z) and TORCH._len_torch_dispatch_stack() == 0
 
 
 def has_numbers(z: Tensor) -> bool:

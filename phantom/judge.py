@@ -27,10 +27,13 @@ NEAR = 16
 class Start:
     """What the first evaluation tells, and the rule by which iterates are judged.
 
-    Args:
-        g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,).
+    Attributes:
+        g: (B, D) f(z0) - z0, of `length` (B,) and `residual` (B,), by `norm`.
         scale: (B,) what residuals are relative to, or at least where `relative`; None for absolute ones.
+        tol: () that of the solver; None for a fixed budget.
         active: (B,) who goes on, and `going`, how many; None where the host does not know.
+        is_on_host: whether reading a number waits for nothing.
+        is_out_of_range: whether squares of these numbers overflow or vanish; False where the host does not know.
         asks: whether the host asks who goes on; where it does not, a solve runs its whole budget.
         near_rounding: whether `tol` is not far above the rounding of f(z); a tensor () where the host does not know.
         reads: whether the host looks at every step; then `lengths` and `stop_at` are the numbers of `length` and `tol`.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from phantom import Rollout, Solver
+from phantom import DEQ, Rollout, Solver
 from phantom.deq import deqs_of
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.config.values import obstacles_to_graphs
 from phantom.engine.continuation import check_budget, check_continued
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine import distributed, precision
 from phantom.engine.machine.compiler import can_compile, check_compiler
 from phantom.engine.machine.memory import begin_peak
@@ -75,22 +76,19 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
         ConfigError: the device is not there, or another process is not.
     """
     precision.set_up(plan.config["precision"], deterministic=plan.config["deterministic"])
-    try:
-        device, rank, world_size = distributed.start(plan.config["device"])
-    except (ValueError, TimeoutError) as error:
-        raise ConfigError(str(error)) from error
-    return device, rank, world_size
+    with as_config_error(TimeoutError):
+        return distributed.start(plan.config["device"])
 
 
 def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
     solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
     solvers["eval_solver"] = config["eval_solver"]
     names = [f"{name}.compile" for name, solver in solvers.items() if solver is not None and solver.get("compile")]
-    for name in [*(["compile"] if config["compile"] else []), *names][:1]:
-        try:
-            check_compiler(device, name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    if config["compile"]:
+        names.insert(0, "compile")
+    if names:
+        with as_config_error():
+            check_compiler(device, names[0])
 
 
 def _check_machine(config: dict[str, Any], device: torch.device, world_size: int) -> None:
@@ -99,10 +97,8 @@ def _check_machine(config: dict[str, Any], device: torch.device, world_size: int
     if config["speed"] in ("kernels", "padded") and device.type != "cuda":
         raise ConfigError(f"speed={config['speed']} needs a GPU: use speed=auto here")
     if config["speed"] == "kernels":
-        try:
+        with as_config_error(prefix="speed=kernels: "):
             check_triton()
-        except ValueError as error:
-            raise ConfigError(f"speed=kernels: {error}") from error
 
 
 def _say(line: str) -> None:
@@ -111,7 +107,7 @@ def _say(line: str) -> None:
 
 
 def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.device, world_size: int) -> Speed:
-    try:
+    with as_config_error():
         return choose_speed(
             plan.config,
             on_gpu=device.type == "cuda",
@@ -122,8 +118,6 @@ def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.de
             obstacles=obstacles_to_graphs(plan.config, plan.task),
             can_compile=lambda: can_compile(device),
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
@@ -146,6 +140,55 @@ def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
     return replace(rules, solver=fast(rules.solver), grad=with_fast(rules.grad))
 
 
+def _speed_up_cell(model: nn.Module, speed: Speed) -> None:
+    cell: Any = getattr(model, "cell", None)
+    if speed.kernels and hasattr(cell, "fuse"):
+        cell.fuse()
+    if speed.padded:
+        cell.pad()
+    if speed.compile:
+        compile_cell(model)
+
+
+def _beginning(plan: Plan) -> tuple[str | None, dict[str, Any] | None]:
+    """Return the weights that the run starts from, if any, and the run that it continues.
+
+    A run that resumes has its weights, and its origin, in the checkpoint.
+
+    Raises:
+        ConfigError, CheckpointError: either is not there, or does not fit.
+    """
+    # of a copy of the continued run that was cut short, last.pt is missing
+    mark = "*.pt" if plan.config["continue_from"] is None else "last*.pt"
+    if plan.config["resume"] != "never" and any(plan.folder.glob(mark)):
+        return None, None
+    if plan.config["init"] is not None:
+        locate_weights(plan.config["init"])
+    return plan.config["init"], check_continued(plan)
+
+
+def _say_how_deep(deq: DEQ) -> None:
+    if deq.eval_solver is None and isinstance(deq.solver, Rollout) and deq.grad.needs_equilibrium:
+        _say(
+            f"rollout: training runs solver.max_steps={deq.solver.max_steps} steps and those of "
+            f"{type(deq.grad).__name__}, evaluation the former alone; eval_solver=rollout eval_solver.max_steps=<n> "
+            "sets its number"
+        )
+
+
+def _make_tracker(plan: Plan, fresh: bool) -> Tracker:
+    return Tracker(
+        fresh=fresh,
+        mode=plan.config["wandb"],
+        project=plan.config["wandb_project"],
+        name=f"{plan.label}/{plan.folder.parent.name}",
+        group=plan.group or plan.label,
+        tags=[str(leaf) for group in ("model", "data", "grad", "scale") if (leaf := plan.choices.get(group))],
+        folder=plan.folder,
+        config=plan.config,
+    )
+
+
 def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Trainer:
     """Build everything that the run needs.
 
@@ -161,13 +204,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     begin_peak(device)
     _check_machine(config, device, world_size)
     _check_compiler(config, device)
-    # of a copy of the continued run that was cut short, last.pt is missing
-    mark = "*.pt" if config["continue_from"] is None else "last*.pt"
-    begins = config["resume"] == "never" or not any(plan.folder.glob(mark))
-    init = config["init"] if begins else None  # a run that resumes has weights, and its origin in the checkpoint
-    if init is not None:
-        locate_weights(init)
-    origin = check_continued(plan) if begins else None
+    init, origin = _beginning(plan)
     source = build_source(plan)
     wanted = plan.budget.eval_splits
     if any(split not in source.splits for split in wanted):
@@ -183,24 +220,11 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         _say("the run begins with the weights of " + ", ".join(f"{k} {v}" for k, v in origin.items()))
     speed = _choose_speed(plan, source, model, device, world_size)
     _say(str(speed))
-    deq = plan.deq
-    if deq.eval_solver is None and isinstance(deq.solver, Rollout) and deq.grad.needs_equilibrium:
-        _say(
-            f"rollout: training runs solver.max_steps={deq.solver.max_steps} steps and those of "
-            f"{type(deq.grad).__name__}, evaluation the former alone; eval_solver=rollout eval_solver.max_steps=<n> "
-            "sets its number"
-        )
-    cell: Any = getattr(model, "cell", None)
-    if speed.kernels and hasattr(cell, "fuse"):
-        cell.fuse()
-    if speed.padded:
-        cell.pad()
-    if speed.compile:
-        compile_cell(model)
+    _say_how_deep(plan.deq)
+    _speed_up_cell(model, speed)
     rules = _speed_up_solvers(model, plan.rules, speed)
     wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
-    folder = plan.folder
     return Trainer(
         model=wrapped,
         unwrapped=model,
@@ -218,18 +242,9 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         precision=config["precision"],
         speed=speed,
         progress=config["progress"],
-        folder=folder,
+        folder=plan.folder,
         config=plan.text,
         differences=plan.differences_to_resume,
         origin=origin,
-        make_tracker=lambda fresh: Tracker(
-            fresh=fresh,
-            mode=config["wandb"],
-            project=config["wandb_project"],
-            name=f"{plan.label}/{folder.parent.name}",
-            group=plan.group or plan.label,
-            tags=[str(leaf) for group in ("model", "data", "grad", "scale") if (leaf := plan.choices.get(group))],
-            folder=folder,
-            config=config,
-        ),
+        make_tracker=partial(_make_tracker, plan),
     )

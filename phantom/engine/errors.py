@@ -1,5 +1,8 @@
 """The errors of a user: each message names the field or file, the value got, what is allowed and the way out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where it has none."""
@@ -28,3 +31,12 @@ class DivergenceError(UserError):
 
 class LockedError(UserError):
     """A run folder that another process writes to."""
+
+
+@contextmanager
+def as_config_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Raise what a check or a constructor refuses, a ValueError or one of `kinds`, as a `ConfigError`."""
+    try:
+        yield
+    except (ValueError, *kinds) as error:
+        raise ConfigError(f"{prefix}{error}") from error

@@ -21,7 +21,7 @@ from phantom.engine.config.instantiate import instantiate, unknown_keys
 from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.precision import settle
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks import Task
@@ -168,7 +168,7 @@ def _deq(config: dict[str, Any]) -> DEQ:
     grad = instantiate(config["grad"], "grad")
     eval_solver: Solver | None = instantiate(config["eval_solver"], "eval_solver")
     dtype = torch.bfloat16 if config["gradient_precision"] == "bf16" else None
-    try:
+    with as_config_error(TypeError):
         deq = DEQ(
             solver=solver,
             grad=grad,
@@ -177,8 +177,6 @@ def _deq(config: dict[str, Any]) -> DEQ:
             confirm=False,
             on_failure=config["on_failure"],
         )
-    except TypeError as error:
-        raise ConfigError(str(error)) from error
     for name, found in (("solver", solver), ("eval_solver", eval_solver)):
         if found is not None and found.max_steps < 1:
             raise ConfigError(
@@ -192,10 +190,8 @@ def _deq(config: dict[str, Any]) -> DEQ:
 def _rules(config: dict[str, Any], deq: DEQ) -> Rules:
     names = ("pretraining", "penalty", "jitter", "course")
     rules = {name: instantiate(config[name], name) for name in names}
-    try:
+    with as_config_error():
         return Rules(solver=deq.solver, grad=deq.grad, seed=config["seed"], **rules)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _budget(config: dict[str, Any]) -> Budget:

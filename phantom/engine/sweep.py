@@ -141,7 +141,8 @@ def _cosine(folder: Path) -> float | None:
     """Return the mean cosine of the run's own gradient to the exact one, where its monitor measured that."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    values = [row["gradient_cosine"] for row in rows if row["kind"] == "monitor" and row.get("gradient_cosine")]
+    measured = [row.get("gradient_cosine") for row in rows if row["kind"] == "monitor"]
+    values = [cosine for cosine in measured if cosine is not None]  # null is one that is not finite
     return fmean(values) if values else None
 
 

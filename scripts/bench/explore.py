@@ -107,7 +107,7 @@ def measure(run: Rebuilt, grid: dict[str, str], batches: int) -> dict[str, Any]:
     data = [batch_to(micro[0], run.device) for micro in steps]
     model.train()
     with torch.no_grad():
-        calls = capture(deqs_of(model), model, task, data[0], None)
+        calls = capture(model, task, data[0], None)
     spectrum = torch.cat([ritz_values(f, out.z_star, num_steps=40) for f, out in calls])
     lam = best_damping(spectrum)
     compared = estimators(grid, lam, run.plan.deq.solver)

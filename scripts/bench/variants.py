@@ -18,7 +18,7 @@ from phantom.engine.config.compatibility import kinds_of_model
 from phantom.engine.config.compose import FILLS
 from phantom.engine.config.instantiate import parameters_of
 from phantom.engine.config.overrides import expand
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine import precision
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.plan import Plan, make_plan, plan_of
@@ -191,10 +191,8 @@ def _set_form(model: nn.Module, speed: str) -> None:
     cell = getattr(model, "cell", None)
     if not hasattr(cell, FORMS[speed]):
         raise ConfigError(f"speed={speed} needs a model whose cell has that form, as that of an MDEQ: leave it out")
-    try:
+    with as_config_error():
         getattr(cell, FORMS[speed])()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _kind_of(leaf: str) -> str:

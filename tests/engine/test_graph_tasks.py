@@ -87,11 +87,13 @@ def test_state_sizes_add_over_batches_of_any_size():
     small, large = torch.full((1, 2, 3), 2.0), torch.full((1, 10, 3), 1.0)
     labels, task = torch.tensor([0]), GraphClassification()
     tallies = [
-        task.score(Says(torch.zeros(1, 2), first, 10 * first), (None, labels), None).tally for first in (small, large)
+        task.score(Says(torch.zeros(1, 2), z, 10 * z, {"a": z, "b": (z,)}), (None, labels), None).tally
+        for z in (small, large)
     ]
     report = task.report((tallies[0] + tallies[1]).detach())
     assert report["state_rms/0"] == pytest.approx(((6 * 4 + 30 * 1) / 36) ** 0.5)
     assert report["state_rms/1"] == pytest.approx(10 * report["state_rms/0"])
+    assert report["state_rms/2"] == pytest.approx(report["state_rms/0"])
 
 
 def test_parts_of_the_nodes_add_up_to_the_whole():

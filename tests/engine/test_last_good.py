@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phantom.engine.artifacts import checkpoint, records
-from phantom.engine.artifacts.records import MetricsLog
+from phantom.engine.artifacts.journal import MetricsLog
 from phantom.engine.errors import CheckpointError
 from tests.engine import tiny
 

@@ -95,6 +95,30 @@ def test_cosine_and_norm_ratio_are_those_of_the_exact_gradient():
     assert found["gradient_cosine"] < 0.999 < found["gradient_cosine/implicit"]
 
 
+class Nested(tiny.Classifier):
+    """The state of the classifier as a dict of a tensor and a tuple."""
+
+    def forward(self, x, z0=None):
+        f, start = self.cell.bind(self.encoder(x)), torch.zeros(len(x), 5, dtype=x.dtype)
+
+        def parts(z):
+            return {"a": z[:, :2], "b": (z[:, 2:],)}
+
+        def whole(state):
+            return torch.cat([state["a"], *state["b"]], dim=1)
+
+        solution = self.deq(lambda state: parts(f(whole(state))), parts(start))
+        return self.head(whole(solution.value)), (solution,)
+
+
+def test_a_state_of_several_parts_has_the_numbers_of_the_whole():
+    torch.manual_seed(1)
+    model = Nested()
+    model.deq.solver = EXACT
+    found = measure(model, exact_solver=EXACT, radius_steps=20)
+    assert found == pytest.approx(measure(classifier(), exact_solver=EXACT, radius_steps=20), rel=1e-9)
+
+
 def test_all_estimates_see_the_same_dropout_masks():
     model = classifier(dropout=0.5, batch_norm=True)
     model.deq.grad = Implicit(solver=EXACT)

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from phantom.engine.artifacts import lock, records, shipped
-from phantom.engine.artifacts.records import CIRCUMSTANCES, MetricsLog, config_hash, differences, run_folder
+from phantom.engine.artifacts.journal import MetricsLog
+from phantom.engine.artifacts.records import CIRCUMSTANCES, config_hash, differences, run_folder
 from phantom.engine.errors import LockedError
 from tests.plans import trained
 

@@ -27,7 +27,7 @@ REFUSED = [
     ("optimizer", {"_target_": "torch.optim.optimizer.Optimizer.load_state_dict"}),
     ("optimizer", {"_target_": "torch.utils.cpp_extension.load", "name": "x", "sources": "x.cpp"}),
     ("solver", {"_target_": "phantom.UPG", "k": 1, "lam": 1.0}),  # of the project, but no solver
-    ("model", {"_target_": "phantom.engine.artifacts.records.MetricsLog", "path": "x", "keep_until": 0}),
+    ("model", {"_target_": "phantom.engine.artifacts.journal.MetricsLog", "path": "x", "keep_until": 0}),
     (
         "monitor",
         {"_target_": "phantom.engine.measure.monitor.Monitor", "every": 1, "exact_solver": {"_target_": "os.system"}},

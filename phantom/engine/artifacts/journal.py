@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phantom.engine.artifacts import files
 from phantom.engine.artifacts.progress import Progress
-from phantom.engine.artifacts.records import MetricsLog
+from phantom.engine.artifacts.records import to_json
 from phantom.engine.artifacts.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -75,3 +81,38 @@ class Journal:
         if self._tracker is not None:
             shown = {key: value for key, value in record.items() if isinstance(value, (int, float, str, dict))}
             self._tracker.finish(shown)
+
+
+class MetricsLog:
+    """Append rows to metrics.jsonl; each row names its `kind`, `step` and `epoch`."""
+
+    def __init__(self, path: Path, *, keep_until: int) -> None:
+        """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
+        lines = path.read_bytes().splitlines() if path.exists() and keep_until > 0 else []
+        steps = [_step_of(line) for line in lines]
+        if None in steps[:-1]:  # the last line of a killed run may be cut short
+            log.warning("%s: damaged lines are left out (%d)", path, steps[:-1].count(None))
+        with files.whole(path) as file:
+            file.writelines(
+                line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= keep_until
+            )
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(to_json(row) + "\n")
+
+    def sync(self) -> None:
+        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # neither JSON nor UTF-8
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None

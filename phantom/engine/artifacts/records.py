@@ -126,41 +126,6 @@ class Record:
     peak_memory: int
 
 
-class MetricsLog:
-    """Append rows to metrics.jsonl; each row names its `kind`, `step` and `epoch`."""
-
-    def __init__(self, path: Path, *, keep_until: int) -> None:
-        """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
-        lines = path.read_bytes().splitlines() if path.exists() and keep_until > 0 else []
-        steps = [_step_of(line) for line in lines]
-        if None in steps[:-1]:  # the last line of a killed run may be cut short
-            log.warning("%s: damaged lines are left out (%d)", path, steps[:-1].count(None))
-        with files.whole(path) as file:
-            file.writelines(
-                line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= keep_until
-            )
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(to_json(row) + "\n")
-
-    def sync(self) -> None:
-        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _step_of(line: bytes) -> int | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # neither JSON nor UTF-8
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
-
-
 def to_json(content: Any, *, indent: int | None = None) -> str:
     """Return `content` as JSON, which has no NaN and no infinity: a number that is not finite becomes null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)

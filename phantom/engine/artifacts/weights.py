@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +84,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from error
     except Exception as error:  # also safetensors' own class, which is known only where it is installed
-        if not isinstance(error, (*checkpoint.UNREADABLE, pickle.UnpicklingError)) and path.suffix != SAFETENSORS:
+        if not isinstance(error, checkpoint.UNREADABLE) and path.suffix != SAFETENSORS:
             raise
         reason = first_line(error)
         raise CheckpointError(f"{path} cannot be read as tensors alone: {reason}") from error

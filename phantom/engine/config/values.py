@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from phantom.engine.artifacts import tracking
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
 from phantom.engine.machine.speed import SPEEDS
@@ -44,7 +44,7 @@ def check_root(config: dict[str, Any]) -> None:
     missing = [k for k in KEYS if k not in config]
     if missing:
         raise ConfigError(f"the config has no {', '.join(missing)}: it was written by another version of this program")
-    try:
+    with as_config_error():
         for key, allowed in CHOICES.items():
             check_choice(key, config[key], allowed)
         for key in COUNTS:
@@ -65,8 +65,6 @@ def check_root(config: dict[str, Any]) -> None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
         if config["target"] is not None:
             check_number("target", config["target"], ">= 0", also=", or null to train to the end of the budget")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     for key in TEXTS:
         if not isinstance(config[key], str) or not config[key]:
             raise ConfigError(f"{key}={config[key]!r} must be a name")
@@ -105,11 +103,9 @@ def check_rates(settings: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key and the value.
     """
-    try:
+    with as_config_error():
         for key in ("lr", "weight_decay", "eps"):
             check_number(f"optimizer.{key}", settings.get(key, 0.0), ">= 0")
         check_number(
             "optimizer.momentum", settings.get("momentum", 0.0), "[0, 1)", also=": an older step must count less"
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from phantom import DEQ, GradientEstimator, Implicit, Solution
+from phantom import GradientEstimator, Implicit, Solution
 from phantom.deq import deqs_of
 from phantom.diagnostics import cosine, damped_radius, norm_ratio, ritz_values
 from phantom.engine.tasks.base import Task
@@ -99,12 +100,12 @@ class _Batch:
 
     def solves(self) -> list[tuple[Any, Solution]]:
         """Return (f, solution) of every solve. Rewind after the last use of their graphs."""
-        return capture(self.deqs, self.model, self.task, self.batch, self.carry)
+        return capture(self.model, self.task, self.batch, self.carry)
 
     def parameters_before_the_equilibrium(self) -> list[nn.Parameter]:
         """Return the parameters that f depends on: the head's gradient is exact under every estimator."""
         outputs = [f(out.z_star) for f, out in self.solves()]
-        parts = [part.sum() for z in outputs for part in (z if isinstance(z, tuple) else (z,))]
+        parts = [part.sum() for z in outputs for part in pytree.tree_leaves(z)]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         reached = torch.autograd.grad(parts, parameters, allow_unused=True)
         self.rewind()
@@ -129,14 +130,14 @@ class _Batch:
                 tensor.copy_(value)
 
 
-def capture(deqs: list[DEQ], model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
+def capture(model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
     """Score the batch and return (f, solution) of every solve on the way."""
     calls: list[tuple[Any, Solution]] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], solution: Solution) -> None:
         calls.append((arguments[0], solution))
 
-    hooks = [deq.register_forward_hook(keep) for deq in deqs]
+    hooks = [deq.register_forward_hook(keep) for deq in deqs_of(model)]
     try:
         task.score(model, batch, carry)
     finally:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,9 +48,7 @@ class Tally:
             return self
         names = sorted(self.sums)
         values = [self.loss_sum, *(self.sums[name] for name in names)]
-        packed = self.loss_sum.new_tensor([float(self.count)] + [0.0] * len(values))
-        for i, value in enumerate(values):
-            packed[i + 1] = value
+        packed = torch.stack([self.loss_sum.new_tensor(float(self.count)), *values])
         dist.all_reduce(packed)
         return Tally(packed[1], round(packed[0].item()), dict(zip(names, packed[2:], strict=True)))
 

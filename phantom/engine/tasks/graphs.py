@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from phantom import Solution
 from phantom.engine.tasks.base import (
@@ -94,8 +95,7 @@ class NodeLabelling(Task):
 def _with_states(tally: Tally, solutions: Sequence[Solution]) -> Tally:
     """Return the tally with what the size of every X* needs: the sum of its squares, and the number of its entries."""
     for i, solution in enumerate(solutions):
-        z = solution.z_star
-        parts = z if isinstance(z, tuple) else (z,)
+        parts = pytree.tree_leaves(solution.z_star)
         squares = [torch.linalg.vector_norm(part.float()).square() for part in parts]
         tally.sums[f"{SQUARES}/{i}"] = torch.stack(squares).sum()
         tally.sums[f"{ENTRIES}/{i}"] = squares[0].new_tensor(float(sum(part.numel() for part in parts)))

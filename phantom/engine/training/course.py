@@ -109,12 +109,12 @@ class Course:
         self, solver: Solver, grad: GradientEstimator, *, step: int, total: int, seed: int
     ) -> tuple[Solver, GradientEstimator]:
         """Return the solver and the estimator of `step`."""
-        changed: Any = grad  # a dataclass with these fields, as was checked
+        changes: dict[str, Any] = {}
         if self.k is not None:
-            changed = replace(changed, k=int(self.k.at(step, total, seed)))
+            changes["k"] = int(self.k.at(step, total, seed))
         if self.lam is not None:
-            changed = replace(changed, lam=float(self.lam.at(step, total, seed)))
-        grad = changed
+            changes["lam"] = float(self.lam.at(step, total, seed))
+        grad = replace(grad, **changes)  # a dataclass with these fields, as was checked
         if self.depth is None:
             return solver, grad
         depth = max(1, int(self.depth.at(step, total, seed)))
