@@ -48,8 +48,8 @@ def outside(f: Map, z0: State, **settings: Any) -> Solution:
 
 outside._torchdynamo_disable_msg = REASON
 # these frames lead to `outside` and have nothing to compile: each would be a graph break of its own
-skip_code(deq.fixed_point.__code__)
-skip_code(deq.DEQ.forward.__code__)
+for function in (deq.fixed_point, deq.DEQ.forward, deq._is_compiled_around, deq._check_settings, deq._check_extras):
+    skip_code(function.__code__)
 # a backward that compiled code starts, a whole training step for one, would be compiled line by line
 for node in (Equilibrium, Inverse):
     node.backward = staticmethod(disable(node.backward, reason="phantom runs the backward of an equilibrium eagerly"))

@@ -24,7 +24,7 @@ from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
 from phantom.solver.broyden import Broyden
-from phantom.state import FlatMap, Map, Packing, State
+from phantom.state import FlatMap, Map, Packing, State, form_of
 from phantom.validate import check_choice, check_count, check_kind
 
 Returns = Literal["best", "last"]
@@ -103,7 +103,7 @@ def fixed_point(
         Solution: value, z0 and z_star in the form of `z0`.
     """
     solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
-    _check_settings(solver, grad, on_failure, returns, gradient_precision)
+    _check_settings(solver, grad, regularizer, on_failure, returns, gradient_precision)
     _check_extras(states, unrolled, grad)
     group = name_of(group)
     if _is_compiled_around(grad, regularizer):
@@ -215,10 +215,10 @@ def _solve(
 def _attach(f: FlatMap, flat: Solution, grad: GradientEstimator) -> None:
     """Give `flat.value` the gradient of `grad`."""
     flat.value = grad.attach(f, flat)
-    if flat.value.shape != flat.z0.shape:
+    if not isinstance(flat.value, Tensor) or flat.value.shape != flat.z0.shape:
         raise ValueError(
-            f"{type(grad).__name__}.attach must return {tuple(flat.z0.shape)}, the shape of z_star, got "
-            f"{tuple(flat.value.shape)}"
+            f"{type(grad).__name__}.attach must return a tensor {tuple(flat.z0.shape)}, the shape of z_star, got "
+            f"{form_of(flat.value)}"
         )
     if not grad.needs_equilibrium:
         flat.z_star = flat.value.detach()
@@ -243,10 +243,20 @@ def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator
 
 
 def _check_settings(
-    solver: object, grad: object, on_failure: object, returns: object, precision: torch.dtype | None
+    solver: object,
+    grad: object,
+    regularizer: object,
+    on_failure: object,
+    returns: object,
+    precision: torch.dtype | None,
 ) -> None:
     check_kind("solver", solver, Solver, "Broyden()")
     check_kind("grad", grad, GradientEstimator, "UPG()")
+    if regularizer is not None and (isinstance(regularizer, type) or not callable(regularizer)):
+        raise TypeError(
+            "regularizer must be callable as regularizer(f, z), such as JacobianRegularizer(), or None, got "
+            f"{regularizer!r}"
+        )
     check_on_failure(on_failure)
     check_choice("returns", returns, RETURNS)
     if precision not in (None, torch.bfloat16, torch.float16):
@@ -308,11 +318,9 @@ class DEQ(nn.Module):
     ) -> None:
         super().__init__()
         solver, grad = SOLVER if solver is None else solver, GRAD if grad is None else grad
-        _check_settings(solver, grad, on_failure, returns, gradient_precision)
+        _check_settings(solver, grad, regularizer, on_failure, returns, gradient_precision)
         if eval_solver is not None:
             check_kind("eval_solver", eval_solver, Solver, "Broyden()")
-        if regularizer is not None and not callable(regularizer):
-            raise TypeError(f"regularizer must be callable as regularizer(f, z), or None, got {regularizer!r}")
         self.solver = solver
         self.grad = grad
         self.eval_solver = eval_solver

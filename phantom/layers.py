@@ -45,10 +45,12 @@ class WeightNorm(nn.Module):
 class SpectralNorm(nn.Module):
     """Scale a weight W by its largest singular value sigma: weight = W * g / sigma, or W * min(1, g / sigma).
 
-    With a fixed g = `bound` < 1 the product with it contracts in l2, so that f(z) = tanh(weight z + x) has one
-    equilibrium. sigma = u^T W v, where a weight of more axes is the matrix (out, rest): of a convolution that is its
-    reshaped kernel, not the map. In training mode every call moves u and v towards the singular vectors by one power
-    step; in evaluation they stay. Call it once per `bind` and close over the result: nothing moves during the solve.
+    sigma = u^T W v is an estimate from below, which lags behind a weight that moves. So with a fixed g = `bound` < 1
+    the product with it contracts in l2 as far as the estimate is right; f(z) = tanh(weight z + x) has one equilibrium
+    then. A weight of more axes is the matrix (out, rest): of a convolution that is its reshaped kernel, not the map.
+
+    In training mode every call moves u and v towards the singular vectors by one power step; in evaluation they stay.
+    Call it once per `bind` and close over the result: nothing moves during the solve.
 
     Args:
         weight: (out, ...) initial weight; u and v, buffers, start after 15 power steps.
@@ -70,7 +72,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, *, bound: float = 1.0, learned: bool = False, capped: bool = False) -> None:
         super().__init__()
         _check_weight(weight)
-        check_number("bound", bound, "> 0", also=": it is the largest singular value of the result")
+        check_number("bound", bound, "> 0", also=": it is about the largest singular value of the result")
         self.learned, self.capped = learned, capped
         self.weight = nn.Parameter(weight.detach().clone())
         g = weight.new_full((weight.shape[0], *[1] * (weight.dim() - 1)), bound)

@@ -183,8 +183,8 @@ def _checked(propose: Callable[..., Tensor], memory: Any, z: Tensor, g: Tensor) 
     counts = not is_traced(z) and not z.is_inference()
     before = z._version if counts else 0
     new = propose(memory, z, g)
-    if not isinstance(new, Tensor) or new.shape != z.shape:
-        raise ValueError(f"a solver's propose must return the next iterate {tuple(z.shape)}, got {form_of(new)}")
+    if not isinstance(new, Tensor) or (new.shape, new.dtype) != (z.shape, z.dtype):
+        raise ValueError(f"a solver's propose must return the next iterate, {form_of(z)}, got {form_of(new)}")
     if counts and z._version != before:
         raise ValueError(
             "a solver's propose has written to its argument z, which is the guess of the caller now, and may be the "

@@ -34,6 +34,11 @@ class Packing:
             raise TypeError(
                 f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass {way}"
             )
+        if any(part.is_nested or part.layout != torch.strided for part in parts):
+            raise TypeError(
+                "z0 must be of dense tensors, neither nested nor sparse: pad what is ragged, and let f set the padding "
+                "to zero by a mask"
+            )
         if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
             raise ValueError(
                 f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}: parts "

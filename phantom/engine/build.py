@@ -39,7 +39,7 @@ def build_model(plan: Plan, spec: Spec) -> nn.Module:
     Raises:
         ConfigError: the constructor refuses an argument, or what it makes is no `Model`.
     """
-    return check_model(instantiate(plan.model_config, "model", **spec.inputs, deq=plan.deq))
+    return check_model(instantiate(plan.model_config, "model", **spec.inputs, deq=plan.deq), plan.deq)
 
 
 def compile_cell(model: nn.Module) -> None:
@@ -128,12 +128,11 @@ def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
     chosen = [name for name in ("compile", "kernels") if getattr(speed, name)]
 
     def fast(solver: Any) -> Any:
-        if not isinstance(solver, Solver):
-            return solver
-        return replace(solver, **{name: True for name in chosen if hasattr(solver, name)})
+        names = [name for name in chosen if hasattr(solver, name)] if isinstance(solver, Solver) else []
+        return replace(solver, **dict.fromkeys(names, True)) if names else solver
 
     def with_fast(grad: Any) -> Any:
-        return replace(grad, solver=fast(grad.solver)) if hasattr(grad, "solver") else grad
+        return replace(grad, solver=fast(grad.solver)) if chosen and hasattr(grad, "solver") else grad
 
     for deq in deqs_of(model):
         deq.solver, deq.eval_solver, deq.grad = fast(deq.solver), fast(deq.eval_solver), with_fast(deq.grad)

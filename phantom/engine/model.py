@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from phantom.deq import deqs_of
+from phantom.deq import DEQ, deqs_of
 from phantom.engine.errors import ConfigError
 
 
@@ -18,7 +18,8 @@ class Model(Protocol):
 
     Its constructor takes keywords: those of its leaf in configs/model, the numbers that the data has in `Spec.inputs`
     (such as `in_channels` and `num_classes`), and `deq`, the DEQ layer of the run. It keeps `deq` as a child module and
-    calls `self.deq(f, z0)` for every solve, so that the engine can find it and change its settings.
+    calls `self.deq(f, z0)` for every solve, so that the engine can find it and change its settings. A DEQ that it makes
+    itself, with other settings, keeps those.
 
     The engine reads three more names where they are there:
 
@@ -41,17 +42,19 @@ class Model(Protocol):
         ...
 
 
-def check_model(model: object) -> nn.Module:
-    """Return the model that a constructor made, if the engine can train it.
+def check_model(model: object, deq: DEQ) -> nn.Module:
+    """Return the model that a constructor made with `deq`, if the engine can train it.
 
     Raises:
-        ConfigError: it is no module, or holds no DEQ.
+        ConfigError: it is no module, or holds neither `deq` nor a copy.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: {name} is no torch.nn.Module, so that there is nothing to train")
-    if not deqs_of(model):
-        raise ConfigError(f"model: {name} holds no DEQ: keep the argument `deq` as a child module, self.deq = deq")
+    held = deqs_of(model)
+    if not any((own.solver, own.grad) == (deq.solver, deq.grad) for own in held):
+        found = "no DEQ but its own, which the config does not set" if held else "no DEQ"
+        raise ConfigError(f"model: {name} holds {found}: keep the argument `deq` as a child module, self.deq = deq")
     return model
 
 

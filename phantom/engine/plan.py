@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,5 +211,11 @@ def optimizer_factory(settings: dict[str, Any]) -> Callable[[Iterable[nn.Paramet
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"optimizer: {unknown_keys(settings, {}, error) or error}") from error
 
-    make([nn.Parameter(torch.zeros(2, 2))])
+    tried = make([nn.Parameter(torch.zeros(2, 2))])
+    closure = inspect.signature(tried.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer: {type(tried).__name__}.step needs a closure that computes the loss again, and a step here "
+            "computes it once: choose an optimiser without one"
+        )
     return make

@@ -113,6 +113,27 @@ class Source(ABC):
             raise ValueError(f"split={split!r} does not exist here; choose one of {', '.join(self.splits)}")
 
 
+def training_steps(source: Source, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Any]]:
+    """Yield what `source.train` yields: as many steps as `steps` says, for the length of the run rests on that.
+
+    Raises:
+        DataError: it yields fewer, or more.
+    """
+    expected = source.steps(epoch) - start
+    names = f"{type(source).__name__}.train(epoch={epoch}, start={start})"
+    found = 0
+    for micro_batches in source.train(epoch=epoch, start=start, shard=shard):
+        found += 1
+        if found > expected:
+            break
+        yield micro_batches
+    if found != expected:
+        raise DataError(
+            f"{names} yields {'more' if found > expected else f'{found}'} steps where steps({epoch}) promises "
+            f"{expected} from there: both must count a last batch that is short, or both leave it out"
+        )
+
+
 def dead_worker(error: BaseException, step: int) -> DataError | None:
     """Return the sentence for a process of torch's DataLoader that has died before `step`; None for other errors."""
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.solution import Solution
 from phantom.state import FlatMap
@@ -68,6 +69,8 @@ class BPTT(GradientEstimator):
 
 def _unroll(f: FlatMap, z: Tensor, steps: int, lam: float, checkpoint: bool, solution: Solution) -> Tensor:
     check_grad_enabled()
+    if checkpoint and transforms.are_active():
+        raise RuntimeError("checkpoint=True keeps what torch.func needs out of its reach: use checkpoint=False there")
     for _ in range(steps):
         # a mask drawn inside f must be drawn again as it was; a stream that is being captured has no state to keep
         keep = not (z.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -3,12 +3,14 @@
 import json
 import time
 from copy import deepcopy
+from math import nan
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.errors import DataError
 from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.clipping import ClipTotal
 from phantom.engine.training.evaluation import evaluate
@@ -309,3 +311,26 @@ def test_evaluation_waits_for_no_other_rank():
     options = {"shard": tiny.Shard(), "device": tiny.CPU, "precision": "fp32"}
     evaluate(model, Watching(), tiny.Vectors(), "test", **options)
     assert set(seen) == {None} and model.deq.group == "world"
+
+
+@pytest.mark.parametrize(("times", "message"), [(0, "yields 0 steps where"), (2, "yields more steps where")])
+def test_a_source_that_yields_another_number_of_steps_than_it_promises(tmp_path, times, message):
+    """Such a run would end without an evaluation, or train past its epoch."""
+
+    class Miscounting(tiny.Vectors):
+        def train(self, **where):
+            for _ in range(times):
+                yield from super().train(**where)
+
+    with pytest.raises(DataError, match=message):
+        tiny.trainer(tmp_path, source=Miscounting(), budget=tiny.budget(epochs=3)).fit(resume=False)
+
+
+def test_a_metric_that_is_no_number_at_first_is_not_the_best(tmp_path):
+    class Late(ImageClassification):
+        def report(self, tally):
+            return {"loss": 0.0, "accuracy": nan if run.step <= 3 else 100.0 - run.step}
+
+    run = tiny.trainer(tmp_path, task=Late(), budget=tiny.budget(epochs=3))
+    run.fit(resume=False)
+    assert run.best["valid"] == {**run.best["valid"], "epoch": 1, "accuracy": 94.0}

@@ -146,3 +146,23 @@ def test_jitter_and_penalty_are_drawn_apart():
     penalty, jitter = Penalty(regularizer=JacobianRegularizer(), weight=0.5, frequency=0.5), Jitter(below=5)
     shallow = [penalty.at(step, 1) > 0 for step in range(2000) if jitter.at(step, 1) <= -4]
     assert sum(shallow) / len(shallow) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_layer_that_a_model_makes_itself_keeps_its_settings(tmp_path):
+    class Inner(tiny.Classifier):
+        def __init__(self):
+            super().__init__()
+            self.deq = DEQ(solver=SOLVER, grad=GRAD, confirm=False)
+            self.inner = DEQ(solver=FixedPoint(max_steps=3, tol=None), grad=BPTT(num_steps=2), confirm=False)
+
+        def forward(self, x, z0=None):
+            seen.append((self.inner.solver, self.inner.grad, self.deq.solver.max_steps))
+            logits, solutions = super().forward(x, z0)
+            self.inner(self.cell.bind(self.encoder(x)), solutions[0].value)
+            return logits, solutions
+
+    seen = []
+    model = Inner()
+    tiny.trainer(tmp_path, unwrapped=model, rules=rules(jitter=Jitter(below=5))).fit(resume=False)
+    assert {(solver, grad) for solver, grad, _ in seen} == {(model.inner.solver, model.inner.grad)}
+    assert model.inner.solver.max_steps == 3 and len({steps for *_, steps in seen}) > 2

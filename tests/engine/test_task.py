@@ -1,11 +1,16 @@
 """Sums are divided once: metrics do not depend on how examples were cut into batches."""
 
+import json
 import math
+from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from phantom.engine.config import compatibility
+from phantom.engine.errors import ConfigError
 from phantom.engine.tasks.base import Tally
 from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.evaluation import batch_to, evaluate
@@ -146,4 +151,65 @@ def test_batches_of_any_form_are_moved():
 
     tensor = torch.zeros(2)
     moved = batch_to({"a": (tensor, [Graph()]), "b": 3}, torch.device("meta"))
+    pair = namedtuple("Pair", "a b")(tensor, 3)
+    assert batch_to(pair, torch.device("meta"))._fields == ("a", "b")
     assert moved["a"][0].device.type == "meta" and moved["a"][1] == [("moved", "meta")] and moved["b"] == 3
+
+
+def test_sums_of_any_shape_add_over_ranks(tmp_path, monkeypatch):
+    """Two ranks of the same numbers; torch's own all_reduce needs two processes."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda packed: packed.mul_(2))
+    sums = {"classes": torch.arange(3.0), "table": torch.ones(2, 2), "one": torch.tensor(5.0)}
+    total = Tally(torch.tensor(1.5), 4, sums).detach().all_reduce()
+    assert (total.count, float(total.loss_sum)) == (8, 3.0) and total.sums.keys() == sums.keys()
+    assert all(torch.equal(total.sums[name], 2 * value.double()) for name, value in sums.items())
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({"loss": 1.0}, "must give 'accuracy', its metric; it gives loss"),
+        ({"loss": 1.0, "accuracy": torch.zeros(2)}, "must give numbers, got accuracy=tensor"),
+    ],
+)
+def test_a_report_that_cannot_be_used(report, message):
+    class Wrong(ImageClassification):
+        def report(self, tally):
+            return report
+
+    with pytest.raises(ConfigError, match=message):
+        evaluate(tiny.Classifier(), Wrong(), tiny.Vectors(), "test", **OPTIONS)
+
+
+def test_a_report_of_tensors_is_one_of_numbers():
+    class Tensors(ImageClassification):
+        def report(self, tally):
+            return {"loss": tally.loss_sum, "accuracy": np.float32(7)}
+
+    found = evaluate(tiny.Classifier(), Tensors(), tiny.Vectors(), "test", **OPTIONS)
+    assert type(found["loss"]) is float and found["accuracy"] == 7.0 and json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "maximum"}, "mode='maximum' is not known; choose one of max, min"),
+        ({"mode": None}, "must set mode"),
+        (None, "must name a class that inherits from phantom.engine.tasks.Task"),
+    ],
+)
+def test_a_task_of_ones_own_that_is_none(monkeypatch, changes, message):
+    class Own(ImageClassification):
+        kind, mode = "own", "max"
+
+    for name, value in (changes or {}).items():
+        monkeypatch.setattr(Own, name, value)
+        if value is None:
+            monkeypatch.delattr(Own, name)
+            monkeypatch.delattr(ImageClassification, name)
+    source = type("Own", (tiny.Vectors,), {"kind": "own", "task": "own.Task"})
+    found = {"own.Source": source, "own.Task": Own if changes is not None else dict}
+    monkeypatch.setattr(compatibility, "locate", found.__getitem__)
+    with pytest.raises(ConfigError, match=message):
+        compatibility.find_task({"data": {"_target_": "own.Source"}})

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from phantom import BPTT, DEQ, NPG, SHINE, UPG, Broyden, FixedPoint, Implicit, fixed_point
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, Broyden, FixedPoint, Implicit, OneStep, fixed_point
 from tests.phantom.problems import DTYPE, TanhMap, randn
 
 SAME = 1e-12
@@ -95,6 +95,17 @@ def test_several_solves_and_parts(name, solves, parts):
     for a, b in zip(outcome(model, compiled, x), outcome(model, model, x), strict=True):
         torch.testing.assert_close(a, b, rtol=SAME, atol=SAME)
     assert sum(counters["graph_break"].values()) <= 2 * solves
+
+
+def test_all_estimators_in_one_process():
+    """Their classes, with and without grad, are more than torch recompiles one piece of code for."""
+    for grad in (*GRADS.values(), OneStep()):
+        model, x = Model(DEQ(solver=Broyden(max_steps=5, tol=None), grad=grad)), randn(5, 3, seed=1)
+        compiled = torch.compile(model, backend="eager")
+        for a, b in zip(outcome(model, compiled, x), outcome(model, model, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=SAME, atol=SAME)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=SAME, atol=SAME)
 
 
 def test_many_settings_in_one_process():

@@ -23,6 +23,7 @@ from phantom import (
     Anderson,
     Broyden,
     FixedPoint,
+    GradientEstimator,
     Implicit,
     JacobianRegularizer,
     SolveError,
@@ -272,7 +273,7 @@ class Wrong(FixedPoint):
         if self.how == "writes":
             z += g
             return z
-        return (z + g)[0] if self.how == "shape" else None
+        return {"shape": (z + g)[0], "dtype": (z + g).half(), "none": None}[self.how]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +288,9 @@ class WrongEstimator(AdjointEstimator):
     ("how", "message"),
     [
         ("writes", "propose has written to its argument z"),
-        ("shape", r"propose must return the next iterate \(2, 3\), got a tensor \(3,\)"),
-        ("none", r"propose must return the next iterate \(2, 3\), got NoneType"),
+        ("shape", r"propose must return the next iterate, a tensor \(2, 3\) of torch.\w+, got a tensor \(3,\)"),
+        ("dtype", r"got a tensor \(2, 3\) of torch.float16"),
+        ("none", "got NoneType"),
     ],
 )
 def test_a_solver_of_ones_own_that_errs_is_told(how, message):
@@ -304,6 +306,30 @@ def test_an_estimator_of_ones_own_that_errs_is_told(how, message):
         ValueError, match=r"WrongEstimator.cotangent must return u \(2, 3\), the shape of g, " + message
     ):
         value.sum().backward()
+
+
+def test_an_attach_of_ones_own_that_errs_is_told():
+    class Pair(GradientEstimator):
+        def attach(self, f, solution):
+            return solution.z_star, None
+
+    with pytest.raises(
+        ValueError, match=r"Pair.attach must return a tensor \(2, 3\), the shape of z_star, got a tuple"
+    ):
+        fixed_point(lambda z: 0.5 * z + 1, Z, grad=Pair())
+
+
+@pytest.mark.parametrize(
+    "z0",
+    [
+        torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=torch.jagged),
+        torch.zeros(2, 3).to_sparse(),
+    ],
+    ids=["jagged", "sparse"],
+)
+def test_ragged_and_sparse_states_are_refused(z0):
+    with pytest.raises(TypeError, match="z0 must be of dense tensors, neither nested nor sparse: pad what is ragged"):
+        fixed_point(lambda z: 0.5 * z, z0)
 
 
 def test_the_defaults_of_solvers_and_estimators():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, fixed_point
+from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, fixed_point
 from tests.phantom.cases import ADJOINT, BATCH, DIM, ESTIMATORS, SOLVE, Case, close, each
 from tests.phantom.problems import DTYPE, Regression, TanhMap, randn
 
@@ -290,6 +290,7 @@ def test_the_phantom_adjoint_refuses_a_second_derivative(grad, loss):
         (lambda: DEQ(on_failure="loud"), "choose one of useless, ignore, warn, raise, or a function of Stats"),
         (lambda: DEQ(solver=SOLVE, eval_solver=3), "eval_solver must be a Solver such as Broyden"),
         (lambda: DEQ(solver=SOLVE, grad=UPG(k=1, lam=1.0), regularizer=0.1), "regularizer must be callable"),
+        (lambda: DEQ(regularizer=JacobianRegularizer), "such as JacobianRegularizer(), or None, got <class"),
     ],
 )
 def test_impossible_settings_name_themselves(make, message):

@@ -143,6 +143,11 @@ def test_bptt_is_the_loop():
         close(transform(lambda weight, x: equilibrium(weight, x, grad=BPTT(num_steps=3))), transform(loop))
 
 
+def test_checkpointing_is_refused_under_torch_func():
+    with pytest.raises(RuntimeError, match="use checkpoint=False there"):
+        FIRST["grad"](lambda weight, x: equilibrium(weight, x, grad=UPG(checkpoint=True)))
+
+
 def test_shine_has_the_gradient_of_autograd():
     x = X.clone().requires_grad_()
     expected = torch.autograd.grad(equilibrium(WEIGHT, x, grad=SHINE()).square().sum(), x)[0]

@@ -169,7 +169,7 @@ def test_spectral_norm_is_copied_and_loaded_whole(weight):
 
 
 def test_a_bound_that_is_none():
-    with pytest.raises(ValueError, match="bound=0 must be a number > 0: it is the largest singular value"):
+    with pytest.raises(ValueError, match="bound=0 must be a number > 0: it is about the largest singular value"):
         SpectralNorm(torch.ones(3, 3), bound=0)
 
 

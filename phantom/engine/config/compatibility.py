@@ -7,8 +7,9 @@ from typing import Any
 
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.instantiate import locate
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.tasks import BUILT_IN, Task
+from phantom.validate import check_choice
 
 
 def find_task(config: dict[str, Any]) -> Task:
@@ -20,6 +21,8 @@ def find_task(config: dict[str, Any]) -> Task:
     source = locate(config["data"]["_target_"])
     kind = _kind_of_data(config["data"])
     own = getattr(source, "task", None)
+    if own:
+        _check_task(own)
     found = [task for task in ([locate(own)] if own else BUILT_IN) if task.kind == kind]
     if not found:
         names = own or ", ".join(task.kind for task in BUILT_IN)
@@ -27,6 +30,17 @@ def find_task(config: dict[str, Any]) -> Task:
             f"kind={kind!r} of {source.__name__} is not that of a task ({names}): correct it, or set `task`"
         )
     return found[0]()
+
+
+def _check_task(target: str) -> None:
+    task: Any = locate(target)
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise ConfigError(f"task={target!r} must name a class that inherits from phantom.engine.tasks.Task")
+    missing = [name for name in ("kind", "metric", "mode") if not hasattr(task, name)]
+    if missing:
+        raise ConfigError(f"{target} must set {', '.join(missing)}, as class attributes")
+    with as_config_error(prefix=f"{target}: "):
+        check_choice("mode", task.mode, ("max", "min"))
 
 
 def model_config(config: dict[str, Any], kind: str, configs: Configs) -> dict[str, Any]:

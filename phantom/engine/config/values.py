@@ -64,7 +64,7 @@ def check_root(config: dict[str, Any]) -> None:
         if config["ema"] is not None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
         if config["target"] is not None:
-            check_number("target", config["target"], ">= 0", also=", or null to train to the end of the budget")
+            check_number("target", config["target"], "(-inf, inf)", also=", or null to train to the end of the budget")
     for key in TEXTS:
         if not isinstance(config[key], str) or not config[key]:
             raise ConfigError(f"{key}={config[key]!r} must be a name")

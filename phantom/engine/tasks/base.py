@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phantom import Solution
+from phantom.engine.errors import ConfigError
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Tally:
     Args:
         loss_sum: () sum of the loss over what `count` counts; carries the graph during training.
         count: number of scored items (images, tokens, graphs, node-label pairs).
-        sums: further () sums by name, such as the number of correct predictions.
+        sums: further sums by name, such as the number of correct predictions, of any shape: one a class, for one.
     """
 
     loss_sum: Tensor
@@ -47,10 +50,12 @@ class Tally:
         if not dist.is_initialized():
             return self
         names = sorted(self.sums)
-        values = [self.loss_sum, *(self.sums[name] for name in names)]
-        packed = torch.stack([self.loss_sum.new_tensor(float(self.count)), *values])
+        values = [self.loss_sum.new_tensor(float(self.count)), self.loss_sum, *(self.sums[name] for name in names)]
+        packed = torch.cat([value.flatten() for value in values])
         dist.all_reduce(packed)
-        return Tally(packed[1], round(packed[0].item()), dict(zip(names, packed[2:], strict=True)))
+        parts = packed.split([value.numel() for value in values])
+        count, loss_sum, *sums = (part.view(value.shape) for part, value in zip(parts, values, strict=True))
+        return Tally(loss_sum, round(count.item()), dict(zip(names, sums, strict=True)))
 
 
 class Score(NamedTuple):
@@ -100,6 +105,30 @@ class Task(ABC):
     @abstractmethod
     def report(self, tally: Tally) -> dict[str, float]:
         """Divide a tally (of one step, or of a whole split over all ranks) into metrics, `loss` among them."""
+
+    def is_better(self, found: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        """Return whether the headline metric of `found` beats that of `best`; any number beats one that is none."""
+        new, old = found[self.metric], best[self.metric]
+        if math.isnan(old):
+            return not math.isnan(new)
+        return new > old if self.mode == "max" else new < old
+
+    def metrics(self, tally: Tally) -> dict[str, float]:
+        """Return the report as plain numbers.
+
+        Raises:
+            ConfigError: it lacks the headline metric, or an entry is no number.
+        """
+        report, name = self.report(tally), type(self).__name__
+        if self.metric not in report:
+            raise ConfigError(f"{name}.report must give {self.metric!r}, its metric; it gives {', '.join(report)}")
+        found: dict[str, float] = {}
+        for key, value in report.items():
+            try:
+                found[key] = value if isinstance(value, (int, float)) else float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"{name}.report must give numbers, got {key}={value!r}") from error
+        return found
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from phantom.engine.tasks.base import Tally, Task
 
 
 def batch_to(batch: Any, device: torch.device) -> Any:
-    """Move a batch (a tensor, a tuple, list or dict of such, or an object with `.to`) to `device`."""
+    """Move a batch (a tensor, a tuple, namedtuple, list or dict of such, or an object with `.to`) to `device`."""
     if isinstance(batch, (tuple, list)):
-        return type(batch)(batch_to(item, device) for item in batch)
+        items = [batch_to(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if isinstance(batch, dict):
         return {key: batch_to(item, device) for key, item in batch.items()}
     return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
@@ -70,7 +71,8 @@ def evaluate(
                     break
     finally:
         model.train(was_training)
-    stops, sums = zip(*distributed.gather((stopped, None if total is None else list(total.sums))), strict=True)
+    shapes = {} if total is None else {name: value.shape for name, value in total.sums.items()}
+    stops, sums = zip(*distributed.gather((stopped, None if total is None else shapes)), strict=True)
     if any(stops):
         raise StoppedError
     names = [own for own in sums if own is not None]
@@ -78,5 +80,5 @@ def evaluate(
         raise ConfigError(f"the split {split!r} has no batch: use another split, or more data")
     if total is None:  # a split with fewer examples than there are ranks
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        total = Tally(zero, 0, dict.fromkeys(names[0], zero))
-    return {**task.report(total.all_reduce()), **meter.report()}
+        total = Tally(zero, 0, {name: zero.expand(shape) for name, shape in names[0].items()})
+    return {**task.metrics(total.all_reduce()), **meter.report()}

@@ -31,7 +31,7 @@ from phantom.engine.machine.signals import Interrupted, Interruption, name_of
 from phantom.engine.machine.speed import Speed
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.measure.timing import StepTimer
-from phantom.engine.source import Shard, Source, dead_worker
+from phantom.engine.source import Shard, Source, dead_worker, training_steps
 from phantom.engine.tasks import Task
 from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping
@@ -98,7 +98,7 @@ class Trainer:
         self.stopwatch = Stopwatch()
         self.data = Data(self.source.digests(), self.config)
         self.total = self.budget.total(self.source)
-        self._deqs = deqs_of(self.unwrapped)
+        self._deqs = [deq for deq in deqs_of(self.unwrapped) if self.rules.govern(deq)]
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._take_step = Step(
             model=self.model,
@@ -216,7 +216,7 @@ class Trainer:
                 continue
             if start == 0:
                 self._take_step.reset_carries()
-            for micro_batches in self.source.train(epoch=epoch, start=start, shard=self.shard):
+            for micro_batches in training_steps(self.source, epoch=epoch, start=start, shard=self.shard):
                 carry = self._take_step.carries[0]  # as the step finds it
                 self._train_step(micro_batches, epoch)
                 self.step += 1
@@ -288,7 +288,7 @@ class Trainer:
         window = self._take_step.window
         if window.tally is None:
             return
-        row = {"kind": "train", **self.task.report(window.tally.all_reduce()), **window.solves.report()}
+        row = {"kind": "train", **self.task.metrics(window.tally.all_reduce()), **window.solves.report()}
         row["gradient_norm"] = float(window.norm_sum) / window.updates
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         self.train_report = dict(row)
@@ -321,10 +321,9 @@ class Trainer:
 
     def _select(self, epoch: int) -> None:
         """Keep weights, and metrics on all splits, of the evaluation at which the first split was best."""
-        metric, first = self.task.metric, self.budget.eval_splits[0]
-        sign = 1 if self.task.mode == "max" else -1
+        first = self.budget.eval_splits[0]
         # a continued run may have chosen by another split
-        if next(iter(self.best), None) != first or sign * self.final[first][metric] > sign * self.best[first][metric]:
+        if next(iter(self.best), None) != first or self.task.is_better(self.final[first], self.best[first]):
             self.best = {split: {**metrics, "epoch": epoch, "step": self.step} for split, metrics in self.final.items()}
             self._save("best.pt")
 

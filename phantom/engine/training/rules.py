@@ -106,8 +106,12 @@ class Rules:
         if self.course is not None:
             self.course.check(self.grad)
 
+    def govern(self, deq: DEQ) -> bool:
+        """Return whether `deq` has the settings of the config; one of a model's own keeps those that it was given."""
+        return deq.solver == self.solver and deq.grad == self.grad
+
     def apply(self, deqs: list[DEQ], step: int, total: int) -> float:
-        """Set every DEQ of the model for `step` and return the weight of the penalty."""
+        """Set these DEQs for `step` and return the weight of the penalty."""
         solver, grad, weight = self.solver, self.grad, 0.0
         if self.pretraining is not None and self.pretraining.active(step, total):
             grad = BPTT(num_steps=self.pretraining.layers)
@@ -124,7 +128,7 @@ class Rules:
         return weight
 
     def restore(self, deqs: list[DEQ]) -> None:
-        """Give every DEQ what an evaluation has: the solver of the config, without jitter, and no penalty."""
+        """Give these DEQs what an evaluation has: the solver of the config, without jitter, and no penalty."""
         for deq in deqs:
             deq.solver, deq.regularizer = self.solver, None
 
