@@ -18,6 +18,7 @@ Prints the metrics, and the cost of the solves, as JSON; of several combinations
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
-from phantom.engine.machine import distributed
+from phantom.engine.machine import distributed, signals
 from phantom.engine.rebuild import evaluate_rebuilt, load_shipped, rebuild_official, rebuild_run, rebuild_shipped
 from train import CONFIGS
 
@@ -44,9 +45,10 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     try:
-        named, overrides = split_arguments(arguments)
-        jobs = expand(overrides)
-        found = [{**({"overrides": job} if len(jobs) > 1 else {}), **evaluate_one(named, job)} for job in jobs]
+        with signals.end_at_once():
+            named, overrides = split_arguments(arguments)
+            jobs = expand(overrides)
+            found = [{**({"overrides": job} if len(jobs) > 1 else {}), **evaluate_one(named, job)} for job in jobs]
     except Exception as error:
         if not command.is_user_error(error):
             raise
@@ -66,6 +68,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
         raise ConfigError(f"{bad[0]!r} is not of the form key=value; see python evaluate.py --help")
     pairs = [item.split("=", 1) for item in arguments]
     own = {*OWN, *(key for keys in OWN.values() for key in keys)}
+    twice = [key for key, count in Counter(key for key, _ in pairs if key in own).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is given twice: leave one out")
     named = {key: value for key, value in pairs if key in own}
     whats = [key for key in OWN if key in named]
     if len(whats) != 1:

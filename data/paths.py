@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,14 @@ VARIABLE = "PHANTOM_DATA"
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads and decoded copies: `$XDG_CACHE_HOME/phantom`, by default ~/.cache/phantom."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phantom"
+    """Return the folder for downloads and decoded copies: `$XDG_CACHE_HOME/phantom`, by default ~/.cache/phantom.
+
+    Of a user without a home, as in some containers, it lies among the temporary files.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phantom"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"phantom-{os.getuid()}"
 
 
 def data_root(root: str | None, name: str) -> Path:

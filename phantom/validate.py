@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from numbers import Integral, Real
 
+ANY = "(-inf, inf)"
+
 
 def is_number(value: object) -> bool:
     """Return whether `value` is a real number, numpy's included; a bool, or a number in quotes, is not."""
@@ -29,12 +31,13 @@ def check_number(name: str, value: float, allowed: str, *, also: str = "") -> No
     """Raise ValueError unless `value` is a finite number in `allowed`.
 
     Args:
-        allowed: `>= 0` or `> 0` with any bound, or an interval such as `(0, 1]`.
+        allowed: `>= 0` or `> 0` with any bound, an interval such as `(0, 1]`, or `ANY`.
         also: ends the message, with a reason or with what else is allowed.
     """
     if is_number(value) and math.isfinite(value) and _within(value, allowed):
         return
-    raise ValueError(f"{name}={value!r} must be {'a number' if allowed[0] == '>' else 'in'} {allowed}{also}")
+    kind = "a finite number" if allowed == ANY else f"a number {allowed}" if allowed[0] == ">" else f"in {allowed}"
+    raise ValueError(f"{name}={value!r} must be {kind}{also}")
 
 
 def _within(value: float, allowed: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
 Default = TypeVar("Default")
@@ -32,6 +33,7 @@ def split(
         own: keys of the command itself.
         words: bare words that are allowed.
     """
+    _check_tree()
     if {"-h", "--help"} & set(arguments):
         print((doc or "").strip())
         raise SystemExit(0)
@@ -52,6 +54,16 @@ def split(
         else:
             found.own[key] = value
     return found
+
+
+def _check_tree() -> None:
+    """Refuse a script of another tree than that of its packages: it would run, and record, other code than it shows."""
+    started, here = Path(sys.argv[0]).resolve().parent, Path(__file__).resolve().parent
+    if started.name == here.name and started != here:
+        fail(
+            f"{sys.argv[0]} would run the code of {here.parent}, where this Python finds its packages: use the "
+            f"environment of its own tree (bash {started / 'setup.sh'} makes one), or set PYTHONPATH={started.parent}"
+        )
 
 
 def count(own: dict[str, str], key: str, default: Default, least: int = 1) -> int | Default:

@@ -93,7 +93,7 @@ def main(items: Sequence[str]) -> None:
             items = overrides if training else [item for item in overrides if item.startswith("scale=")]
             found = running.works(study, asked, items, again="again" in words, gpus=on)
             parts += [Part(study["name"], work, jobs if training else None) for work in found]
-    except UserError as error:
+    except (RuntimeError, UserError) as error:
         arguments.fail(str(error))
     if not parts:
         print(f"nothing is missing in {name}; `again` runs it once more", file=sys.stderr)
@@ -126,7 +126,7 @@ def _run(parts: Sequence[Part], stop: Stop, *, others_go_on: bool) -> None:
         for study, work, jobs in parts:
             try:
                 left += process.execute(work, jobs, stop)
-            except (RuntimeError, UserError) as error:
+            except (RuntimeError, UserError, OSError) as error:
                 if not others_go_on:
                     arguments.fail(str(error))
                 print(f"error: {study}: {error}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 # Sourced by run.sh and test.sh: make .venv and install the requirements once; fast when nothing changed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 stamp=.venv/.installed
 sum=$(cksum < requirements.txt)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
@@ -17,5 +17,5 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
 fi
 # puts the repository on the path of .venv, so that scripts/ finds its packages; relative, so that the folder may move
 for site in .venv/lib/python*/site-packages; do
-  echo ../../../.. > "$site/repository.pth"
+  [ -f "$site/repository.pth" ] || echo ../../../.. > "$site/repository.pth"
 done

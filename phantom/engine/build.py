@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
+from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
 
 from phantom import DEQ, Rollout, Solver
 from phantom.deq import deqs_of
@@ -76,7 +77,7 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
         ConfigError: the device is not there, or another process is not.
     """
     precision.set_up(plan.config["precision"], deterministic=plan.config["deterministic"])
-    with as_config_error(TimeoutError):
+    with as_config_error(TimeoutError, DistError):
         return distributed.start(plan.config["device"])
 
 

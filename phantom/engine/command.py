@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +21,8 @@ from omegaconf import DictConfig
 
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, from_hydra, to_hydra
-from phantom.engine.errors import ConfigError, DataError, UserError
-from phantom.engine.machine import signals, slurm
+from phantom.engine.errors import ConfigError, DataError, UserError, as_config_error
+from phantom.engine.machine import launcher, signals, slurm
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.sweep import Sweep
 from phantom.report import SolveError
@@ -31,6 +33,7 @@ SWEEP = {"-m", "--multirun"}
 SHOW = {"-c", "--cfg", "--cfg=job", "--resolve"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
+PATIENCE = 20.0  # seconds in which another rank may tell of a mistake that all of them find
 # errors of the disk or its permissions; not bugs, so they are reported in one line
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DISK = (
@@ -46,8 +49,13 @@ def run(job: Job, configs: Configs) -> None:
     keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job. A
     sweep ends with its table; a job that fails does not stop the others, whatever the reason.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table has characters that ASCII lacks
+            stream.reconfigure(errors="replace")
     try:
         slurm.adopt()
+        with as_config_error():
+            launcher.check()
     except ConfigError as error:
         refuse(error)
     with signals.end_at_once():
@@ -58,7 +66,7 @@ def _run(job: Job, configs: Configs) -> None:
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     items = [argument for argument in arguments if argument not in flags]
-    if flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
+    if flags and flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
         _show([item for item in items if item != "job"], configs)
         return
     sweep, group, plans = None, "", []
@@ -101,7 +109,7 @@ def _check_apart(plans: list[Plan]) -> None:
 
 def _check_alone() -> None:
     """Raise ConfigError where a sweep was started by a launcher of several processes."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launcher.world()
     if world > 1:
         raise ConfigError(
             f"-m starts one run after the other, and torchrun or srun has started it {world} times: start a launcher "
@@ -113,10 +121,12 @@ def _check_alone() -> None:
 def refuse(error: Exception) -> NoReturn:
     """End with the message of a user's error; of several processes, which all find the same mistake, the first tells.
 
-    A picture that is damaged in the share of one process is found by that one alone: it tells.
+    A picture that is damaged in the share of one process is found by that one alone: it tells. So does one that is
+    still there after `PATIENCE`: the launcher ends all once one has ended, and the first may have been late to start.
     """
-    silent = int(os.environ.get("RANK", "0")) > 0 and not isinstance(error, DataError)
-    sys.exit(1 if silent else f"error: {message_of(error)}")
+    if launcher.rank() > 0 and not isinstance(error, DataError):
+        time.sleep(PATIENCE)
+    sys.exit(f"error: {message_of(error)}")
 
 
 def _show(items: list[str], configs: Configs) -> None:
@@ -194,7 +204,7 @@ def _attempt(job: Callable[..., Any], *arguments: Any, one_of_many: bool) -> str
         if not own:
             traceback.print_exc()
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launcher.world() > 1:
             # the other processes may be waiting for this one: with it, the launcher ends them
             sys.exit(1)
         return reason

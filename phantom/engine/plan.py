@@ -76,7 +76,8 @@ class Plan:
     @property
     def root(self) -> Path:
         """The folder of all runs."""
-        return Path(self.config["runs"]).expanduser().absolute()
+        with as_config_error(RuntimeError, prefix=f"runs={self.config['runs']}: "):  # ~ of a user without a home
+            return Path(self.config["runs"]).expanduser().absolute()
 
     @property
     def text(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from phantom.engine.artifacts import records
 from phantom.engine.config.overrides import expand, parse
+from phantom.engine.machine import launcher
 from phantom.engine.plan import Plan
 
 SHADES = " ░▒▓█"
@@ -83,7 +83,7 @@ class Sweep:
     def close(self) -> dict[str, Any]:
         """Write sweep.json, print the table, and return what was written."""
         content = self.content()
-        if int(os.environ.get("RANK", "0")) == 0:
+        if launcher.rank() == 0:
             records.write_json(self.folder / "sweep.json", content)
             print(table(content))
             print(f"draw it again: python scripts/report.py sweep={self.folder}", flush=True)

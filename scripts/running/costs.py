@@ -62,7 +62,10 @@ def _alike(run: Run, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _records(folder: Path) -> Iterable[dict[str, Any]]:
     """Yield label, kind, seconds and device of every run that has a record."""
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise RuntimeError(f"{path} is damaged ({error}): restore it, git checkout {path}, or remove it") from error
         for record in content.get("runs", [content]) if isinstance(content, dict) else []:
             seconds = record.get("cpu_seconds") if "folds" in record else record.get("wall_seconds")
             seconds = record.get("cpu_seconds") if seconds is None else seconds

@@ -64,12 +64,21 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Stop at SIGTERM while the block runs; the timers end with it."""
-        before = signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self.now).start())
+        """Stop at SIGTERM, and at the Ctrl-C that a terminal sends, while the block runs; the timers end with it."""
+        terminated = signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self.now).start())
+        interrupted = signal.getsignal(signal.SIGINT)
+
+        def interrupt(*_: object) -> None:
+            # the terminal has told the runs, too, and a second signal would end them at once; the next one is Python's
+            signal.signal(signal.SIGINT, interrupted)
+            self._told.set()
+
+        signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, terminated)
+            signal.signal(signal.SIGINT, interrupted)
             for timer in self._timers:
                 timer.cancel()
 

@@ -88,12 +88,31 @@ def test_a_folder_of_runs_that_cannot_be_is_refused_first(sweep, tmp_path, monke
     assert f"error: {tmp_path / 'file' / 'runs'}: Not a directory" in capsys.readouterr().err and not started
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_the_first_process_tells_what_all_find(rank, lines, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "world", "waits"), [("0", "2", []), ("1", "2", [20.0]), ("1", "1", [])])
+def test_the_first_process_tells_what_all_find(rank, world, waits, monkeypatch, capsys):
+    """Another one leaves it the time to start: the launcher ends all once one has ended."""
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", world)
     assert run(monkeypatch, lambda *job: None, "k=0") == 1
-    assert len(capsys.readouterr().err.splitlines()) == lines
+    assert len(capsys.readouterr().err.splitlines()) == 1 and waited == waits
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "the environment's WORLD_SIZE='' must be an integer from 1"),
+        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2 and no RANK: let torchrun or srun start the ranks"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment's RANK='2' must be an integer from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "abc"}, "the environment's MASTER_PORT='abc' must be"),
+    ],
+)
+def test_an_environment_that_fits_no_launch(environment, message, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, lambda *job: None) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch, capsys):
@@ -145,6 +164,7 @@ def test_no_job_of_a_sweep_starts_before_all_are_checked(arguments, message, tmp
 def test_a_sweep_of_many_processes_is_refused_before_a_job_runs(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert run(monkeypatch, seen.append, "-m", "seed=0,1", f"runs={tmp_path}") == 1
     assert seen == []
     assert "error: -m starts one run after the other" in capsys.readouterr().err
@@ -159,6 +179,7 @@ def test_one_of_many_processes_ends_at_its_error(tmp_path, monkeypatch, capsys):
         raise DataError("damaged")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert run(monkeypatch, job, "seed=1", f"runs={tmp_path}") == 1
     assert seen == [1]
     assert "error: damaged" in capsys.readouterr().err

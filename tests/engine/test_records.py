@@ -139,7 +139,7 @@ def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
 def repository(tmp_path, monkeypatch):
     """Make the program believe that it lives in a fresh repository."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.delenv("PHANTOM_COMMIT", raising=False)
     return tmp_path
 
@@ -175,6 +175,20 @@ def test_without_a_repository_the_commit_can_be_told(repository, monkeypatch):
     assert state() == (None, None)
     monkeypatch.setenv("PHANTOM_COMMIT", "0123")
     assert state() == ("0123", None)
+
+
+def test_a_repository_around_the_code_is_not_its_own(repository, monkeypatch, tmp_path_factory):
+    git(repository, "init", "-q")
+    (repository / "other.py").write_text("one")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "Another project")
+    monkeypatch.setattr(records, "ROOT", repository / "inside")
+    records.ROOT.mkdir()
+    assert state() == (None, None)
+    monkeypatch.setattr(records, "ROOT", tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(records.ROOT.parent))
+    assert state() == (None, None)
 
 
 FIELDS = {

@@ -111,16 +111,12 @@ def test_two_tasks_train_one_run(tmp_path):
     assert json.loads(path.read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_sweep_is_refused_under_a_launcher_with_the_way_to_do_it(rank, tmp_path, monkeypatch):
+def test_a_sweep_is_refused_under_a_launcher_with_the_way_to_do_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", f"runs={tmp_path / 'runs'}"])
     with pytest.raises(SystemExit) as end:
         command.run(train.job, train.CONFIGS)
-    if rank == "0":
-        for part in ("started it 8 times", "for seed in 0 1; do torchrun", "scripts/slurm/array.sbatch"):
-            assert part in str(end.value)
-    else:
-        assert end.value.code == 1, "one message for all processes"
+    for part in ("started it 8 times", "for seed in 0 1; do torchrun", "scripts/slurm/array.sbatch"):
+        assert part in str(end.value)
     assert not list(tmp_path.iterdir())

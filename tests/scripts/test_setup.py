@@ -33,13 +33,26 @@ def test_scripts_find_the_repository_wherever_it_lies(tree):
     venv.create(tree / ".venv", with_pip=False, symlinks=True)
     installed = subprocess.run("cksum < requirements.txt", shell=True, cwd=tree, capture_output=True, text=True).stdout
     (tree / ".venv" / ".installed").write_text(installed)
-    done = set_up(tree)
+    done = set_up(tree, CDPATH=str(tree))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "nothing to install"
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for place in (tree, tree.with_name("moved")):
         tree.replace(place)
         line = [str(place / ".venv/bin/python"), str(place / "scripts/show.py")]
         assert subprocess.run(line, cwd="/", env=kept, capture_output=True, text=True).stdout == "7\n"
+    (link,) = place.rglob("repository.pth")
+    before = link.stat().st_mtime_ns
+    assert set_up(place).returncode == 0 and link.stat().st_mtime_ns == before, "an installation may be another user's"
+
+
+def test_a_script_of_another_tree_is_refused(tmp_path):
+    """As in a second clone or a worktree: it would run the code of the tree that is installed."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "report.py").write_text((ROOT / "scripts" / "report.py").read_text())
+    line = [sys.executable, str(tmp_path / "scripts" / "report.py"), "html"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and f"would run the code of {ROOT}" in done.stderr
+    assert f"set PYTHONPATH={tmp_path}" in done.stderr
 
 
 def test_pip_is_quiet_but_for_its_errors(tree):

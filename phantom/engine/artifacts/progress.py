@@ -21,7 +21,7 @@ class Progress:
         self._bar = None
         self._metric = metric
         self._enabled = enabled
-        if not enabled or not sys.stderr.isatty():
+        if not enabled or sys.stderr is None or not sys.stderr.isatty():
             return
         from rich import progress
 

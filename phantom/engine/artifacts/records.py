@@ -23,6 +23,10 @@ from phantom.engine.artifacts import files
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[3]  # of the code that runs
+# what a hook or a tool may have set: git looks there, and not where it is started
+OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
+
 # Keys that say where or how to run, not what to train: they change neither a run's folder nor, beyond rounding, its
 # results.
 CIRCUMSTANCES = (
@@ -205,11 +209,15 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    here = Path(__file__).parent
+    commit, status = None, None
+    if _is_of_git():
+        commit = _git("rev-parse", "HEAD")
+        # a record that is written again leaves the code as it is: results/ does not count as a change
+        status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     # code that runs without its repository, as in a container, can be told its commit
-    commit = _git(here, "rev-parse", "HEAD") or os.environ.get("PHANTOM_COMMIT")
-    # a record that is written again leaves the code as it is: results/ does not count as a change
-    status = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
+    commit = commit or os.environ.get("PHANTOM_COMMIT")
+    if commit is None:
+        log.warning("the record names no commit: git knows none of %s, and PHANTOM_COMMIT is not set", ROOT)
     return {
         "device": device_name(device),
         "versions": versions,
@@ -218,9 +226,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _is_of_git() -> bool:
+    """Return whether this code is a repository's own: one in which it merely lies has commits of something else."""
+    top = _git("rev-parse", "--show-toplevel")
+    return top is not None and Path(top).resolve() == ROOT
+
+
+def _git(*arguments: str) -> str | None:
+    # a tree of another user, as on a mounted volume, is refused without safe.directory
+    environment = {key: value for key, value in os.environ.items() if key not in OTHER_REPOSITORY}
+    line = ["git", "-c", "safe.directory=*", *arguments]
     try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -12,7 +12,7 @@ from phantom.engine.machine.precision import PRECISIONS
 from phantom.engine.machine.speed import SPEEDS
 from phantom.engine.tasks import Task
 from phantom.report import CHOICES as ON_FAILURE
-from phantom.validate import check_choice, check_count, check_flag, check_number
+from phantom.validate import ANY, check_choice, check_count, check_flag, check_number
 
 # root keys that hold one of a few words
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -64,7 +64,7 @@ def check_root(config: dict[str, Any]) -> None:
         if config["ema"] is not None:
             check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
         if config["target"] is not None:
-            check_number("target", config["target"], "(-inf, inf)", also=", or null to train to the end of the budget")
+            check_number("target", config["target"], ANY, also=", or null to train to the end of the budget")
     for key in TEXTS:
         if not isinstance(config[key], str) or not config[key]:
             raise ConfigError(f"{key}={config[key]!r} must be a name")

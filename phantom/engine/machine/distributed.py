@@ -33,7 +33,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
         device: one of `DEVICES`; "auto" is a GPU when there is one.
 
     Raises:
-        ValueError: device=cuda without a GPU.
+        ValueError: device=cuda without a GPU, or an environment that fits no launch.
         TimeoutError: names the ranks that have not come.
     """
     slurm.adopt()
@@ -41,7 +41,8 @@ def start(device: str) -> tuple[torch.device, int, int]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here: use device=cpu, or check the driver and the build")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher.check()
+    rank, world = launcher.rank(), launcher.world()
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
@@ -56,7 +57,6 @@ def start(device: str) -> tuple[torch.device, int, int]:
         # gloo outlive `stop`, and now and then abort a process that has finished
         importlib.import_module("torch._dynamo")
         launcher.leave_with()
-        rank = int(os.environ["RANK"])
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             store=launcher.fresh_store(rank, world),
@@ -65,7 +65,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
             timeout=launcher.TIMEOUT,
             device_id=place if device == "cuda" else None,
         )
-    return place, (dist.get_rank() if world > 1 else 0), world
+    return place, rank, world
 
 
 def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: bool) -> nn.Module:

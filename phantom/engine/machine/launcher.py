@@ -18,6 +18,37 @@ TIMEOUT = timedelta(minutes=10)
 GRACE = 60.0  # seconds that a rank without launcher has to save and leave
 
 
+def check() -> None:
+    """Raise ValueError where the environment's numbers of ranks fit no launch."""
+    allowed = {"WORLD_SIZE": range(1, 2**31)}
+    if world() > 1:
+        allowed["RANK"] = range(world())
+        allowed["MASTER_PORT"] = range(1, 2**16)
+    for name, numbers in allowed.items():
+        value = os.environ.get(name)
+        if value is None and name == "RANK":
+            raise ValueError(
+                f"the environment has WORLD_SIZE={world()} and no RANK: let torchrun or srun start the ranks"
+            )
+        if value is not None and not (value.isdecimal() and int(value) in numbers):
+            raise ValueError(
+                f"the environment's {name}={value!r} must be an integer from {numbers[0]} to {numbers[-1]}, as a "
+                "launcher sets it: unset it for one process"
+            )
+
+
+def world() -> int:
+    """Return how many ranks the environment speaks of."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
+
+
+def rank() -> int:
+    """Return which of them this one is. One process is the first, whatever an old $RANK says."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() and world() > 1 else 0
+
+
 def is_there() -> bool:
     """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

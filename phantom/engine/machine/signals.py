@@ -135,7 +135,7 @@ class Interruption:
 
 def _say(text: str) -> None:
     """Print a line for all ranks; print() itself may be what the signal interrupted."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launcher.rank() == 0 and sys.stderr is not None:  # None where it was closed
         os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 

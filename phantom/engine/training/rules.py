@@ -12,7 +12,7 @@ from phantom import BPTT, DEQ, GradientEstimator, Solver
 from phantom.deq import Regularizer
 from phantom.engine.training.course import Course
 from phantom.engine.training.schedule import share_of_run
-from phantom.validate import check_count, check_number
+from phantom.validate import ANY, check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Penalty:
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, ">= 0")
-        check_number("increment", self.increment, "(-inf, inf)")
+        check_number("increment", self.increment, ANY)
         if self.increment_every is not None:
             check_count("increment_every", self.increment_every, least=1)
         if self.stop_step is not None:
