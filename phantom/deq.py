@@ -13,7 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from phantom import transforms
 from phantom.check import check
 from phantom.confirm import Confirming
-from phantom.frozen import forget_without_graph, frozen, uncompiled
+from phantom.frozen import forget_without_graph, frozen, twice_differentiable
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
 from phantom.host import can_ask
@@ -184,7 +184,7 @@ def fixed_point(
         unrolled=None if flat.unrolled is None else [packing.unpack(z, copy=True) for z in flat.unrolled],
     )
     if differentiate and regularizer is not None:
-        with clock("attach"), uncompiled():  # a penalty may differentiate f twice
+        with clock("attach"), twice_differentiable():  # a penalty may differentiate f twice
             solution.penalty = regularizer(f, solution.z_star)
     return solution
 

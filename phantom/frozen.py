@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
@@ -47,8 +49,9 @@ def frozen(f: Map) -> Map | None:
     return map_of_z
 
 
-# torch.compile's stance is the process's
+# torch.compile's stance and the choice of an attention kernel are the process's
 _EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
+_UNFUSED = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def uncompiled() -> AbstractContextManager:
@@ -58,6 +61,17 @@ def uncompiled() -> AbstractContextManager:
     compiled where nobody has loaded it.
     """
     return _EAGER.inside() if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run f in steps that have a second derivative during the body: as written, and without fused attention.
+
+    The backward of a fused kernel of `torch.nn.functional.scaled_dot_product_attention` has no derivative of its own,
+    and no such kernel has forward mode.
+    """
+    with uncompiled(), _UNFUSED.inside():
+        yield
 
 
 def is_kept_elsewhere() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom.frozen import uncompiled
+from phantom.frozen import twice_differentiable
 from phantom.gradient.linear import vjp
 from phantom.state import Map, Packing, State
 from phantom.validate import check_count
@@ -17,9 +17,8 @@ from phantom.validate import check_count
 class JacobianRegularizer:
     """Estimate |J|_F^2 / (B D) at a detached state by Hutchinson's probes, differentiably.
 
-    The mean over `num_probes` Gaussian v of |J^T v|^2 / (B D), J = df/dz. Its backward differentiates f twice, which
-    fused attention kernels do not support; a compiled f runs as written here. Cost: one evaluation of f with a graph,
-    one vjp a probe.
+    The mean over `num_probes` Gaussian v of |J^T v|^2 / (B D), J = df/dz. Its backward differentiates f twice: here
+    a compiled f runs as written, and without fused attention. Cost: one evaluation of f with a graph, one vjp a probe.
 
     Source: Bai, Koltun and Kolter, *Stabilizing Equilibrium Models by Jacobian Regularization* (2021).
     """
@@ -33,7 +32,7 @@ class JacobianRegularizer:
         """Return the () penalty of f at `z`; gradients reach the parameters and the input of f, not `z`."""
         packing = Packing(z)
         flat_f = packing.wrap(f)
-        with torch.enable_grad(), uncompiled():
+        with torch.enable_grad(), twice_differentiable():
             z = packing.pack(z).detach().requires_grad_()
             fz = flat_f(z.clone())  # f may write to its argument
             total = fz.new_zeros(())

@@ -59,21 +59,20 @@ def padded(x: Tensor, *multiples: int) -> Tensor:
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float) -> Tensor:
     """Return softmax(scale query key^T + bias) value with torch's fused kernel, if the device has one.
 
-    Shapes (B, H, q, d), (B, H, K, d), (B, H, K, d), (B, H, q, K) -> (B, H, q, d). The kernel has no double backward.
+    Shapes (B, H, q, d), (B, H, K, d), (B, H, K, d), (B, H, q, K) -> (B, H, q, d). The kernel has no second derivative:
+    what differentiates f twice makes torch do without it, `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), scale=scale)
 
 
 def explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float, mask: Tensor
 ) -> Tensor:
-    """Return the value of `fused_attention` step by step: twice differentiable, and with a dropout mask.
+    """Return the value of `fused_attention` step by step, with a dropout mask.
 
     Args:
-        mask: (B, H, q, K) factors on the probabilities, which are not renormalised; None for no dropout.
+        mask: (B, H, q, K) factors on the probabilities, which are not renormalised.
     """
     scores = (query * scale) @ key.mT
-    probabilities = torch.softmax(scores + bias, dim=-1)
-    if mask is not None:
-        probabilities = probabilities * mask
+    probabilities = torch.softmax(scores + bias, dim=-1) * mask
     return probabilities.to(value.dtype) @ value

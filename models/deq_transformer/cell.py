@@ -98,9 +98,7 @@ class Attention(nn.Module):
         self.content_bias = nn.Parameter(torch.empty(num_heads, head_dim).normal_(0, init_std))
         self.position_bias = nn.Parameter(torch.empty(num_heads, head_dim).normal_(0, init_std))
 
-    def bind(
-        self, u: Tensor, history: Tensor, positions: Tensor, *, masks: CellMasks, double_backward: bool
-    ) -> BoundAttention:
+    def bind(self, u: Tensor, history: Tensor, positions: Tensor, *, masks: CellMasks) -> BoundAttention:
         """Compute the fixed tensors of one solve from u (B, K, 3D), history (B, m, D) and positions (K, D)."""
         heads, (length, keys) = (self.num_heads, -1), (history.shape[1], u.shape[1])
         qkv = cast_for_autocast(self.qkv())
@@ -113,8 +111,7 @@ class Attention(nn.Module):
         key, value = self._heads(past, 2)
         r = F.linear(positions, cast_for_autocast(self.position())).unflatten(-1, heads)
         scale = r.shape[-1] ** -0.5
-        explicit = double_backward or masks.attention is not None
-        attend = partial(explicit_attention, mask=masks.attention) if explicit else fused_attention
+        attend = fused_attention if masks.attention is None else partial(explicit_attention, mask=masks.attention)
         return BoundAttention(
             multiple=multiple,
             qkv=qkv,
@@ -243,7 +240,6 @@ class TransformerCell(nn.Module):
         positions: Tensor,
         *,
         masks: CellMasks | None = None,
-        double_backward: bool = False,
     ) -> Callable[[Tensor], Tensor]:
         """Return f(z) = F(z; u, history) on (B, q, D) states; compute everything that does not depend on z once.
 
@@ -252,11 +248,10 @@ class TransformerCell(nn.Module):
             history: (B, m, D) past states.
             positions: (K, D) distance K - 1 - r in row r.
             masks: dropout masks of the solve; None draws them here.
-            double_backward: whether f is differentiated twice, which fused attention cannot be.
         """
         masks = self._draw(u, u.shape[1] - history.shape[1]) if masks is None else masks
         history = self._normalise(history) if self.norm == "pre" else history
-        attention = self.attention.bind(u, history, positions, masks=masks, double_backward=double_backward)
+        attention = self.attention.bind(u, history, positions, masks=masks)
         return partial(self, attention=attention, ffn=self.ffn.bind(masks))
 
     def forward(self, z: Tensor, attention: BoundAttention, ffn: BoundFeedForward) -> Tensor:

@@ -160,7 +160,6 @@ class DEQTransformer(nn.Module):
             history,
             _drop(positions, masks.positions),
             masks=masks.cell,
-            double_backward=self.deq.regularizer is not None,
         )
         solution = self.deq(f, history.new_zeros(*tokens.shape, self.d_model))
         nll = self.softmax(_drop(solution.value, masks.output), targets, self.embedding)

@@ -37,8 +37,8 @@ class OneSpeed(nn.Module):
         self.stack = stack(width=width, length=length)
         self.lam = lam
 
-    def forward(self, z: Tensor, x: Tensor, rotary: Rotary, noise: Noise, *, double_backward: bool) -> Tensor:
-        return mix(z, self.stack(z, x, rotary, double_backward=double_backward), self.lam, noise[0])
+    def forward(self, z: Tensor, x: Tensor, rotary: Rotary, noise: Noise) -> Tensor:
+        return mix(z, self.stack(z, x, rotary), self.lam, noise[0])
 
 
 class TwoSpeeds(nn.Module):
@@ -78,23 +78,20 @@ class TwoSpeeds(nn.Module):
         rotary: Rotary,
         noise: Noise,
         *,
-        double_backward: bool,
         num_fast: int | None = None,
     ) -> Pair:
         """Return F(z), or the same with another number of fast updates."""
         slow, _ = z
-        fast = self.advance(z, x, rotary, noise, num_fast=num_fast, double_backward=double_backward)[1]
-        new = self.slow(slow, fast, rotary, double_backward=double_backward)
+        fast = self.advance(z, x, rotary, noise, num_fast=num_fast)[1]
+        new = self.slow(slow, fast, rotary)
         return mix(slow, new, self.lam, noise[0]), fast
 
-    def advance(
-        self, z: Pair, x: Tensor, rotary: Rotary, noise: Noise, *, double_backward: bool, num_fast: int | None = None
-    ) -> Pair:
+    def advance(self, z: Pair, x: Tensor, rotary: Rotary, noise: Noise, *, num_fast: int | None = None) -> Pair:
         """Return z after fast updates alone."""
         slow, fast = z
         injection = slow + x
         for _ in range(self.num_fast if num_fast is None else num_fast):
-            fast = mix(fast, self.fast(fast, injection, rotary, double_backward=double_backward), self.lam, noise[1])
+            fast = mix(fast, self.fast(fast, injection, rotary), self.lam, noise[1])
         return slow, fast
 
 

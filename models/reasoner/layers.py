@@ -6,12 +6,10 @@ B puzzles, S positions (prefix and cells), D width, h head size.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phantom.validate import check_count, check_number
 
@@ -86,15 +84,13 @@ class Attention(nn.Module):
         self.query_key_value = linear(width, 3 * width)
         self.output = linear(width, width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, *, double_backward: bool = False) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, width = x.shape
         parts = self.query_key_value(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)  # (B, heads, S, h) each
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        # the fused kernels have no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if double_backward else nullcontext():
-            mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -141,8 +137,8 @@ class AttentionBlock(nn.Module):
         self.mix = Attention(width=width, num_heads=num_heads)
         self.mlp = SwiGLU(width=width, hidden=hidden_width(width, expansion, multiple))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, *, double_backward: bool = False) -> Tensor:
-        x = rms_norm(x + self.mix(x, rotary, double_backward=double_backward))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = rms_norm(x + self.mix(x, rotary))
         return rms_norm(x + self.mlp(x))
 
 
@@ -160,7 +156,7 @@ class MixerBlock(nn.Module):
         self.mix = SwiGLU(width=length, hidden=hidden_width(length, expansion, multiple))
         self.mlp = SwiGLU(width=width, hidden=hidden_width(width, expansion, multiple))
 
-    def forward(self, x: Tensor, rotary: None, *, double_backward: bool = False) -> Tensor:
+    def forward(self, x: Tensor, rotary: None) -> Tensor:
         across = x.mT
         x = rms_norm(across + self.mix(across)).mT
         return rms_norm(x + self.mlp(x))
@@ -181,10 +177,8 @@ class Stack(nn.Module):
         check_count("num_layers", num_layers, least=1)
         self.blocks = nn.ModuleList(block(width=width, length=length) for _ in range(num_layers))
 
-    def forward(
-        self, h: Tensor, injection: Tensor, rotary: tuple[Tensor, Tensor] | None, *, double_backward: bool = False
-    ) -> Tensor:
+    def forward(self, h: Tensor, injection: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         h = h + injection
         for block in self.blocks:
-            h = block(h, rotary, double_backward=double_backward)
+            h = block(h, rotary)
         return h

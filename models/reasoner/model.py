@@ -209,7 +209,7 @@ class Reasoner(nn.Module):
     def _bound(self, x: Tensor, noise: Noise | None) -> dict:
         rotary = None if self.cosines is None else (self.cosines, self.sines)
         noise = noise or (None,) * len(self.cell.states)
-        return {"x": x, "rotary": rotary, "noise": noise, "double_backward": self.deq.regularizer is not None}
+        return {"x": x, "rotary": rotary, "noise": noise}
 
     def _set_rotary(self, positions: Positions) -> None:
         cosines = sines = None

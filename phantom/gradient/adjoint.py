@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phantom import transforms
-from phantom.frozen import is_kept_elsewhere, uncompiled
+from phantom.frozen import is_kept_elsewhere, twice_differentiable, uncompiled
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, leads_elsewhere, partial_vjps, vjp
@@ -133,7 +133,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     if equilibrium.is_adjoint:
         fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
     else:
-        with uncompiled(), Readings(z) as readings:
+        with twice_differentiable(), Readings(z) as readings:
             fz, inputs = equilibrium.f(z), readings.tensors
         if [*map(edge_of, inputs)] != [*ctx.next_functions[1:]] or readings.missed(fz):
             raise RuntimeError(
@@ -177,7 +177,8 @@ class AdjointEstimator(GradientEstimator):
         check_grad_enabled()
         stats = solution.stats
         if transforms.are_active():
-            return self._attach_under(transforms.Levels(), f, solution)
+            with twice_differentiable():  # autograd around them may ask for a second derivative, too
+                return self._attach_under(transforms.Levels(), f, solution)
         with uncompiled():
             linear = Linearisation(f, solution.z_star)
         stats.num_evals += 1
@@ -269,7 +270,8 @@ class Implicit(AdjointEstimator):
     `stats.adjoint.fallback`. Cost: one vjp per step of `solver`.
 
     Exact in every order: under `create_graph=True` f is evaluated once more, and the adjoint equation, itself a fixed
-    point, is differentiated in the same way. Then f must be twice differentiable.
+    point, is differentiated in the same way. Then f must be twice differentiable; torch's attention is, as it is not
+    fused there.
 
     Args:
         solver: solves the adjoint equation, from u = 0.

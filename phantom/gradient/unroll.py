@@ -23,7 +23,8 @@ class UPG(GradientEstimator):
     Eq. (12) and (16), Geng et al. 2021. The value is the state after the k steps. Cost: k evaluations of f with a
     graph, and their k activations; `checkpoint` keeps one state per step and evaluates f once more in backward instead,
     with the same random numbers; a buffer that f moves is moved twice. Supports double backward, which holds z_star
-    fixed: the second derivative is that of the k steps alone.
+    fixed: the second derivative is that of the k steps alone. Through torch's attention it needs
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the forward pass, as forward mode does.
 
     Args:
         k: number of steps, >= 1.

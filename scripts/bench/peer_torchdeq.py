@@ -30,8 +30,6 @@ class TorchDEQ(nn.Module):
         PeerError: see the class.
     """
 
-    regularizer = None
-
     def __init__(self, deq: DEQ) -> None:
         super().__init__()
         self.clock = nullcontext

@@ -1,7 +1,4 @@
-"""Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f.
-
-They define `regularizer = None`, because models read that attribute of their DEQ.
-"""
+"""Modules that take the place of a model's DEQ: the floor of a step, and a wrapper that counts evaluations of f."""
 
 from __future__ import annotations
 
@@ -45,8 +42,6 @@ class Floor(nn.Module):
         work: per solve of one forward pass, in order.
         gradient_precision: autocast of the evaluations with a graph, as in `phantom.fixed_point`.
     """
-
-    regularizer = None
 
     def __init__(self, work: Iterable[Work], clock: Clock, gradient_precision: torch.dtype | None) -> None:
         super().__init__()
@@ -95,8 +90,6 @@ def _parts(value: State, *, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 class Traced(nn.Module):
     """Hand f to the DEQ with every evaluation marked for a tracer."""
-
-    regularizer = None
 
     def __init__(self, inner: nn.Module, tracer: Tracer) -> None:
         super().__init__()

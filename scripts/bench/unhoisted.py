@@ -31,7 +31,6 @@ class UnhoistedCell(nn.Module):
         positions: Tensor,
         *,
         masks: CellMasks | None = None,
-        double_backward: bool = False,
     ) -> Callable[[Tensor], Tensor]:
         """Return f(z), with the arguments of `TransformerCell.bind`."""
         cell, attention, ffn = self.cell, self.cell.attention, self.cell.ffn
@@ -39,8 +38,7 @@ class UnhoistedCell(nn.Module):
         masks = cell._draw(u, u.shape[1] - m) if masks is None else masks
         qkv, position, out = attention.qkv(), attention.position(), attention.out()
         bound_ffn = ffn.bind(masks)
-        explicit = double_backward or masks.attention is not None
-        attention_of = partial(explicit_attention, mask=masks.attention) if explicit else fused_attention
+        attention_of = fused_attention if masks.attention is None else partial(explicit_attention, mask=masks.attention)
 
         def attend(z: Tensor) -> Tensor:
             x = torch.cat([history, z], dim=1)

@@ -14,6 +14,7 @@ from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit
 from phantom.diagnostics import cosine
 from phantom.engine.build import compile_cell
 from tests.models.transformers import V, make, tokens, written_out
+from tests.phantom.attentions import Attentions
 
 FULL_SIZE = {
     "d_model": 700,
@@ -63,7 +64,6 @@ def test_float32_agrees_with_float64_at_full_width(norm):
     assert (single - double).norm() / double.norm() < 1e-5
 
 
-@pytest.mark.parametrize("double_backward", [False, True])
 @pytest.mark.parametrize(
     ("norm", "residual", "m", "window"),
     [
@@ -74,20 +74,20 @@ def test_float32_agrees_with_float64_at_full_width(norm):
     ],
 )
 @torch.no_grad()
-def test_cell_is_its_formula(norm, residual, m, window, double_backward):
+def test_cell_is_its_formula(norm, residual, m, window):
     cell = make(norm=norm, preln_residual=residual, window=window).cell
     q = 5
     u = torch.randn(2, m + q, 36, dtype=torch.float64)
     history, z = torch.randn(2, m, 12, dtype=torch.float64), torch.randn(2, q, 12, dtype=torch.float64)
     positions = sinusoids(m + q, 12, device="cpu", dtype=torch.float64)
-    f = cell.bind(u, history, positions, double_backward=double_backward)
+    f = cell.bind(u, history, positions)
     torch.testing.assert_close(f(z), written_out(cell, z, u, history, window), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("options", [{}, {"double_backward": True}])
-def test_padding_for_matrix_units_changes_no_value_and_no_gradient(monkeypatch, options, dropout):
-    cell = make(d_inner=13, dropout=dropout).cell
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.2])
+def test_padding_for_matrix_units_changes_no_value_and_no_gradient(monkeypatch, attention_dropout, dropout):
+    cell = make(d_inner=13, dropout=dropout, attention_dropout=attention_dropout).cell
     cell.train()
     u, history = torch.randn(2, 9, 36, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
     positions = sinusoids(9, 12, device="cpu", dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_padding_for_matrix_units_changes_no_value_and_no_gradient(monkeypatch, 
         monkeypatch.setattr(transformer_cell, "row_multiple", lambda _, multiple=multiple: multiple)
         z = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         given, past = u.clone().requires_grad_(), history.clone().requires_grad_()
-        f = cell.bind(given, past, positions, masks=masks, **options)
+        f = cell.bind(given, past, positions, masks=masks)
         assert f.keywords["attention"].qkv.shape == ((36, 12) if multiple == 1 else (72, 16))
         cell.zero_grad()
         out = f(f(z))
@@ -124,39 +124,37 @@ def test_fused_and_explicit_attention_agree_with_their_gradients():
     v = torch.randn(2, 5, 12, dtype=torch.float64)
     found = []
     ones = CellMasks(attention=torch.ones(2, 3, 5, 9, dtype=torch.float64))
-    for options in ({}, {"double_backward": True}, {"masks": ones}):
+    for masks in (CellMasks(), ones):
         z = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         cell.zero_grad()
-        out = cell.bind(u, history, positions, **options)(z)
+        out = cell.bind(u, history, positions, masks=masks)(z)
         out.backward(v)
         found.append([out, z.grad, *(p.grad.clone() for p in cell.parameters())])
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_double_backward_and_attention_dropout_leave_the_fused_kernel(monkeypatch):
-    calls = []
-    fused = transformer_cell.fused_attention
-    monkeypatch.setattr(
-        transformer_cell, "fused_attention", lambda *args, **scale: calls.append(1) or fused(*args, **scale)
-    )
+def test_attention_dropout_alone_leaves_the_fused_kernel():
+    """A penalty takes no fused kernel from the solve: it does without for itself."""
     model = make(attention_dropout=0.1)
-    model(*tokens(2, 5), None)
+    with Attentions() as attentions:
+        model(*tokens(2, 5), None)
+    assert attentions.fused == 0
     model.eval()
-    assert not calls
-    model(*tokens(2, 5), None)
-    assert calls
-    calls.clear()
-    model.deq.regularizer = JacobianRegularizer()
-    _, (solution,), _ = model(*tokens(2, 5), None)
+    solves = []
+    for regularizer in (None, JacobianRegularizer()):
+        model.deq.regularizer = regularizer
+        with Attentions() as attentions:
+            _, (solution,), _ = model(*tokens(2, 5), None)
+        solves.append((attentions.fused, solution.value))
+    assert solves[0][0] == solves[1][0] > 0 and torch.equal(solves[0][1], solves[1][1])
     solution.penalty.backward()
-    assert not calls and solution.penalty > 0
-    assert model.cell.ffn.inner.weight_v.grad.abs().sum() > 0
+    assert solution.penalty > 0 and model.cell.ffn.inner.weight_v.grad.abs().sum() > 0
 
 
-def test_jacobian_penalty_gradient_against_finite_differences():
-    model = make(norm="pre", attention_dropout=0.2, dropout=0.1)
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.2])
+def test_jacobian_penalty_gradient_against_finite_differences(attention_dropout):
+    model = make(norm="pre", attention_dropout=attention_dropout, dropout=0.1)
     u, history = torch.randn(1, 5, 36, dtype=torch.float64), torch.randn(1, 2, 12, dtype=torch.float64)
     positions = sinusoids(5, 12, device="cpu", dtype=torch.float64)
     z = torch.randn(1, 3, 12, dtype=torch.float64)
@@ -165,7 +163,7 @@ def test_jacobian_penalty_gradient_against_finite_differences():
 
     def penalty(*_):
         torch.manual_seed(3)
-        return JacobianRegularizer()(model.cell.bind(u, history, positions, masks=masks, double_backward=True), z)
+        return JacobianRegularizer()(model.cell.bind(u, history, positions, masks=masks), z)
 
     assert torch.autograd.gradcheck(penalty, parameters, fast_mode=True)
 

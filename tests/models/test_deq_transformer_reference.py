@@ -135,11 +135,13 @@ def bound(model: DEQTransformer, u: torch.Tensor, history: torch.Tensor, **optio
     return model.cell.bind(u, history, positions, **options)
 
 
-@pytest.mark.parametrize("double_backward", [False, True])
+@pytest.mark.parametrize("is_explicit", [False, True])
 @pytest.mark.parametrize("case", ["cell_nomem", "cell_mem"])
-def test_cell_and_its_vjp(model, arrays, case, double_backward):
-    f = bound(model, arrays.state(f"{case}/us"), arrays.state(f"{case}/z0"), double_backward=double_backward)
+def test_cell_and_its_vjp(model, arrays, case, is_explicit):
+    u, history = arrays.state(f"{case}/us"), arrays.state(f"{case}/z0")
     z = arrays.state(f"{case}/z").requires_grad_()
+    ones = torch.ones(len(z), model.cell.num_heads, z.shape[1], u.shape[1], dtype=z.dtype)
+    f = bound(model, u, history, masks=CellMasks(attention=ones) if is_explicit else CellMasks())
     a = F.layer_norm(z + model.cell.attention(z, f.keywords["attention"]), (32,))
     assert relative(a, arrays.state(f"{case}/attn_out")) < 1e-9
     out = f(z)

@@ -9,8 +9,9 @@ from scipy import stats
 from models.reasoner import Reasoner
 from models.reasoner.layers import MixerBlock, hidden_width, linear, rotary_tables, rotate
 from models.reasoner.supervision import Supervision
-from phantom import BPTT, DEQ, NPG, SHINE, UPG, FixedPoint, Implicit, Rollout, SolveError
+from phantom import BPTT, DEQ, NPG, SHINE, UPG, FixedPoint, Implicit, JacobianRegularizer, Rollout, SolveError
 from tests.models.reasoners import ATTENTION, MIXER, TIGHT, batch, make
+from tests.phantom.attentions import Attentions
 
 # ------------------------------------------------------------------------------------------------ layers
 
@@ -73,6 +74,29 @@ def test_the_mixer_normalises_over_positions():
         mixed = mixed / (mixed.square().mean(dim=2, keepdim=True) + 1e-5).sqrt()
         expected = mixed.mT / (mixed.mT.square().mean(dim=2, keepdim=True) + 1e-5).sqrt()
         torch.testing.assert_close(block(x, None), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_penalty_differentiates_attention_twice_and_leaves_the_solve_its_kernel():
+    inputs, _ = batch(2)
+    calls = []
+    for regularizer in (None, JacobianRegularizer()):
+        solver = FixedPoint(max_steps=3, tol=None)
+        deq = DEQ(solver=solver, grad=UPG(k=1, lam=1.0), regularizer=regularizer)
+        model = make(block=ATTENTION, deq=deq)
+        with Attentions() as attentions:
+            solution = model.step(inputs, model.start_state(inputs)).solution
+        calls.append(attentions.fused)
+    assert calls[0] == calls[1] > 3
+    state = tuple(part.detach() for part in solution.z_star)
+    x = model.embed(inputs).detach()
+    weights = [model.cell.fast.blocks[0].mix.query_key_value.weight, model.cell.fast.blocks[0].mlp.up.weight]
+
+    def penalty(*_) -> torch.Tensor:
+        torch.manual_seed(3)
+        return JacobianRegularizer()(model.bind(x), state)
+
+    assert penalty() > 0
+    assert torch.autograd.gradcheck(penalty, weights, fast_mode=True)
 
 
 # ------------------------------------------------------------------------------------------------ gradients
