@@ -62,20 +62,16 @@ class ImplicitGraphLayer(nn.Module):
     Source: Gu et al., *Implicit Graph Neural Networks* (2020), and its official code.
     """
 
-    W: Tensor
-    omega_1: Tensor
-
     def __init__(self, *, in_features: int, features: int, kappa: float, dead_parameters: bool) -> None:
         super().__init__()
         check_kappa(kappa)
         check_flag("dead_parameters", dead_parameters)
         self.kappa = kappa
-        bound = 1 / math.sqrt(features)
-        shapes = {"W": (features, features), "omega_1": (features, in_features)}
-        dead = {"omega_2": (features, in_features), "bias": (features, 1)} if dead_parameters else {}
-        for name, shape in (shapes | dead).items():
-            values = torch.empty(shape).uniform_(-bound, bound)
-            self.register_parameter(name, nn.Parameter(values, requires_grad=name not in dead))
+        self.W = nn.Parameter(_drawn(features, features))
+        self.omega_1 = nn.Parameter(_drawn(features, in_features))
+        if dead_parameters:
+            self.omega_2 = nn.Parameter(_drawn(features, in_features), requires_grad=False)
+            self.bias = nn.Parameter(_drawn(features, 1), requires_grad=False)
 
     def inject(self, inputs: Tensor, graph: GraphInput) -> Tensor:
         """Return B (N, m) for `inputs` U (N, p)."""
@@ -113,16 +109,13 @@ class SpectralGraphLayer(nn.Module):
         check_kappa(kappa)
         check_flag("dead_parameters", dead_parameters)
         self.kappa = kappa
-        bound = 1 / math.sqrt(features)
-        self.W = SpectralNorm(torch.empty(features, features).uniform_(-bound, bound), learned=True, capped=True)
-        self.omega_1 = SpectralNorm(
-            torch.empty(features, in_features).uniform_(-bound, bound), learned=True, capped=True
-        )
-        self.omega_2 = SpectralNorm(
-            torch.empty(features, in_features).uniform_(-bound, bound), learned=True, capped=True
-        )
+
+        def drawn(columns: int) -> SpectralNorm:
+            return SpectralNorm(_drawn(features, columns), learned=True, capped=True)
+
+        self.W, self.omega_1, self.omega_2 = drawn(features), drawn(in_features), drawn(in_features)
         if dead_parameters:
-            self.bias = nn.Parameter(torch.empty(features, 1).uniform_(-bound, bound), requires_grad=False)
+            self.bias = nn.Parameter(_drawn(features, 1), requires_grad=False)
 
     def inject(self, inputs: Tensor, graph: GraphInput) -> Tensor:
         """Return B (N, m) for `inputs` U (N, p)."""
@@ -131,6 +124,12 @@ class SpectralGraphLayer(nn.Module):
     def bind(self, injection: Tensor, graph: GraphInput) -> NodeMap:
         """Return f of states (1, N, m) for `injection` (N, m)."""
         return node_map(_projected(self.W(), row_bound(self.kappa, graph)), injection, graph)
+
+
+def _drawn(features: int, columns: int) -> Tensor:
+    """Return a weight (m, columns) drawn uniformly within 1 / sqrt(m)."""
+    bound = 1 / math.sqrt(features)
+    return torch.empty(features, columns).uniform_(-bound, bound)
 
 
 def propagate(inputs: Tensor, weight: Tensor, graph: GraphInput) -> Tensor:
