@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -200,10 +199,8 @@ class Reasoner(nn.Module):
         # not self.deq(...): the monitor's hook counts the solve above alone
         solution = self.deq.forward(pair, z, solver=STAY)
         # the solve was the one before; the backward adds its cost to these, and follows their policy
-        stats, num_evals = solution.stats, solution.stats.num_evals
-        for field in fields(stats):
-            setattr(stats, field.name, getattr(before.stats, field.name))
-        stats.num_evals += num_evals
+        num_evals = before.stats.num_evals + solution.stats.num_evals
+        vars(solution.stats).update(vars(before.stats) | {"num_evals": num_evals})
         return solution
 
     def _bound(self, x: Tensor, noise: Noise | None) -> dict:
