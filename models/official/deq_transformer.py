@@ -6,45 +6,38 @@ tables and projections appear under two names; they must agree.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from models.official.piece import Convert, Piece
+from models.official.piece import Convert, Piece, rename
 
 # official name -> ours
-_RULES = [
-    (re.compile(pattern), ours)
-    for pattern, ours in (
-        (r"word_emb\.emb_layers\.(\d+)\.weight", r"embedding.tables.\1"),
-        (r"word_emb\.emb_projs\.(\d+)\.weight", r"embedding.projections.\1"),
-        (r"inject_conv\.(weight|bias)", r"injection.\1"),
-        (r"func\.dec_attn\.r_w_bias", r"cell.attention.content_bias"),
-        (r"func\.dec_attn\.r_r_bias", r"cell.attention.position_bias"),
-        (r"func\.dec_attn\.qkv_net\.(weight_[gv])", r"cell.attention.qkv.\1"),
-        (r"func\.dec_attn\.r_net\.(weight_[gv])", r"cell.attention.position.\1"),
-        (r"func\.dec_attn\.o_net\.(weight_[gv])", r"cell.attention.out.\1"),
-        (r"func\.dec_attn\.o_net\.bias", r"cell.attention.out_bias"),
-        (r"func\.pos_ff\.ff1_net\.(weight_[gv])", r"cell.ffn.inner.\1"),
-        (r"func\.pos_ff\.ff1_net\.bias", r"cell.ffn.inner_bias"),
-        (r"func\.pos_ff\.ff2_net\.(weight_[gv])", r"cell.ffn.outer.\1"),
-        (r"func\.pos_ff\.ff2_net\.bias", r"cell.ffn.outer_bias"),
-        (r"crit\.cluster_(weight|bias)", r"softmax.cluster_\1"),
-        (r"crit\.out_layers\.(\d+)\.bias", r"softmax.biases.\1"),
-        (r"crit\.out_layers\.(\d+)\.weight", r"embedding.tables.\1"),
-        (r"crit\.out_projs\.0\.weight", r"softmax.head_projection"),
-        (r"crit\.out_projs\.(\d+)\.weight", r"embedding.projections.\1"),
-    )
-]
+_RULES = {
+    r"word_emb\.emb_layers\.(\d+)\.weight$": r"embedding.tables.\1",
+    r"word_emb\.emb_projs\.(\d+)\.weight$": r"embedding.projections.\1",
+    r"inject_conv\.(weight|bias)$": r"injection.\1",
+    r"func\.dec_attn\.r_w_bias$": r"cell.attention.content_bias",
+    r"func\.dec_attn\.r_r_bias$": r"cell.attention.position_bias",
+    r"func\.dec_attn\.qkv_net\.(weight_[gv])$": r"cell.attention.qkv.\1",
+    r"func\.dec_attn\.r_net\.(weight_[gv])$": r"cell.attention.position.\1",
+    r"func\.dec_attn\.o_net\.(weight_[gv])$": r"cell.attention.out.\1",
+    r"func\.dec_attn\.o_net\.bias$": r"cell.attention.out_bias",
+    r"func\.pos_ff\.ff1_net\.(weight_[gv])$": r"cell.ffn.inner.\1",
+    r"func\.pos_ff\.ff1_net\.bias$": r"cell.ffn.inner_bias",
+    r"func\.pos_ff\.ff2_net\.(weight_[gv])$": r"cell.ffn.outer.\1",
+    r"func\.pos_ff\.ff2_net\.bias$": r"cell.ffn.outer_bias",
+    r"crit\.cluster_(weight|bias)$": r"softmax.cluster_\1",
+    r"crit\.out_layers\.(\d+)\.bias$": r"softmax.biases.\1",
+    r"crit\.out_layers\.(\d+)\.weight$": r"embedding.tables.\1",
+    r"crit\.out_projs\.0\.weight$": r"softmax.head_projection",
+    r"crit\.out_projs\.(\d+)\.weight$": r"embedding.projections.\1",
+}
 
 
 def rename_deq_transformer(official: str) -> str:
     """Return our name of an official parameter; a name that no rule matches stays unchanged."""
-    for pattern, ours in _RULES:
-        if match := pattern.fullmatch(official):
-            return match.expand(ours)
-    return official
+    return rename(official, _RULES)
 
 
 def deq(state: dict[str, Tensor]) -> Iterator[Piece]:

@@ -12,36 +12,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.official.piece import Convert, Piece
+from models.official.piece import Convert, Piece, rename
 
-# official pattern -> ours; the first pattern that matches the beginning of a name applies
-_RULES = [
-    (re.compile(pattern), ours)
-    for pattern, ours in (
-        (r"downsample\.", r"stem."),
-        (r"fullstage\.branches\.(\d+)\.blocks\.(\d+)\.gn(\d)\.", r"cell.branches.\1.\2.norm\3."),
-        (r"fullstage\.branches\.(\d+)\.blocks\.(\d+)\.", r"cell.branches.\1.\2."),
-        (r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.gnorm\.", r"cell.fusion.\1.\2.\3.norm."),
-        (r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.conv\.", r"cell.fusion.\1.\2.\3.conv."),
-        (r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.gnorm\.", r"cell.fusion.\1.\2.0.norm."),
-        (r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.conv\.", r"cell.fusion.\1.\2.0.conv."),
-        (r"fullstage\.post_fuse_layers\.(\d+)\.gnorm\.", r"cell.post_fuse.\1.norm."),
-        (r"fullstage\.post_fuse_layers\.(\d+)\.conv\.", r"cell.post_fuse.\1.conv."),
-        (r"incre_modules\.(\d+)\.0\.downsample\.", r"head.incre.\1.shortcut."),
-        (r"incre_modules\.(\d+)\.0\.", r"head.incre.\1."),
-        (r"downsamp_modules\.", r"head.downsamp."),
-        (r"final_layer\.", r"head.final."),
-        (r"classifier\.", r"head.classifier."),
-    )
-]
+# beginning of an official name -> ours
+_RULES = {
+    r"downsample\.": r"stem.",
+    r"fullstage\.branches\.(\d+)\.blocks\.(\d+)\.gn(\d)\.": r"cell.branches.\1.\2.norm\3.",
+    r"fullstage\.branches\.(\d+)\.blocks\.(\d+)\.": r"cell.branches.\1.\2.",
+    r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.gnorm\.": r"cell.fusion.\1.\2.\3.norm.",
+    r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.conv\.": r"cell.fusion.\1.\2.\3.conv.",
+    r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.gnorm\.": r"cell.fusion.\1.\2.0.norm.",
+    r"fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.conv\.": r"cell.fusion.\1.\2.0.conv.",
+    r"fullstage\.post_fuse_layers\.(\d+)\.gnorm\.": r"cell.post_fuse.\1.norm.",
+    r"fullstage\.post_fuse_layers\.(\d+)\.conv\.": r"cell.post_fuse.\1.conv.",
+    r"incre_modules\.(\d+)\.0\.downsample\.": r"head.incre.\1.shortcut.",
+    r"incre_modules\.(\d+)\.0\.": r"head.incre.\1.",
+    r"downsamp_modules\.": r"head.downsamp.",
+    r"final_layer\.": r"head.final.",
+    r"classifier\.": r"head.classifier.",
+}
 
 
 def rename_mdeq(official: str) -> str:
     """Return our name of an official parameter or buffer; a name that no rule matches stays unchanged."""
-    for pattern, ours in _RULES:
-        if match := pattern.match(official):
-            return match.expand(ours) + official[match.end() :]
-    return official
+    return rename(official, _RULES)
 
 
 def phantom_grad(state: dict[str, Tensor]) -> Iterator[Piece]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.mdeq.model import MDEQ
+from models.official.deq_transformer import rename_deq_transformer
 from models.official.load import REFERENCES, load_reference
 from models.official.mdeq import rename_mdeq
 from phantom import DEQ, UPG, Broyden
@@ -92,6 +93,19 @@ def logits(model: MDEQ) -> torch.Tensor:
 )
 def test_names(theirs, ours):
     assert rename_mdeq(theirs) == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("crit.out_projs.0.weight", "softmax.head_projection"),
+        ("crit.out_projs.2.weight", "embedding.projections.2"),
+        ("func.dec_attn.o_net.weight_g", "cell.attention.out.weight_g"),
+        ("func.dec_attn.o_net.bias_g", "func.dec_attn.o_net.bias_g"),
+    ],
+)
+def test_names_of_the_transformer_are_whole(theirs, ours):
+    assert rename_deq_transformer(theirs) == ours
 
 
 def test_phantom_grad_from_data_parallel_with_aliases():
