@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from phantom.precision import autocast_dtype
 from phantom.validate import check_number
 
+_DROPPED = ": the probability that an entry is dropped"
+
 
 class WeightNorm(nn.Module):
     """Hold a weight as direction and length: weight = v * g / |v|, one length per output channel (axis 0).
@@ -137,15 +139,15 @@ def variational_mask(
     Raises:
         ValueError: `p` is outside [0, 1).
     """
-    check_dropout(p)
+    check_number("p", p, "[0, 1)", also=_DROPPED)
     if not training or p == 0:
         return None
     return torch.empty(tuple(shape), device=device, dtype=dtype).bernoulli_(1 - p).div_(1 - p)
 
 
-def check_dropout(p: float) -> None:
-    """Raise unless `p` is in [0, 1)."""
-    check_number("dropout", p, "[0, 1)", also=": the probability that an entry is dropped")
+def check_dropout(dropout: float) -> None:
+    """Raise unless `dropout` is in [0, 1)."""
+    check_number("dropout", dropout, "[0, 1)", also=_DROPPED)
 
 
 def cast_for_autocast(weight: Tensor) -> Tensor:
