@@ -11,7 +11,6 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ class Corpus(NamedTuple):
 
     tokens: Mapping[str, np.ndarray]
     counts: Sequence[int]
-    digests: Mapping[str, str] = MappingProxyType({})
+    digests: Mapping[str, str]
 
 
 class TokenStreams(Source):

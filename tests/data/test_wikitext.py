@@ -99,7 +99,7 @@ class Numbers(TokenStreams):
     def load(self) -> Corpus:
         sizes = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
         tokens = {split: np.broadcast_to(np.int32(0), (size,)) for split, size in sizes.items()}
-        return Corpus(tokens, [3, 1])
+        return Corpus(tokens, [3, 1], {})
 
 
 def test_the_published_numbers_of_segments():
@@ -116,7 +116,8 @@ class Counting(TokenStreams):
     """103 training and 41 validation tokens, each its own position."""
 
     def load(self) -> Corpus:
-        return Corpus({"train": np.arange(103, dtype=np.int32), "valid": np.arange(41, dtype=np.int32)}, [1] * 103)
+        tokens = {"train": np.arange(103, dtype=np.int32), "valid": np.arange(41, dtype=np.int32)}
+        return Corpus(tokens, [1] * 103, {})
 
 
 def test_streams_are_contiguous_and_segments_follow_each_other():
