@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from phantom.engine.artifacts import checkpoint
+from scripts import studies
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -242,6 +243,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "items_per_second", "peak_memory")
+    rows = studies.logged(folder)
     return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scripts import studies
 
 ROOT = Path(__file__).parents[2]
 # numbers of the machine, not of the mathematics
@@ -81,7 +82,7 @@ def read(side: str, overrides: Sequence[str], folder: Path) -> list[dict[str, An
         RuntimeError: it is none of these, or its run failed.
     """
     if is_run(side):
-        return _rows(Path(side) / "metrics.jsonl")
+        return studies.logged(Path(side))
     if side == "." or "=" in side:
         return _run(ROOT, [*overrides, *(side.split() if "=" in side else [])], folder)
     with _checkout(side, folder / "code") as code:
@@ -101,7 +102,7 @@ def _run(code: Path, overrides: Sequence[str], folder: Path) -> list[dict[str, A
         raise RuntimeError(
             f"train.py {' '.join(items)} failed: {said[-1] if said else f'it ended with {done.returncode}'}"
         )
-    return _rows(found[0])
+    return studies.logged(found[0].parent)
 
 
 @contextmanager
@@ -117,10 +118,6 @@ def _checkout(commit: str, folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True, capture_output=True)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _name(row: dict[str, Any]) -> str:

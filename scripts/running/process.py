@@ -254,12 +254,11 @@ def train(
 
 def curve(folder: Path, split: str, metric: str) -> tuple[list[int], list[float]]:
     """Return (epochs, values) of a metric at every evaluation of a run on one split; both empty where it has none."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "eval" and row["split"] == split]
+    rows = [row for row in studies.logged(folder) if row["kind"] == "eval" and row["split"] == split]
     return [row["epoch"] for row in rows], [row[metric] for row in rows]
 
 
 def monitored(folder: Path) -> list[dict[str, Any]]:
     """Return what the monitor of a run measured, a row per measurement."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == "monitor"]
+    rows = [row for row in studies.logged(folder) if row["kind"] == "monitor"]
+    return [{key: value for key, value in row.items() if key != "kind"} for row in rows]

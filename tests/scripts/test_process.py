@@ -144,6 +144,19 @@ if not (folder / "last.pt").exists():
 """
 
 
+def test_what_a_run_logged(tmp_path):
+    rows = [
+        {"kind": "train", "step": 1, "epoch": 0, "loss": 0.5},
+        {"kind": "monitor", "step": 1, "cosine": 0.9},
+        *({"kind": "eval", "split": split, "step": 2, "epoch": 1, "accuracy": 60.0} for split in ("valid", "test")),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert studies.logged(tmp_path) == rows
+    assert process.curve(tmp_path, "test", "accuracy") == ([1], [60.0])
+    assert process.curve(tmp_path, "train", "accuracy") == ([], [])
+    assert process.monitored(tmp_path) == [{"step": 1, "cosine": 0.9}]
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_at_the_deadline_runs_are_told_to_end_and_the_next_time_they_resume(tmp_path, monkeypatch, jobs):
     monkeypatch.setattr(studies, "ROOT", tmp_path)

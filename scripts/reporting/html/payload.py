@@ -70,7 +70,7 @@ def _local(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]
     """Yield (run, its curves) of every finished run folder below `folder`."""
     for path in sorted(folder.rglob("record.json")):
         run, metrics = _run(json.loads(path.read_text()), path), path.with_name("metrics.jsonl")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        rows = studies.logged(path.parent) if metrics.exists() else []
         yield run, _curves(run, rows, name_of(metrics), [])
 
 
