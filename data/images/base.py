@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -43,6 +44,7 @@ class ImageSet(NamedTuple):
         return digest(sorted(self.hashes()))
 
 
+@dataclass(kw_only=True, eq=False)
 class InMemoryImages(Source):
     """A labelled image set small enough to keep in memory.
 
@@ -61,34 +63,35 @@ class InMemoryImages(Source):
     """
 
     kind: ClassVar[str] = "image_classification"
+    num_classes: int = field(init=False)  # by the class, or one of its own arguments
+    mean: ClassVar[Sequence[float]]
+    std: ClassVar[Sequence[float]]
 
-    def __init__(
-        self,
-        *,
-        batch_size: int,
-        eval_batch_size: int,
-        augment: Augment,
-        validation: int,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_choice("augment", augment, get_args(Augment))
-        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.augment, self.seed = augment, seed
+    batch_size: int
+    eval_batch_size: int
+    augment: Augment
+    validation: int
+    subset: int | None
+    test_subset: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_choice("augment", self.augment, get_args(Augment))
+        check_counts(least=1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
         train, test = self.load()
         digests = {"train": train.digest(), "test": test.digest()}
         order = torch.randperm(len(train.labels), generator=generator("hold out"))
         self._sets = {"train": train, "test": test}
         self._scale = torch.tensor([self.mean, self.std])[:, :, None, None]
-        if not 0 <= validation < len(order):
-            raise ValueError(f"validation={validation!r} must be in [0, {len(order)}): fewer than the training images")
-        if validation:
-            self._sets["valid"] = train.take(order[:validation].sort().values)
-            self._sets["train"] = train.take(order[validation:].sort().values)
-        self._sets["train"] = _first(self._sets["train"], subset, "subset")
-        self._sets["test"] = _first(self._sets["test"], test_subset, "test_subset")
+        if not 0 <= self.validation < len(order):
+            raise ValueError(
+                f"validation={self.validation!r} must be in [0, {len(order)}): fewer than the training images"
+            )
+        if self.validation:
+            self._sets["valid"] = train.take(order[: self.validation].sort().values)
+            self._sets["train"] = train.take(order[self.validation :].sort().values)
+        self._sets["train"] = _first(self._sets["train"], self.subset, "subset")
+        self._sets["test"] = _first(self._sets["test"], self.test_subset, "test_subset")
         self.splits: Sequence[str] = tuple(self._sets)
         self.spec = Spec(
             kind=self.kind,
@@ -96,10 +99,6 @@ class InMemoryImages(Source):
             sizes={name: len(images.labels) for name, images in self._sets.items()},
             digests=digests,
         )
-
-    num_classes: int
-    mean: Sequence[float]
-    std: Sequence[float]
 
     @abstractmethod
     def load(self) -> tuple[ImageSet, ImageSet]:

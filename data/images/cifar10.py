@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from data.images.base import Augment, ImageSet, InMemoryImages
+from data.images.base import ImageSet, InMemoryImages
 from data.images.folder import read_split
 from data.paths import data_root, root_hint
 from phantom.engine.errors import DataError
@@ -24,6 +25,7 @@ OTHER = (
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class CIFAR10(InMemoryImages):
     """CIFAR-10 from torchvision's canonical files or from an image-folder tree, whichever the root holds.
 
@@ -44,36 +46,17 @@ class CIFAR10(InMemoryImages):
     # the official code's constants; they are not the standard deviation of all pixels (0.247, 0.243, 0.262)
     std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
 
-    def __init__(
-        self,
-        *,
-        root: str | None,
-        download: bool,
-        allow_partial: bool,
-        batch_size: int,
-        eval_batch_size: int,
-        augment: Augment,
-        validation: int,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        self._root = data_root(root, "cifar10")
-        self._download, self._allow_partial = download, allow_partial
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            augment=augment,
-            validation=validation,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+    root: str | None
+    download: bool
+    allow_partial: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.spec.digests != DIGESTS:
             log.warning(OTHER)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        return read(self._root, download=self._download, allow_partial=self._allow_partial)
+        return read(data_root(self.root, "cifar10"), download=self.download, allow_partial=self.allow_partial)
 
 
 def read(root: Path, *, download: bool, allow_partial: bool) -> tuple[ImageSet, ImageSet]:

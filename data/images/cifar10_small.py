@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.digests import digest
-from data.images.base import Augment, ImageSet, InMemoryImages
+from data.images.base import ImageSet, InMemoryImages
 from data.images.cifar10 import CIFAR10, CLASSES, DIGESTS, OTHER, read
 from data.paths import data_root
 from phantom.validate import check_count
@@ -19,6 +20,7 @@ SIDE = 32
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class CIFAR10Small(InMemoryImages):
     """As many images of every class of CIFAR-10, each pixel the mean of a square of released pixels.
 
@@ -40,57 +42,39 @@ class CIFAR10Small(InMemoryImages):
     mean: ClassVar[tuple[float, ...]] = CIFAR10.mean
     std: ClassVar[tuple[float, ...]] = CIFAR10.std
 
-    def __init__(
-        self,
-        *,
-        root: str | None,
-        download: bool,
-        allow_partial: bool,
-        size: int,
-        num_train: int,
-        num_test: int,
-        batch_size: int,
-        eval_batch_size: int,
-        augment: Augment,
-        validation: int,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_count("size", size, least=1)
-        if SIDE % size:
-            raise ValueError(f"size={size!r} must divide {SIDE}, as 16 or 8: a pixel is the mean of a whole square")
-        for name, value in (("num_train", num_train), ("num_test", num_test)):
+    root: str | None
+    download: bool
+    allow_partial: bool
+    size: int
+    num_train: int
+    num_test: int
+
+    def __post_init__(self) -> None:
+        check_count("size", self.size, least=1)
+        if SIDE % self.size:
+            raise ValueError(
+                f"size={self.size!r} must divide {SIDE}, as 16 or 8: a pixel is the mean of a whole square"
+            )
+        for name, value in (("num_train", self.num_train), ("num_test", self.num_test)):
             check_count(name, value, least=len(CLASSES))
             if value % len(CLASSES):
                 raise ValueError(
                     f"{name}={value!r} must be a multiple of {len(CLASSES)}: every class has as many images"
                 )
-        self._root = data_root(root, "cifar10")
-        self._download, self._allow_partial = download, allow_partial
-        self._size, self._counts = size, {"train": num_train, "test": num_test}
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            augment=augment,
-            validation=validation,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+        super().__post_init__()
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        found = read(self._root, download=self._download, allow_partial=self._allow_partial)
+        found = read(data_root(self.root, "cifar10"), download=self.download, allow_partial=self.allow_partial)
         sets = dict(zip(DIGESTS, found, strict=True))
         hashes = {split: images.hashes() for split, images in sets.items()}
         if {split: digest(sorted(each)) for split, each in hashes.items()} != DIGESTS:
             log.warning(OTHER)
         train, test = (
             _first_of_every_class(sets[split], hashes[split], count // len(CLASSES))
-            for split, count in self._counts.items()
+            for split, count in (("train", self.num_train), ("test", self.num_test))
         )
-        return train._replace(images=shrink(train.images, self._size)), test._replace(
-            images=shrink(test.images, self._size)
+        return train._replace(images=shrink(train.images, self.size)), test._replace(
+            images=shrink(test.images, self.size)
         )
 
 

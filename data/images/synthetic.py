@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from data.images.base import Augment, ImageSet, InMemoryImages
+from data.images.base import ImageSet, InMemoryImages
 from data.seeding import generator
 from phantom.validate import check_counts
 
 
+@dataclass(kw_only=True, eq=False)
 class SyntheticImages(InMemoryImages):
     """Colour pictures (3, size, size): every class has a coarse pattern of its own, and every picture noise on top.
 
@@ -27,43 +29,25 @@ class SyntheticImages(InMemoryImages):
     mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, ...]] = (0.25, 0.25, 0.25)
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        size: int,
-        num_train: int,
-        num_test: int,
-        generation_seed: int,
-        batch_size: int,
-        eval_batch_size: int,
-        augment: Augment,
-        validation: int,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_counts(least=1, num_classes=num_classes, size=size, num_train=num_train, num_test=num_test)
-        self.num_classes, self._size, self._generation_seed = num_classes, size, generation_seed
-        self._counts = (num_train, num_test)
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            augment=augment,
-            validation=validation,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+    num_classes: int
+    size: int
+    num_train: int
+    num_test: int
+    generation_seed: int
+
+    def __post_init__(self) -> None:
+        check_counts(least=1, num_classes=self.num_classes, size=self.size)
+        check_counts(least=1, num_train=self.num_train, num_test=self.num_test)
+        super().__post_init__()
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        draws = generator(f"synthetic images/{self._generation_seed}")
+        draws = generator(f"synthetic images/{self.generation_seed}")
         patterns = torch.randn(self.num_classes, 3, 4, 4, generator=draws)
-        train, test = (self._draw(count, patterns, draws) for count in self._counts)
+        train, test = (self._draw(count, patterns, draws) for count in (self.num_train, self.num_test))
         return train, test
 
     def _draw(self, count: int, patterns: torch.Tensor, draws: torch.Generator) -> ImageSet:
         labels = torch.arange(count) % self.num_classes
-        coarse = F.interpolate(patterns[labels], size=(self._size, self._size), mode="bilinear")
+        coarse = F.interpolate(patterns[labels], size=(self.size, self.size), mode="bilinear")
         noise = torch.randn(coarse.shape, generator=draws)
         return ImageSet((128 + 64 * coarse + 32 * noise).clamp(0, 255).to(torch.uint8), labels)

@@ -1,5 +1,8 @@
 """In-memory images: order, augmentation, shards and splits are exact functions of (seed, epoch, index)."""
 
+import inspect
+import pickle
+
 import pytest
 import torch
 
@@ -36,6 +39,16 @@ def numbers(batch):
 
 def epoch_of(source, *, epoch=0, start=0, shard=Shard()):  # noqa: B008 - a frozen value
     return list(source.train(epoch=epoch, start=start, shard=shard))
+
+
+def test_a_set_names_all_its_arguments_and_equals_itself_alone():
+    parameters = inspect.signature(Digits).parameters.values()
+    assert {(p.name, p.kind, p.default) for p in parameters} == {
+        (name, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty) for name in SETTINGS
+    }
+    one, other = Digits(**SETTINGS), Digits(**SETTINGS)
+    assert one != other and len({one, other}) == 2
+    assert pickle.loads(pickle.dumps(one)).spec == one.spec == other.spec
 
 
 def test_a_digest_tells_pixels_and_labels_and_not_their_order():
