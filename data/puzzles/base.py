@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -39,16 +40,15 @@ class PuzzleSet(NamedTuple):
         return digest([rows[np.lexsort(rows.T)].tobytes()])
 
 
+@dataclass(kw_only=True, eq=False)
 class Puzzles(Source):
-    """A set of puzzles to fill in.
+    """A set of puzzles on square grids to fill in, whose side is the set's own argument `size`: S = size * size.
 
     The order of the puzzles and the symmetry applied to each are drawn from (seed, epoch, pass) alone. An epoch is one
     stream of `passes` passes cut into batches of exactly `batch_size` puzzles: a model that carries a state from batch
     to batch keeps it for a whole epoch.
 
     Args:
-        height, width: of the grid; S = height * width.
-        vocab_size: number of tokens.
         batch_size: puzzles per optimiser step, over all processes.
         eval_batch_size: puzzles per evaluation batch.
         passes: times that an epoch walks through the training puzzles.
@@ -64,44 +64,43 @@ class Puzzles(Source):
 
     kind: ClassVar[str] = "puzzle_solving"
 
-    def __init__(
-        self,
-        *,
-        height: int,
-        width: int,
-        vocab_size: int,
-        batch_size: int,
-        eval_batch_size: int,
-        passes: int,
-        augment: bool,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_counts(least=1, batch_size=batch_size, eval_batch_size=eval_batch_size, passes=passes)
-        check_flag("augment", augment)
-        self.batch_size, self.eval_batch_size, self.passes = batch_size, eval_batch_size, passes
-        self.augment, self.seed = augment, seed
+    size: int = field(init=False)  # no argument here: every set takes other sizes
+    batch_size: int
+    eval_batch_size: int
+    passes: int
+    augment: bool
+    subset: int | None
+    test_subset: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_counts(least=1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size, passes=self.passes)
+        check_flag("augment", self.augment)
         loaded = self.load()
-        limits = {"train": subset, "test": test_subset}
+        limits = {"train": self.subset, "test": self.test_subset}
         self._sets = {name: puzzles.take(slice(limits.get(name))) for name, puzzles in loaded.items()}
         self.splits = tuple(self._sets)
         sizes = {name: len(puzzles.inputs) for name, puzzles in self._sets.items()}
         for name, size in sizes.items():
             if size == 0:
                 raise DataError(f"the split {name!r} has no puzzle")
-        if sizes["train"] * passes < batch_size:
+        if sizes["train"] * self.passes < self.batch_size:
             raise DataError(
-                f"an epoch has {sizes['train']} puzzles in {passes} passes, fewer than batch_size={batch_size}: use a "
-                "smaller batch_size or more data.passes"
+                f"an epoch has {sizes['train']} puzzles in {self.passes} passes, fewer than "
+                f"batch_size={self.batch_size}: use a smaller batch_size or more data.passes"
             )
         self.spec = Spec(
             kind=self.kind,
-            inputs={"vocab_size": vocab_size, "height": height, "width": width},
+            inputs={"vocab_size": self.vocab_size, "height": self.size, "width": self.size},
             sizes=sizes,
             digests={name: puzzles.digest() for name, puzzles in loaded.items()},
             notes=self._notes(loaded),
         )
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The number of tokens."""
 
     @abstractmethod
     def load(self) -> Mapping[str, PuzzleSet]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +21,7 @@ SIZES = range(8, 31)
 MADE_AT_ONCE = 64
 
 
+@dataclass(kw_only=True, eq=False)
 class Mazes(Puzzles):
     """Perfect mazes: passages form a tree, so that the shortest path is the only one.
 
@@ -39,45 +41,30 @@ class Mazes(Puzzles):
         DataError: fewer mazes exist with a path that long.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        path: Sequence[int],
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        generation_seed: int,
-        batch_size: int,
-        eval_batch_size: int,
-        passes: int,
-        augment: bool,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size not in SIZES:
-            raise ValueError(f"size={size!r} must be an integer from {SIZES[0]} to {SIZES[-1]}")
-        check_count("num_train", num_train, least=1)
-        check_count("num_valid", num_valid, least=0)
-        check_count("num_test", num_test, least=1)
-        self.size, self.path, self.generation_seed = size, check_path(path, size), generation_seed
-        self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
-        super().__init__(
-            height=size,
-            width=size,
-            vocab_size=VOCABULARY,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            passes=passes,
-            augment=augment,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+    size: int
+    path: Sequence[int]
+    num_train: int
+    num_valid: int
+    num_test: int
+    generation_seed: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size not in SIZES:
+            raise ValueError(f"size={self.size!r} must be an integer from {SIZES[0]} to {SIZES[-1]}")
+        check_count("num_train", self.num_train, least=1)
+        check_count("num_valid", self.num_valid, least=0)
+        check_count("num_test", self.num_test, least=1)
+        self.path = check_path(self.path, self.size)
+        super().__post_init__()
+
+    @property
+    def vocab_size(self) -> int:
+        return VOCABULARY
 
     def load(self) -> Mapping[str, PuzzleSet]:
-        return collect(self._make, self._sizes, seed=self.generation_seed)
+        valid = {"valid": self.num_valid} if self.num_valid else {}
+        sizes = {"test": self.num_test, **valid, "train": self.num_train}
+        return collect(self._make, sizes, seed=self.generation_seed)
 
     def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
         which = random.integers(8, size=len(puzzles.inputs))
@@ -94,7 +81,7 @@ class Mazes(Puzzles):
         return puzzles, self.orbit_keys(puzzles)
 
 
-def make_maze(size: int, path: tuple[int, int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+def make_maze(size: int, path: Sequence[int], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a maze and its solution, (size * size,) tokens each; None where the goal drawn is too near or too far."""
     grid = np.full((size, size), WALL, dtype=np.uint8)
     rooms = (inner_size(size) - 1) // 2

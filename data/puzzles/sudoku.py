@@ -6,6 +6,7 @@ Token 1 is a blank cell, token d + 1 the digit d. A solution fills in all cells,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +21,9 @@ MADE_AT_ONCE = 256
 class SudokuTokens(Puzzles):
     """Sudoku as tokens, under the symmetries of the grid; `size` digits."""
 
-    size: int
+    @property
+    def vocab_size(self) -> int:
+        return self.size + 2
 
     def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
         cells, digits = random_symmetries(len(puzzles.inputs), self.size, random)
@@ -30,6 +33,7 @@ class SudokuTokens(Puzzles):
         return orbit_keys(puzzles.inputs - 1, puzzles.labels - 1, self.size)
 
 
+@dataclass(kw_only=True, eq=False)
 class Sudoku(SudokuTokens):
     """Generated puzzles with one solution each.
 
@@ -50,45 +54,25 @@ class Sudoku(SudokuTokens):
         DataError: fewer puzzles exist with that few clues.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        clues: Sequence[int],
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        generation_seed: int,
-        batch_size: int,
-        eval_batch_size: int,
-        passes: int,
-        augment: bool,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_size(size)
-        check_count("num_train", num_train, least=1)
-        check_count("num_valid", num_valid, least=0)
-        check_count("num_test", num_test, least=1)
-        least, greatest = check_clues(clues, size)
-        self.size, self.clues, self.generation_seed = size, (least, greatest), generation_seed
-        self._sizes = {"test": num_test, **({"valid": num_valid} if num_valid else {}), "train": num_train}
-        super().__init__(
-            height=size,
-            width=size,
-            vocab_size=size + 2,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            passes=passes,
-            augment=augment,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+    size: int
+    clues: Sequence[int]
+    num_train: int
+    num_valid: int
+    num_test: int
+    generation_seed: int
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        check_count("num_train", self.num_train, least=1)
+        check_count("num_valid", self.num_valid, least=0)
+        check_count("num_test", self.num_test, least=1)
+        self.clues = check_clues(self.clues, self.size)
+        super().__post_init__()
 
     def load(self) -> Mapping[str, PuzzleSet]:
-        return collect(self._make, self._sizes, seed=self.generation_seed)
+        valid = {"valid": self.num_valid} if self.num_valid else {}
+        sizes = {"test": self.num_test, **valid, "train": self.num_train}
+        return collect(self._make, sizes, seed=self.generation_seed)
 
     def _make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
         grids = random_grids(MADE_AT_ONCE, self.size, random)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from phantom.validate import check_count
 COLUMNS = (("puzzle", "solution"), ("quizzes", "solutions"), ("question", "answer"))
 
 
+@dataclass(kw_only=True, eq=False)
 class SudokuFiles(SudokuTokens):
     """Puzzles and solutions from CSV files.
 
@@ -40,57 +42,36 @@ class SudokuFiles(SudokuTokens):
         DataError: a file is missing or malformed, or a solution is wrong or not the only one; names file and line.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        root: str | None,
-        train_file: str,
-        test_file: str | None,
-        num_train: int | None,
-        num_test: int | None,
-        draw_seed: int,
-        batch_size: int,
-        eval_batch_size: int,
-        passes: int,
-        augment: bool,
-        subset: int | None,
-        test_subset: int | None,
-        seed: int,
-    ) -> None:
-        check_size(size)
-        for name, value in (("num_train", num_train), ("num_test", num_test)):
+    size: int
+    root: str | None
+    train_file: str
+    test_file: str | None
+    num_train: int | None
+    num_test: int | None
+    draw_seed: int
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        for name, value in (("num_train", self.num_train), ("num_test", self.num_test)):
             if value is not None:
                 check_count(name, value, least=1)
-        if test_file is None and num_test is not None:
-            raise ValueError(f"num_test={num_test!r} needs a test_file: without one a fifth of the puzzles is held out")
-        self.size, self.root, self.draw_seed = size, data_root(root, "sudoku"), draw_seed
-        self._files = {"train": (train_file, num_train), "test": (test_file, num_test)}
-        super().__init__(
-            height=size,
-            width=size,
-            vocab_size=size + 2,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            passes=passes,
-            augment=augment,
-            subset=subset,
-            test_subset=test_subset,
-            seed=seed,
-        )
+        if self.test_file is None and self.num_test is not None:
+            raise ValueError(
+                f"num_test={self.num_test!r} needs a test_file: without one a fifth of the puzzles is held out"
+            )
+        super().__post_init__()
 
     def load(self) -> Mapping[str, PuzzleSet]:
-        sets = {split: self._draw(file, count) for split, (file, count) in self._files.items() if file is not None}
-        if "test" in sets:
-            return sets
-        both = sets["train"]
+        both = self._draw(self.train_file, self.num_train)
+        if self.test_file is not None:
+            return {"train": both, "test": self._draw(self.test_file, self.num_test)}
         # mixed once more, so that a file which is one split of `Sudoku` still falls into two parts
         keys = mix(self.orbit_keys(both))
         test = split_of(keys, {"test": 1, "train": 4}) == 0
         return {"train": both.take(~test), "test": both.take(test)}
 
     def _draw(self, name: str, count: int | None) -> PuzzleSet:
-        path = self.root / name
+        path = data_root(self.root, "sudoku") / name
         if not path.is_file():
             raise DataError(f"there is no file {path}. {root_hint('sudoku')}")
         lines, puzzles, solutions = read_pairs(path, self.size)
