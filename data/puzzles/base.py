@@ -6,7 +6,7 @@ N puzzles of S cells. Token 0 is padding, which these sets do not need; every se
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -20,7 +20,6 @@ from phantom.engine.errors import DataError
 from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_counts, check_flag
 
-PATIENCE = 20
 Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each
 
 
@@ -175,36 +174,6 @@ def split_of(keys: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
     """
     shares = np.cumsum(list(sizes.values())) / sum(sizes.values())
     return np.searchsorted(shares, keys.astype(np.float64) / 2.0**64, side="right").clip(max=len(sizes) - 1)
-
-
-def collect(
-    make: Callable[[np.random.Generator], tuple[PuzzleSet, np.ndarray]], sizes: Mapping[str, int], *, seed: int
-) -> dict[str, PuzzleSet]:
-    """Make puzzles until every split has its number of distinct ones.
-
-    Args:
-        make: returns new puzzles with their orbit keys.
-        sizes: puzzles per split.
-        seed: of the generator that `make` draws from.
-
-    Raises:
-        DataError: `PATIENCE` calls of `make` in a row gave no new puzzle for a split that is not full.
-    """
-    random = np.random.default_rng(seed_of(f"make puzzles/{seed}"))
-    found: dict[str, dict[bytes, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in sizes}
-    idle = 0
-    while any(len(found[name]) < size for name, size in sizes.items()):
-        before = sum(map(len, found.values()))
-        puzzles, keys = make(random)
-        for split, inputs, labels in zip(split_of(keys, sizes), *puzzles, strict=True):
-            name = list(sizes)[split]
-            if len(found[name]) < sizes[name]:
-                found[name][inputs.tobytes()] = (inputs, labels)
-        idle = idle + 1 if sum(map(len, found.values())) == before else 0
-        if idle == PATIENCE:
-            counts = ", ".join(f"{name} {len(found[name])} of {size}" for name, size in sizes.items())
-            raise DataError(f"there seem to be no more puzzles of this kind: {counts}; ask for fewer or easier ones")
-    return {name: PuzzleSet(*map(np.stack, zip(*rows.values(), strict=True))) for name, rows in found.items()}
 
 
 def _tensors(puzzles: PuzzleSet) -> Batch:

@@ -6,14 +6,14 @@ Tokens: 1 wall, 2 open, 3 start, 4 goal, 5 path. The solution repeats the maze w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.puzzles.base import Puzzles, PuzzleSet, collect
+from data.puzzles.base import PuzzleSet
+from data.puzzles.generated import GeneratedPuzzles, check_range
 from data.puzzles.grid import in_blocks, mix
-from phantom.validate import check_count
 
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 VOCABULARY = 6
@@ -22,7 +22,7 @@ MADE_AT_ONCE = 64
 
 
 @dataclass(kw_only=True, eq=False)
-class Mazes(Puzzles):
+class Mazes(GeneratedPuzzles):
     """Perfect mazes: passages form a tree, so that the shortest path is the only one.
 
     A depth-first walk carves passages between the odd cells of the greatest odd square that fits; with an even `size`
@@ -33,7 +33,7 @@ class Mazes(Puzzles):
     Args:
         size: side of the square grid, 8 to 30.
         path: least and greatest number of moves from start to goal.
-        num_train, num_valid, num_test, generation_seed: see `Sudoku`.
+        num_train, num_valid, num_test, generation_seed: see `GeneratedPuzzles`.
         batch_size, eval_batch_size, passes, augment, subset, test_subset, seed: see `Puzzles`.
 
     Raises:
@@ -43,28 +43,19 @@ class Mazes(Puzzles):
 
     size: int
     path: Sequence[int]
-    num_train: int
-    num_valid: int
-    num_test: int
-    generation_seed: int
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size not in SIZES:
             raise ValueError(f"size={self.size!r} must be an integer from {SIZES[0]} to {SIZES[-1]}")
-        check_count("num_train", self.num_train, least=1)
-        check_count("num_valid", self.num_valid, least=0)
-        check_count("num_test", self.num_test, least=1)
-        self.path = check_path(self.path, self.size)
+        self.check_numbers()
+        longest = 2 * ((inner_size(self.size) - 1) // 2) ** 2 - 2
+        fits = f", the most that fit a maze of size={self.size}"
+        self.path = check_range("path", self.path, "moves from start to goal", most=longest, also=fits)
         super().__post_init__()
 
     @property
     def vocab_size(self) -> int:
         return VOCABULARY
-
-    def load(self) -> Mapping[str, PuzzleSet]:
-        valid = {"valid": self.num_valid} if self.num_valid else {}
-        sizes = {"test": self.num_test, **valid, "train": self.num_train}
-        return collect(self._make, sizes, seed=self.generation_seed)
 
     def transformed(self, puzzles: PuzzleSet, random: np.random.Generator) -> PuzzleSet:
         which = random.integers(8, size=len(puzzles.inputs))
@@ -73,7 +64,7 @@ class Mazes(Puzzles):
     def orbit_keys(self, puzzles: PuzzleSet) -> np.ndarray:
         return orbit_keys(puzzles.inputs, self.size)
 
-    def _make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
+    def make(self, random: np.random.Generator) -> tuple[PuzzleSet, np.ndarray]:
         pairs = [pair for _ in range(MADE_AT_ONCE) if (pair := make_maze(self.size, self.path, random)) is not None]
         if not pairs:
             return PuzzleSet(*np.empty((2, 0, self.size**2), dtype=np.uint8)), np.empty(0, dtype=np.uint64)
@@ -151,23 +142,6 @@ def orbit_keys(mazes: np.ndarray, size: int) -> np.ndarray:
         return mix(mix((turned(block, size).astype(np.uint64) * weights).sum(axis=2)).min(axis=0))
 
     return in_blocks(keys, mazes)
-
-
-def check_path(path: Sequence[int], size: int) -> tuple[int, int]:
-    """Return the least and the greatest path length.
-
-    Raises:
-        ValueError: they are not two integers in order, or longer than any path of such a maze.
-    """
-    longest = 2 * ((inner_size(size) - 1) // 2) ** 2 - 2
-    pair = tuple(path) if isinstance(path, Sequence) and not isinstance(path, str) else ()
-    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in pair)
-    if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1] <= longest:
-        raise ValueError(
-            f"path={path!r} must be the least and the greatest number of moves from start to goal, in order and "
-            f"between 1 and {longest}, the most that fit a maze of size={size}"
-        )
-    return pair
 
 
 def _walk(grid: np.ndarray, start: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
