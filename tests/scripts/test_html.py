@@ -12,6 +12,7 @@ from scripts import report, studies
 from scripts.reporting import markdown, pages
 from scripts.reporting.html.chosen import chosen
 from scripts.reporting.provenance import command
+from tests.plans import composed
 from tests.tiny_run import tiny_run
 
 pytest.importorskip("plotly")
@@ -170,6 +171,39 @@ def test_what_a_record_was_made_with():
     leaf = yaml.safe_load((studies.ROOT / "configs/grad/upg.yaml").read_text())
     default = chosen({"label": "x", "choices": {"grad": "upg"}, "overrides": []})
     assert (default["k"], default["lam"]) == (f"{leaf['k']:g}", f"{leaf['lam']:g}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ppi_synthetic/full_size_npg_k5_lam0.5", "ppi_synthetic/full_size_implicit", "chains/upg_k5_lam0.8"),
+        *("chains/one_step", "reasoners/sudoku4_warm_up", "table4/ppi_upg_k5_lam1.0", "language/pydocs"),
+    ],
+)
+def test_a_record_by_its_experiment_says_what_is_composed(name):
+    """Of an experiment that starts from another one, or from a recipe, too."""
+    config, choices = composed([f"experiment={name}"])
+    groups = {group: choices[group] for group in ("model", "data", "grad")}
+    numbers = {key: f"{config[key]:g}" if key in config else "--" for key in ("k", "lam")}
+    expected = {**groups, **numbers, "scale": "paper"}
+    assert chosen({"label": name}) == chosen({"experiment": name, "choices": choices}) == expected
+
+
+def test_a_child_says_more_than_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    written = {
+        "grad/npg": {"k": 5, "lam": 0.5},
+        "recipe/r": {"defaults": [{"override /model": "ignn"}, {"override /data": "cox2"}], "k": 1, "lam": 0.1},
+        "experiment/t/one": {"defaults": [{"override /recipe": "r"}, {"override /grad": "upg"}], "k": 2},
+        "experiment/t/two": {"defaults": ["t/one", {"override /grad": "npg"}, "_self_"], "lam": 0.3},
+        "experiment/t/three": {"defaults": ["t/two", "_self_"], "steps": 3},
+    }
+    for name, node in written.items():
+        path = tmp_path / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(node))
+    expected = {"model": "ignn", "data": "cox2", "grad": "npg", "k": "2", "lam": "0.3", "scale": "paper"}
+    assert chosen({"label": "t/three"}) == chosen({"label": "t/two"}) == expected
 
 
 def test_the_command_of_a_record():
