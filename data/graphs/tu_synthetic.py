@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from data.digests import digest_of_tensors
-from data.graphs.tu import METADATA, Metadata, Raw, TUGraphs
+from data.graphs.tu import TUGraphs
+from data.graphs.tu_files import METADATA, Metadata, Raw
 from data.seeding import generator
 
 NODES = 12

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.graphs.folds import official_fold
-from data.graphs.tu import METADATA, TUGraphs
+from data.graphs.tu import TUGraphs
+from data.graphs.tu_files import METADATA
 from data.paths import data_root
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
