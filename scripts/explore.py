@@ -21,6 +21,7 @@ which reference, is in scripts/bench/explore.py.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,9 +62,9 @@ def main(items: Sequence[str]) -> None:
     except UserError as error:
         arguments.fail(str(error))
     shown = [f"{key}={own[key]}" for key in ("checkpoint", "cosine", "batches") if key in own]
-    line = " ".join(
-        ["python scripts/explore.py", *(["run=<folder>"] if "run" in own else []), *shown, *records.meaningful(others)]
-    )
+    # <folder> stays without quotes: it is to be filled in
+    begin = "python scripts/explore.py" + " run=<folder>" * ("run" in own)
+    line = " ".join([begin, *map(shlex.quote, [*shown, *records.meaningful(others)])])
     title = own.get("title", "Gradient estimators and solvers on a model")
     about = {"title": title, "command": line, "wanted": wanted, **run.about, **records.environment(run.device)}
     found = about | measured

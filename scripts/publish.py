@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import huggingface_hub
@@ -25,7 +26,7 @@ try:
 
     from evaluate import WEIGHTS, shipped_folder, shipped_names
     from phantom.engine.artifacts import shipped
-    from phantom.engine.errors import UserError, first_line
+    from phantom.engine.errors import CheckpointError, UserError, first_line
     from scripts import arguments
     from scripts.reporting import cards
     from scripts.running import shipping
@@ -63,9 +64,17 @@ def main(items: Sequence[str]) -> None:
 
 def _list(own: dict[str, str]) -> None:
     for name in shipped_names():
-        record = shipped.read(WEIGHTS / name).record
-        split = record["weights"]["split"]
-        print(f"{name}: {record['metric']} {cards.headline(record):.2f} on {split}, {record['label']}")
+        try:
+            print(f"{name}: {_line(shipped.read(WEIGHTS / name).record)}")
+        except UserError as error:  # one damaged folder hides none of the others
+            print(f"{name}: {error}", file=sys.stderr)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    try:
+        return f"{record['metric']} {cards.headline(record)} on {record['weights']['split']}, {record['label']}"
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"its record is not that of a run ({type(error).__name__}: {error})") from error
 
 
 def _pack(own: dict[str, str]) -> None:
@@ -73,7 +82,7 @@ def _pack(own: dict[str, str]) -> None:
     if not NAME.fullmatch(name):
         arguments.fail(f"name={name} must be letters, digits and _.- between them, at most 62 in all")
     record = shipping.pack(Path(own["run"]), WEIGHTS / name, which=which, configs=CONFIGS)
-    print(f"{WEIGHTS.name}/{name}: {record['metric']} {cards.headline(record):.2f}, as in the record of the run")
+    print(f"{WEIGHTS.name}/{name}: {record['metric']} {cards.headline(record)}, as in the record of the run")
 
 
 def _push(own: dict[str, str]) -> None:

@@ -100,7 +100,11 @@ def _check_apart(plans: list[Plan]) -> None:
         other = folders.setdefault(plan.folder, plan)
         if other is not plan:
             items = {*plan.overrides} ^ {*other.overrides}
-            keys = ", ".join(sorted({item.partition("=")[0] for item in items})) or "the same items"
+            if not items:
+                raise ConfigError(
+                    f"two jobs of this sweep are one run, {plan.folder}: a value is given twice, leave one of them out"
+                )
+            keys = ", ".join(sorted({item.partition("=")[0] for item in items}))
             raise ConfigError(
                 f"two jobs of this sweep are one run, {plan.folder}: {keys} says where or how it is run, and not what. "
                 "Give each value a command line and a folder of its own, with runs=<folder>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Sweep:
     """The jobs of a sweep in their order, and why some of them failed.
 
     Args:
-        command: the command line.
+        command: the command line, to be pasted.
         folder: where sweep.json goes, a pure function of the command line.
         metric, split, mode: what is compared: the headline metric on the first evaluated split; `max` or `min`.
         reasons: by the number of a failed job.
@@ -72,7 +73,7 @@ class Sweep:
         ]
         first = plans[0]
         return cls(
-            command=" ".join(["python train.py -m", *items]),
+            command=shlex.join(["python", "train.py", "-m", *items]),
             folder=_folder(items, plans),
             metric=first.task.metric,
             split=first.config["eval_splits"][0],
@@ -86,7 +87,8 @@ class Sweep:
         if launcher.rank() == 0:
             records.write_json(self.folder / "sweep.json", content)
             print(table(content))
-            print(f"draw it again: python scripts/report.py sweep={self.folder}", flush=True)
+            again = shlex.join(["python", "scripts/report.py", f"sweep={self.folder}"])
+            print(f"draw it again: {again}", flush=True)
         return content
 
     def content(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def render(name: str, record: Mapping[str, Any]) -> str:
         "library_name": "phantom-gradients",
         "tags": ["implicit-model", "deep-equilibrium-model", *(choices[key] for key in ("model", "data", "grad"))],
     }
+    begun = ["python", "train.py", *record["overrides"], f"init=weights/{name}/model.safetensors"]
     model, data, grad = (f"`{key}={choices[key]}`" for key in ("model", "data", "grad"))
     return markdown.page(
         markdown.front_matter(head),
@@ -35,8 +37,7 @@ def render(name: str, record: Mapping[str, Any]) -> str:
         *_remarks(record),
         "## Use",
         "In a checkout of the code, with its requirements. The first command measures the number above.",
-        f"```\npython evaluate.py weights={name}\n"
-        f"python train.py {' '.join(record['overrides'])} init=weights/{name}/model.safetensors\n```",
+        f"```\npython evaluate.py weights={name}\n{shlex.join(begun)}\n```",
         f'```python\nfrom evaluate import pretrained\n\nmodel = pretrained("{name}")  # needs no data\n```',
         "## Train again",
         f"```\n{command(record)}\npython scripts/publish.py pack run=<folder> name=<name> "
@@ -49,10 +50,16 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / NAME).write_text(render(folder.name, record))
 
 
-def headline(record: Mapping[str, Any]) -> float:
+def headline(record: Mapping[str, Any]) -> str:
     """Return the metric of the weights that a record is about."""
     about = record["weights"]
-    return record[CHOSEN[about["checkpoint"]]][about["split"]][record["metric"]]
+    return _number(record, CHOSEN[about["checkpoint"]], about["split"])
+
+
+def _number(record: Mapping[str, Any], part: str, split: str) -> str:
+    """Return the headline metric in a part of the record; null there is a number that was not finite."""
+    value = record[part][split][record["metric"]]
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def _facts(record: Mapping[str, Any]) -> list[list[str]]:
@@ -61,9 +68,9 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
     chosen = f"the evaluation with the best {metric} on {split}" if best else "the end of the run"
     commit = record["commit"] or "not known"
     return [
-        [f"{metric} on {split}", f"{headline(record):.2f}"],
+        [f"{metric} on {split}", headline(record)],
         ["taken at", f"step {about['step']} of {record['steps']}: {chosen}"],
-        *([[f"{metric} at the end", f"{record['final'][split][metric]:.2f}"]] if best else []),
+        *([[f"{metric} at the end", _number(record, "final", split)]] if best else []),
         ["budget", f"scale={record['scale']}"],
         ["parameters", f"{record['num_parameters']:,}"],
         ["trained on", f"{record['device']}, {record['wall_seconds']:.0f} s"],

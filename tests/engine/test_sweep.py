@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,15 @@ def test_the_table_has_means_and_the_map_has_shades():
     assert ["upg", "65.00", "85.00", "█"] in lines and ["npg", "75.00", "▒", "--"] in lines
     worst = sweeps.table({**CONTENT, "mode": "min"})
     assert ["upg", "65.00", "█", "85.00"] in [line.split() for line in worst.splitlines()]
+
+
+def test_what_is_printed_can_be_pasted(tmp_path, capsys):
+    items = ["k=1,2", "eval_splits=[test]", f"runs={tmp_path / 'my runs'}"]
+    plans = [plan([f"k={k}", *items[1:]]) for k in (1, 2)]
+    sweep = sweeps.Sweep.of(items, plans)
+    assert shlex.split(sweep.close()["command"]) == ["python", "train.py", "-m", *items]
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("draw it again: ")
+    assert shlex.split(last) == ["python", "scripts/report.py", f"sweep={sweep.folder}"]
 
 
 def test_a_defect_of_one_job_is_shown_and_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -155,6 +165,9 @@ def test_jobs_of_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(
         SystemExit, match=r"two jobs of this sweep are one run, .*: compile says where or how it is run"
     ):
+        command.run(train.job, train.CONFIGS)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "grad=upg", "lam=0.5,0.50", *SHORT, f"runs={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"two jobs of this sweep are one run, .*: a value is given twice"):
         command.run(train.job, train.CONFIGS)
     seen = []
     run(monkeypatch, lambda made: seen.append(made.folder), "-m", f"runs={tmp_path / 'a'},{tmp_path / 'b'}", *SHORT)

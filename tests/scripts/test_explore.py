@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -187,12 +188,14 @@ def test_of_a_run_the_page_and_the_figure_are_kept(folder, capsys):
 def test_of_a_model_the_weights_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(explore.explore, "measure", lambda run, grid, batches: seen.update(run=run) or {})
-    monkeypatch.setattr(explore.page, "render", lambda found: "")
+    monkeypatch.setattr(explore.page, "render", lambda found: seen.update(command=found["command"]) or "")
     items = [item for item in TINY if item.split("=")[0] not in ("log_every", "eval_every")]
     explore.main([*items, "seed=3", "grad=npg"])
     begun = build_trainer(plan([*TINY, "seed=3", f"runs={tmp_path}"])).unwrapped.state_dict()
     weights = seen["run"].model.state_dict()
     assert weights.keys() == begun.keys() and all(torch.equal(weights[name], begun[name]) for name in begun)
+    words = shlex.split(seen["command"])
+    assert shlex.join(words) == seen["command"] and {"grad=npg", MODEL[0]} <= set(words), "a shell reads it as typed"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run becomes weights that ship, only if its number comes out again; what is pushed is what the hub would get."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def test_packed_weights_are_the_average_that_the_record_is_about(record, packed,
     assert answer(capsys, "weights=digits", "eval_solver.max_steps=1")["loss"] != own["loss"]
     publish.main(["list"])
     assert f"digits: accuracy {own['accuracy']:.2f} on test" in capsys.readouterr().out
+
+
+def test_the_command_of_the_card_can_be_pasted(packed):
+    (line,) = [line for line in (packed / "README.md").read_text().splitlines() if "init=" in line]
+    assert shlex.join(shlex.split(line)) == line and "'model.channels=[4,8]'" in line
+
+
+def test_the_list_goes_on_after_a_folder_that_is_damaged(packed, capsys):
+    for name, change in {"cut": None, "diverged": {"accuracy": None}, "other": {}}.items():
+        shutil.copytree(packed, packed.parent / name)
+        path = packed.parent / name / "record.json"
+        record = json.loads(path.read_text())
+        record["final"]["test"] = change
+        path.write_text(json.dumps({} if change is None else record))
+    publish.main(["list"])
+    said = capsys.readouterr()
+    assert [line.split(" on test")[0] for line in said.out.splitlines()][1:] == ["diverged: accuracy not finite"]
+    assert said.out.startswith("digits: accuracy ")
+    assert "cut: " in said.err and "other: its record is not that of a run (KeyError: 'accuracy')" in said.err
 
 
 def test_a_folder_from_elsewhere_is_data(packed, tmp_path):
