@@ -24,28 +24,22 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 
-def main(names: Sequence[str]) -> None:
+def main(items: Sequence[str]) -> None:
     """Render a sweep, the named studies, or all of them."""
     known = studies.names()
-    if names and names[0] == "html":
-        _write_html(names[1:])
+    own, names, others = arguments.split(items, doc=__doc__, own=("sweep", "runs", "out"), words=("html", *known))
+    if "html" in names:
+        _write_html(
+            own, [*others, *(f"{key}={own[key]}" for key in own if key == "sweep"), *sorted({*names} - {"html"})]
+        )
         return
-    own, _, others = arguments.split(
-        [name for name in names if name.startswith("-") or "=" in name], doc=__doc__, own=("sweep",)
-    )
-    if others:
-        arguments.fail(f"{others[0]} is not known here; runs=<folder> and out=<file> go with `html`, see --help")
-    names = [name for name in names if "=" not in name]
+    wrong = [*others, *(f"{key}={own[key]}" for key in ("runs", "out") if key in own)]
+    if wrong:
+        arguments.fail(f"{wrong[0]} is not known here; runs=<folder> and out=<file> go with `html`, see --help")
     if "sweep" in own:
-        folder = Path(own["sweep"])
-        if not (folder / "sweep.json").is_file():
-            arguments.fail(f"sweep={folder} holds no sweep.json; train.py -m names the folder when it ends")
-        print(pages.write_sweep(folder))
+        _write_sweep(Path(own["sweep"]))
         if not names:
             return
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        arguments.fail(f"no study {', '.join(unknown)}; choose from {', '.join(known)}")
     for study in map(studies.load, names or known):
         for path, text in pages.write(study).items():
             print(text if names else path.relative_to(studies.ROOT))
@@ -54,18 +48,33 @@ def main(names: Sequence[str]) -> None:
     pages.write_index()
 
 
-def _write_html(items: Sequence[str]) -> None:
+def _write_sweep(folder: Path) -> None:
+    if not (folder / "sweep.json").is_file():
+        arguments.fail(f"sweep={folder} holds no sweep.json; train.py -m names the folder when it ends")
+    try:
+        print(pages.write_sweep(folder))
+    except ValueError as error:
+        arguments.fail(str(error))
+
+
+def _write_html(own: dict[str, str], wrong: Sequence[str]) -> None:
     try:
         from scripts.reporting.html import page
     except ModuleNotFoundError as error:
         arguments.fail(f"{error}: the page needs `pip install -e '.[report]'`, or bash scripts/setup.sh")
-    own, _, others = arguments.split(items, doc=__doc__, own=("runs", "out"))
-    runs = Path(own["runs"]) if "runs" in own else None
-    if others or (runs is not None and not runs.is_dir()):
-        wrong = others[0] if others else f"runs={runs}, which is no folder"
-        arguments.fail(f"html has runs=<folder> and out=<file>, not {wrong}")
-    path = Path(own.get("out", page.DEFAULT))
-    page.write(path, runs)
+    runs, path = Path(own["runs"]) if "runs" in own else None, Path(own.get("out", page.DEFAULT))
+    if runs is not None and not runs.is_dir():
+        wrong = [*wrong, f"runs={runs}, which is no folder"]
+    if path.is_dir():
+        wrong = [*wrong, f"out={own['out']}, which is a folder" if own["out"] else "out= without a name"]
+    if wrong:
+        arguments.fail(f"html has runs=<folder> and out=<file>, not {wrong[0]}")
+    text = page.render(runs)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        arguments.fail(f"out={path} cannot be written: {error.strerror}")
     print(path)
 
 

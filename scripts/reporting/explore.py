@@ -46,12 +46,23 @@ def cheapest(rows: list[dict[str, Any]], wanted: float) -> dict[str, Any] | None
     return min(enough, key=lambda row: row["seconds"], default=None)
 
 
+def family(label: str) -> str:
+    """Return the estimator of a row, `upg` of `grad=upg k=5 lam=0.5`: rows of one have one colour."""
+    return label.removeprefix("grad=").split(" ")[0].rstrip(",")
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw cosine against milliseconds, a colour per estimator, with the front as a line."""
+    """Draw cosine against milliseconds, a colour per estimator, with the front as a line.
+
+    Without a finite cosine there is nothing to draw, and no file.
+    """
+    measured = _measured(result["rows"])
+    if not measured:
+        return
     figure, axes = plots.canvas(1, 1, width=6.4, height=4.4)
     axis, families = axes[0][0], {}
-    for row in _measured(result["rows"]):
-        families.setdefault(row["estimator"].split(" ")[0].rstrip(",").removeprefix("grad="), []).append(row)
+    for row in measured:
+        families.setdefault(family(row["estimator"]), []).append(row)
     for name, rows in families.items():
         axis.scatter([1e3 * row["seconds"] for row in rows], [row["cosine"] for row in rows], label=name, zorder=3)
     ahead = front(result["rows"])

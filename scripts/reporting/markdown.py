@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
     def latex(self) -> str:
         """Return the table as a `tabular` of LaTeX, without any package."""
-        lines = [" & ".join(map(_escaped, cells)) + r" \\" for cells in (self.heads, *self.rows)]
+        lines = [_kept(" & ".join(map(_escaped, cells))) + r" \\" for cells in (self.heads, *self.rows)]
         lines.insert(1, r"\hline")
         return "\n".join([rf"\begin{{tabular}}{{{self.align}}}", *lines, r"\end{tabular}"]) + "\n"
 
@@ -73,6 +73,11 @@ def _cells(line: str) -> list[str]:
     """Return the cells of a line, without the marks of Markdown."""
     parts = re.split(r"(?<!\\)\|", line.strip()[1:-1])
     return [part.strip().replace("\\|", "|").replace("**", "").replace("`", "") for part in parts]
+
+
+def _kept(line: str) -> str:
+    """Return a line that LaTeX does not take for the argument, or the star, of the end of the line before."""
+    return f"{{{line[0]}}}{line[1:]}" if line.startswith(("[", "*")) else line
 
 
 def _escaped(text: str) -> str:

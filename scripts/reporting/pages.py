@@ -80,17 +80,23 @@ def write_benchmark(path: Path) -> str:
 
 def write_explored(path: Path) -> str:
     """Write the page and the figure of an exploration beside it, and return the page."""
-    explore.draw(_read(path), path.with_suffix(".png"))
-    return _beside(path, explore.render(_read(path)))
+    result = _read(path)
+    text = _beside(path, explore.render(result))
+    explore.draw(result, path.with_suffix(".png"))
+    return text
 
 
 def write_sweep(folder: Path) -> str:
-    """Write the page of a sweep into its folder, with its table as CSV and LaTeX and its maps; return the page."""
-    content = _read(folder / "sweep.json")
+    """Write the page of a sweep into its folder, with its table as CSV and LaTeX and its maps; return the page.
+
+    Raises:
+        ValueError: what lies there is no sweep.
+    """
+    content = sweeps.read(folder / "sweep.json")
     text = sweeps.page(content)
     for name, part in {"sweep.md": text, **markdown.files(text, "sweep")}.items():
         (folder / name).write_text(part)
-    if content["rows"]:
+    if sweeps.drawn(content):
         sweeps.draw(content, folder / "sweep.png")
     return text
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +13,24 @@ from typing import Any
 from scripts.reporting import markdown, plots, tables
 
 HEADS = {"best": "best", "last": "last", "seconds": "seconds", "step_ms": "ms per step", "cosine": "cosine"}
+FIELDS = ("command", "metric", "split", "mode", "keys", "rows", "failed")
+LONGEST = 24  # characters of a label on the axis of a map
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a sweep has left.
+
+    Raises:
+        ValueError: the file is damaged, or no sweep.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run the sweep again, its finished jobs are kept") from error
+    lacking = [name for name in FIELDS if name not in content] if isinstance(content, dict) else FIELDS
+    if lacking:
+        raise ValueError(f"{path} is no sweep of train.py: it has no {', '.join(lacking)}")
+    return content
 
 
 def page(content: Mapping[str, Any]) -> str:
@@ -27,8 +47,12 @@ def page(content: Mapping[str, Any]) -> str:
         f"`best` and `last`: the best and the last {content['metric']} of a run on `{content['split']}`; mean ± sample "
         "std (n seeds). `seconds` is the wall clock of a run with its evaluations; `cosine` is that of its gradient to "
         "the exact one, the mean over what its monitor measured.",
-        markdown.table([*keys, *(HEADS[name] for name in shown)], rows, "l" * len(keys) + "r" * len(shown)),
     ]
+    if rows:
+        heads = [*keys, *(HEADS[name] for name in shown)]
+        blocks.append(markdown.table(heads, rows, "l" * len(keys) + "r" * len(shown)))
+    if not drawn(content):
+        blocks.append(f"No job has a value on `{content['split']}`: there is no map to draw.")
     if content["failed"]:
         failed = [
             [" ".join(f"{key}={value}" for key, value in job["values"].items()), job["reason"].replace("|", "\\|")]
@@ -38,17 +62,25 @@ def page(content: Mapping[str, Any]) -> str:
     return markdown.page(*blocks)
 
 
+def drawn(content: Mapping[str, Any]) -> list[str]:
+    """Return the values that have a map: the best one, and the cosine where it was measured."""
+    return [name for name in ("best", "cosine") if any(row[name] for row in content["rows"])]
+
+
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Draw the best value, and the cosine where it was measured, as maps over the last two keys.
+    """Draw what `drawn` names, of which there must be something, as maps over the last two keys.
 
     Every choice of the other keys is a column of maps. A point without a run is white.
     """
-    shown = [name for name in ("best", "cosine") if any(row[name] for row in content["rows"])]
+    shown = drawn(content)
     *others, down, across = ["", "", *content["keys"]][-max(2, len(content["keys"])) :]
     axes = {key: _choices(content["rows"], key) for key in (*others, down, across)}
     settings = list(itertools.product(*(axes[key] for key in others)))
-    wide = 1.2 + 0.8 * len(axes[across])
-    canvas, panels = plots.canvas(len(shown), len(settings), width=wide, height=1.2 + 0.6 * len(axes[down]))
+    ticks = {key: _short(axes[key]) for key in (down, across)}
+    beside, below = (max(map(len, ticks[key])) for key in (down, across))
+    wide, slanted = 1.2 + 0.8 * len(axes[across]) + 0.07 * beside, below > 8
+    high = 1.5 + 0.6 * len(axes[down]) + 0.13 * len(others) + (0.05 * below if slanted else 0)
+    canvas, panels = plots.canvas(len(shown), len(settings), width=wide, height=high)
     for name, line in zip(shown, panels, strict=True):
         found = {_place(row, (*others, down, across)): fmean(row[name]) for row in content["rows"] if row[name]}
         reverse = name == "best" and content["mode"] == "min"
@@ -61,13 +93,27 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 if row[j] == row[j]:
                     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
                     panel.text(j, i, f"{row[j]:.3g}", ha="center", va="center", fontsize=8, bbox=box)
-            title = " ".join(f"{key}={value}" for key, value in zip(others, setting, strict=True))
             shown_name = f"best {content['split']} {content['metric']}" if name == "best" else name
-            panel.set(xlabel=across, ylabel=down, title=f"{shown_name} {title}".strip())
-            panel.set_xticks(range(len(axes[across])), axes[across])
-            panel.set_yticks(range(len(axes[down])), axes[down])
+            title = [shown_name, *(f"{key}={value}" for key, value in zip(others, setting, strict=True))]
+            # as wide as its panel, or it lies on the title beside it
+            lines = [line for part in title for line in textwrap.wrap(part, int(11 * wide))]
+            panel.set_title("\n".join(lines), fontsize=8)
+            panel.set(xlabel=across, ylabel=down)
+            slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+            panel.set_xticks(range(len(axes[across])), ticks[across], fontsize=8, **slant)
+            panel.set_yticks(range(len(axes[down])), ticks[down], fontsize=8)
         canvas.colorbar(image, ax=line.tolist())
     plots.save(canvas, path)
+
+
+def _short(labels: Sequence[str]) -> list[str]:
+    """Return labels that leave room for the map: without the folders that all share, and without their middle."""
+    folder = labels[0].rpartition("/")[0] + "/"
+    if folder != "/" and all(label.startswith(folder) for label in labels):
+        labels = [label.removeprefix(folder) for label in labels]
+    half = (LONGEST - 1) // 2
+    cut = [label if len(label) <= LONGEST else f"{label[:half]}…{label[-half:]}" for label in labels]
+    return cut if len(set(cut)) == len(cut) else list(labels)
 
 
 def _choices(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts import studies
+from scripts import rows as logged
 
 ROOT = Path(__file__).parents[2]
 # numbers of the machine, not of the mathematics
@@ -82,7 +83,10 @@ def read(side: str, overrides: Sequence[str], folder: Path) -> list[dict[str, An
         RuntimeError: it is none of these, or its run failed.
     """
     if is_run(side):
-        return studies.logged(Path(side))
+        return _rows(Path(side) / "metrics.jsonl")
+    # the folder of a run has equal signs in its name, and so has a config
+    if "=" in side and (Path(side).is_dir() or not _is_config(side)):
+        raise RuntimeError(f"{side} is no run folder: it holds no metrics.jsonl")
     if side == "." or "=" in side:
         return _run(ROOT, [*overrides, *(side.split() if "=" in side else [])], folder)
     with _checkout(side, folder / "code") as code:
@@ -100,9 +104,9 @@ def _run(code: Path, overrides: Sequence[str], folder: Path) -> list[dict[str, A
     if done.returncode != 0 or len(found) != 1:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(
-            f"train.py {' '.join(items)} failed: {said[-1] if said else f'it ended with {done.returncode}'}"
+            f"train.py {shlex.join(items)} failed: {said[-1] if said else f'it ended with {done.returncode}'}"
         )
-    return studies.logged(found[0].parent)
+    return _rows(found[0])
 
 
 @contextmanager
@@ -118,6 +122,19 @@ def _checkout(commit: str, folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True, capture_output=True)
+
+
+def _is_config(side: str) -> bool:
+    """Return whether the side is items of a command line: no key but Hydra's own has a slash."""
+    keys = [item.partition("=")[0] for item in side.split()]
+    return all("/" not in key or key.startswith("hydra/") for key in keys)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows, damaged = logged.read(path)
+    if damaged:  # where two runs part, the line may be the one that says so
+        raise RuntimeError(f"{path} has damaged lines ({damaged}): it cannot be compared")
+    return rows
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """A sweep ends with its answer: a row per point, seeds averaged, and what failed with its reason."""
 
+import itertools
 import json
 import os
 import shlex
@@ -8,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 import train
 from phantom.engine import command
 from phantom.engine import sweep as sweeps
 from phantom.engine.errors import DivergenceError
 from scripts import report
+from scripts.reporting import markdown
+from scripts.reporting import sweeps as drawing
 from tests.plans import plan
 from tests.tiny_run import TINY
 
@@ -158,6 +162,55 @@ def test_submitit_runs_the_jobs_and_their_failures_are_listed(tmp_path):
 def test_a_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"holds no sweep\.json; train\.py -m names the folder"):
         report.main([f"sweep={tmp_path}"])
+    for text, message in (('{"keys": [', r"sweep\.json is damaged \(.*\): run"), ("[]", "is no sweep of train")):
+        (tmp_path / "sweep.json").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            report.main([f"sweep={tmp_path}"])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_where_no_job_has_a_value_nothing_is_drawn(tmp_path, capsys, finished):
+    """Jobs that never evaluated the split, and jobs that all failed: those leave no table above their reasons."""
+    rows = [{**row, "best": [], "last": []} for row in CONTENT["rows"]] if finished else []
+    (tmp_path / "sweep.json").write_text(json.dumps({**CONTENT, "rows": rows}))
+    report.main([f"sweep={tmp_path}"])
+    said = capsys.readouterr().out
+    assert "No job has a value on `test`: there is no map to draw." in said
+    assert len(markdown.tables(said)) == 1 + finished and "| grad=npg k=3 seed=0 | diverged |" in said
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_maps_of_long_names_have_room_for_them(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(drawing.plots, "save", lambda figure, _: kept.append(figure))
+    axes = {
+        "experiment": [f"table1/a_row_of_the_table_that_has_a_long_name_{i}" for i in range(3)],
+        "optimizer.weight_decay": ["0.0001", "0.00025"],
+        "data": ["cifar10_small", "images_synthetic"],
+        "k": ["1", "3"],
+    }
+    for down in ("experiment", "data"):  # one is an axis of the maps, the other stands above them
+        keys = sorted(axes, key=lambda key: (key == down, key == "k"))
+        points = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(axes[key] for key in keys))]
+        rows = [{"values": values, "best": [float(i)], "cosine": []} for i, values in enumerate(points)]
+        drawing.draw({**CONTENT, "keys": keys, "rows": rows}, tmp_path / "sweep.png")
+        figure = kept.pop()
+        figure.canvas.draw()
+        panels = [axis for axis in figure.axes if axis.get_title()]
+        titles = [axis.title.get_window_extent() for axis in panels]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
+        labels = [label for axis in panels for label in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title)]
+        for box in (label.get_window_extent() for label in labels):
+            assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        pyplot.close(figure)
+
+
+def test_a_label_is_cut_where_it_stays_one_of_its_own():
+    names = [f"table1/{'x' * 30}{i}" for i in (1, 2)]
+    assert drawing._short(names) == [f"{'x' * 11}…{'x' * 10}{i}" for i in (1, 2)]
+    assert drawing._short(["0.5", "a/b"]) == ["0.5", "a/b"]
+    alike = [f"{'x' * 12}{i}{'x' * 12}" for i in (1, 2)]
+    assert drawing._short(alike) == alike
 
 
 def test_jobs_of_one_folder_are_refused(tmp_path, monkeypatch, capsys):

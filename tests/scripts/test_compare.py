@@ -1,5 +1,6 @@
 """Where two runs part: of rows made by hand, of run folders, of configs and of commits."""
 
+import json
 import subprocess
 
 import pytest
@@ -46,6 +47,24 @@ def test_run_folders(tmp_path, capsys):
         compare.main([*paths, "steps=3"])
     assert compare.main(paths) is False
     assert "they part at train step 1: loss is" in capsys.readouterr().out
+
+
+def test_a_last_line_that_is_cut_short_is_left_out(tmp_path, capsys):
+    """And so is one that is no row; in the middle of the file it may be where the runs part."""
+    whole, cut = tmp_path / "whole", tmp_path / "k=3" / "seed0"
+    lines = [json.dumps(row) for row in ROWS]
+    for folder, text in ((whole, lines[:2]), (cut, [*lines[:2], lines[2][:20]])):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("\n".join(text))
+    assert compare.main([str(whole), str(cut)]) is True
+    assert capsys.readouterr().out.endswith("of 2 rows\n")
+    (cut / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl has damaged lines \(1\)"):
+        compare.main([str(whole), str(cut)])
+    for side in (str(cut), str(cut).replace("k=3", "k=4"), "runs/a/k=3/seed0"):
+        (cut / "metrics.jsonl").unlink(missing_ok=True)
+        with pytest.raises(SystemExit, match=f"error: {side} is no run folder: it holds no metrics"):
+            compare.main([side, str(whole)])
 
 
 def test_estimators_part_after_the_first_update(capsys):

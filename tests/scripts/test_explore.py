@@ -19,6 +19,7 @@ from phantom.engine.tasks.base import Score, Tally
 from scripts import explore
 from scripts.bench import explore as bench
 from scripts.reporting import explore as page
+from scripts.reporting import pages
 from tests.plans import plan
 from tests.tiny_run import MODEL, TINY, tiny_run
 from train import CONFIGS
@@ -159,6 +160,20 @@ def test_the_front_and_the_cheapest():
     assert [found["estimator"] for found in page.front(rows)] == ["a", "d"], "b costs more for less, c ties in time"
     assert page.cheapest(rows, 0.4)["estimator"] == "a" and page.cheapest(rows, 0.92)["estimator"] == "d"
     assert page.cheapest(rows, 0.96) is None
+
+
+def test_without_a_finite_cosine_the_page_is_kept_and_nothing_is_drawn(tmp_path):
+    spent = {"graph_evals": 1, "vjps": 0, "norm_ratio": None, "adjoint_residual": None}
+    rows = [row(name, 1.0, None) | spent for name in ("grad=upg k=2 lam=0.5", "grad=implicit")]
+    about = {"title": "T", "command": "c", "step": 0, "examples": "x", "device": "cpu", "radius": {}, "wanted": 0.9}
+    solved = {"residual": 0.1, "reference": {"vjps": 1, "adjoint_residual": None}, "solvers": [{"residual": {}}]}
+    solved["solvers"][0]["solver"] = "Broyden"
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(about | solved | {"rows": rows}))
+    text = pages.write_explored(path)
+    assert path.with_suffix(".md").read_text() == text and "None has a cosine of 0.9." in text
+    assert not path.with_suffix(".png").exists()
+    assert page.family("grad=upg k=2 lam=0.5") == "upg" and page.family("UPG, k=5") == "UPG"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import yaml
@@ -65,7 +64,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(runs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("page") / "report.html"
+    out = tmp_path_factory.mktemp("page") / "a new folder" / "report.html"
     report.main(["html", f"runs={runs}", f"out={out}"])
     return out.read_text()
 
@@ -220,7 +219,21 @@ def test_text_of_a_record_is_no_markup():
     assert "<script>" not in page.as_html("# <script>alert(1)</script>")
 
 
-@pytest.mark.parametrize("items", [["runs=no-such-folder"], ["model=mdeq_tiny"]])
+@pytest.mark.parametrize("items", [["runs=no-such-folder"], ["model=mdeq_tiny"], ["table1"], ["sweep=runs"]])
 def test_mistakes_are_one_sentence(items, tmp_path):
-    with pytest.raises(SystemExit, match="html has runs=<folder> and out=<file>, not"):
-        report.main(["html", *items, f"out={Path(tmp_path) / 'x.html'}"])
+    with pytest.raises(SystemExit, match=f"html has runs=<folder> and out=<file>, not {items[0]}"):
+        report.main(["html", *items, f"out={tmp_path / 'x.html'}"])
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "render", lambda runs: "")
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file/x.html", "x.html cannot be written: "),
+        (tmp_path, "html has .*, not out=.*, which is a folder"),
+        ("", "html has .*, not out= without a name"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            report.main(["html", f"out={out}"])
+    with pytest.raises(SystemExit, match=r"out=x\.html is not known here"):
+        report.main(["out=x.html"])

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from scripts import report
 from tests.tiny_run import tiny_run
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -20,9 +21,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     for grad, k in (("upg", 1), ("upg", 2), ("npg", 2)):
         tiny_run(folder / "runs", "steps=3", f"grad={grad}", f"k={k}", "subset=8", "test_subset=4")
-    from scripts.reporting.html import page
-
-    page.write(folder / "page.html", folder / "runs")
+    report.main(["html", f"runs={folder / 'runs'}", f"out={folder / 'page.html'}"])
     return (folder / "page.html").as_uri()
 
 

@@ -69,11 +69,14 @@ def test_tables_of_a_page_are_read_back_as_they_were_written():
 
 
 def test_latex_reads_every_cell_as_text():
-    table = markdown.Table(["50 %", "a_b & c"], [["85.0 ± 0.2", "-> \\ {}"]], "lr")
+    rows = [["85.0 ± 0.2", "-> \\ {}"], ["[0.5, 1]", "[2]"], ["*", ""]]
+    table = markdown.Table(["50 %", "a_b & c"], rows, "lr")
     assert table.latex().splitlines() == [
         r"\begin{tabular}{lr}",
         r"50 \% & a\_b \& c \\",
         r"\hline",
         r"85.0 $\pm$ 0.2 & -$>$ \textbackslash{} \{\} \\",
+        r"{[}0.5, 1] & [2] \\",  # or it is the argument of the line above
+        r"{*} &  \\",
         r"\end{tabular}",
     ]

@@ -180,5 +180,5 @@ def test_the_speed_of_timed_steps_names_its_card(keep, tmp_path):
 
 
 def test_unknown_tables_are_refused():
-    with pytest.raises(SystemExit, match=r"no study table9; choose from .*table1"):
+    with pytest.raises(SystemExit, match=r"'table9' is neither one of html, .*table1,"):
         report.main(["table9"])

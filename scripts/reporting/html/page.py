@@ -21,13 +21,8 @@ DEFAULT = Path("report.html")
 LOWER = {"h1": "h3", "h2": "h4"}
 
 
-def write(path: Path, runs: Path | None) -> None:
-    """Write the report; `runs` is a folder of run folders, which join the committed records."""
-    path.write_text(render(runs))
-
-
 def render(runs: Path | None) -> str:
-    """Return the report as HTML."""
+    """Return the report as HTML; `runs` is a folder of run folders, which join the committed records."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     library = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
     return environment.get_template("page.html.j2").render(
