@@ -181,7 +181,7 @@ def _make_tracker(plan: Plan, fresh: bool) -> Tracker:
         fresh=fresh,
         mode=plan.config["wandb"],
         project=plan.config["wandb_project"],
-        name=f"{plan.label}/{plan.folder.parent.name}",
+        name=f"{plan.label}/{plan.folder.parent.name}/{plan.folder.name}",
         group=plan.group or plan.label,
         tags=[str(leaf) for group in ("model", "data", "grad", "scale") if (leaf := plan.choices.get(group))],
         folder=plan.folder,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scripts import studies
 from scripts.reporting.html.payload import at, payload
 
 
@@ -65,6 +66,9 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the dashboards group by, under the names of a run's own config, and where the run comes from."""
     numbers = {key: float(run[key]) for key in ("k", "lam") if run[key] != "--"}
-    leaves = {key: run[key] for key in ("model", "data", "grad", "scale", "record", "command", "commit")}
-    return leaves | {"grad": {"_target_": run["grad"]}} | numbers
+    leaves = {key: run[key] for key in ("model", "data", "scale", "record", "command", "commit")}
+    leaf = studies.leaf("grad", run["grad"])
+    target = leaf.get("grad", leaf).get("_target_", run["grad"])
+    return {**leaves, "grad": {"_target_": target, **numbers}, **numbers}

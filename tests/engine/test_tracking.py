@@ -146,6 +146,7 @@ def test_what_belongs_together_is_one_group(wandb, tmp_path, monkeypatch, items,
     ((start, count),) = groups.items()
     begun = [run.options for run in wandb.runs]
     assert len(begun) == count and len({options["group"] for options in begun}) == 1
+    assert all(options["name"].endswith("/seed0") for options in begun), "seeds of a point have names of their own"
     assert begun[0]["group"].startswith(start) and begun[-1]["tags"] == ["mdeq_tiny", "digits", "npg", "paper"]
 
 

@@ -12,6 +12,7 @@ from phantom.engine.measure.monitor import Monitor
 from scripts import dashboard, studies
 from scripts.running import export
 from tests.engine import tiny
+from tests.plans import plan
 
 
 class Run:
@@ -53,6 +54,10 @@ def test_every_record_is_exported_with_its_numbers(wandb, capsys):
     options = run.options
     assert (options["group"], options["job_type"], options["project"]) == ("table1/upg_k5_lam0.5", "record", "mine")
     assert options["config"]["k"] == 5 and options["config"]["lam"] == 0.5
+    live = plan(["experiment=table1/upg_k5_lam0.5"]).config["grad"]  # the dashboards group by its _target_
+    assert options["config"]["grad"] == {key: live[key] for key in ("_target_", "k", "lam")}
+    implicit = runs["results/table1/implicit@cpu/seed0.json"].options["config"]["grad"]
+    assert implicit == {"_target_": plan(["grad=implicit"]).config["grad"]["_target_"]}
     assert options["tags"] == ["mdeq_tiny", "cifar10", "upg", "paper"]
 
 
