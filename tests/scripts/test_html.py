@@ -10,6 +10,7 @@ import yaml
 from scripts import report, studies
 from scripts.reporting import markdown, pages
 from scripts.reporting.html.chosen import chosen
+from scripts.reporting.html.others import others
 from scripts.reporting.provenance import command
 from tests.plans import composed
 from tests.tiny_run import tiny_run
@@ -18,7 +19,7 @@ pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
 
 from scripts.reporting.html import page
-from scripts.reporting.html.payload import at
+from scripts.reporting.html.payload import _local, at
 
 
 class Reader(HTMLParser):
@@ -86,8 +87,8 @@ def numbers(payload):
         for found in run["numbers"].values():
             yield run["record"], found["place"], found["value"]
     for curve in payload["curves"]:
-        for place, value in zip(curve["places"], curve["y"], strict=True):
-            yield curve["record"], place, value
+        for row, value in zip(curve["rows"], curve["y"], strict=True):
+            yield curve["record"], [row if key is None else key for key in curve["place"]], value
     for benchmark in payload["benchmarks"]:
         for bar in benchmark["bars"]:
             for found in bar["phases"].values():
@@ -205,6 +206,73 @@ def test_a_child_says_more_than_its_parent(tmp_path, monkeypatch):
     assert chosen({"label": "t/three"}) == chosen({"label": "t/two"}) == expected
 
 
+def test_an_estimator_s_own_numbers_and_those_that_a_course_changes():
+    run = {"label": "x", "choices": {"grad": "upg"}}
+    own = chosen(run | {"overrides": ["grad.k=3", "grad.lam=0.25", "k=7"]})
+    assert (own["k"], own["lam"]) == ("3", "0.25")
+    warm = chosen(run | {"overrides": ["course=warm_up_k", "k=3"]})
+    assert (warm["k"], warm["lam"]) == ("--", "0.5"), "it has no one k"
+    chose = {"label": "x", "choices": {"grad": "upg", "course": "warm_up_k"}}
+    assert chosen(chose)["k"] == "--" and chosen(chose | {"overrides": ["course.k=null"]})["k"] == "5"
+    assert chosen(run | {"overrides": ["course=random_depth", "k=8"]})["k"] == "8", "this one changes the depth"
+
+
+def test_what_else_a_command_says():
+    items = ["+grad.k=3", "data=cifar10", "experiment=table1/upg_k9_lam0.5_dropout", "lam=1", "optimizer.lr=0.1"]
+    assert others({"overrides": items}) == ["experiment=table1/upg_dropout", "optimizer.lr=0.1"]
+    assert others({"experiment": "table4/cox2_upg_k5_lam1.0", "overrides": ["k=3"]}) == ["experiment=table4/cox2_upg"]
+    assert others({"label": "x"}) == []
+
+
+def test_experiments_whose_names_differ_in_k_and_lam_differ_in_nothing_else():
+    kinds = {}
+    for path in sorted((studies.ROOT / "configs" / "experiment").rglob("*.yaml")):
+        name = path.relative_to(studies.ROOT / "configs" / "experiment").with_suffix("").as_posix()
+        content = {key: value for key, value in studies.leaf("experiment", name).items() if key not in ("k", "lam")}
+        kinds.setdefault(str(others({"experiment": name})), []).append(content)
+    assert all(content == several[0] for several in kinds.values() for content in several)
+    assert any(len(several) > 2 for several in kinds.values())
+
+
+def test_a_training_is_one_wherever_its_record_is_kept(runs, tmp_path):
+    for path in runs.rglob("record.json"):
+        kept = tmp_path / path.relative_to(runs)
+        kept.parent.mkdir(parents=True)
+        kept.write_text(path.read_text())
+    found = [run["training"] for folder in (runs, tmp_path) for run, _ in _local(folder)]
+    assert len(found) == 4 and len(set(found)) == 2
+
+
+def test_a_damaged_or_foreign_folder_is_left_out_with_its_reason(runs, tmp_path, capsys):
+    whole = next(runs.rglob("record.json"))
+    record, lines = json.loads(whole.read_text()), whole.with_name("metrics.jsonl").read_text().splitlines()
+    unlike = {name: {**record, name: value} for name, value in {"best": {}, "overrides": [1], "seed": "0"}.items()}
+    without = {key: value for key, value in record.items() if key != "metric"}
+    texts = {name: json.dumps(content) for name, content in {**unlike, "metric": without, "list": []}.items()}
+    for name, text in (texts | {"cut": whole.read_text()[:40], "binary": "\udcff"}).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(text, errors="surrogateescape")
+    strange = json.dumps({**record, "peak_memory": float("inf"), "final": {"test": {"accuracy": float("nan")}}})
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/record.json").write_text(strange)
+    rows = [lines[0].replace('"loss": ', '"loss": NaN, "of": '), "no row", *lines[1:], lines[-1][:20]]
+    (tmp_path / "good/metrics.jsonl").write_text("\n".join(rows))
+    ((run, curves),) = _local(tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("/record.json is left out: ")[0] for line in said] == [
+        *(str(tmp_path / name) for name in ("best", "binary", "cut")),
+        f"{tmp_path / 'good/metrics.jsonl'}: damaged lines are left out (1)",
+        *(str(tmp_path / name) for name in ("list", "metric", "overrides", "seed")),
+    ]
+    reasons = "\n".join(said)
+    for reason in ("the run has no evaluation", "another field metric", "another field seed", "no record of a run"):
+        assert reason in reasons
+    json.dumps([run, curves], allow_nan=False)
+    assert not {"peak_bytes", "last"} & set(run["numbers"])
+    (loss,) = [curve for curve in curves if curve["name"] == "train/loss"]
+    assert loss["x"] == [2, 3], "and not the step whose loss was not finite"
+
+
 def test_the_command_of_a_record():
     folds = {
         "folds": [],
@@ -213,6 +281,18 @@ def test_the_command_of_a_record():
     }
     assert command(folds) == "python scripts/reproduce.py table4 rows=cox2_implicit data.x=1"
     assert command({"overrides": ["experiment=a/b"], "seed": 2}) == "python train.py experiment=a/b seed=2"
+
+
+def test_a_table_is_a_group_with_the_name_of_the_heading_before_it(text):
+    made = page.as_html("| a |\n| --- |\n\n# One *two* `<3`\n\ntext\n\n| a |\n| --- |\n\n| b |\n| --- |\n")
+    assert re.findall('role="group" tabindex="0" aria-label="([^"]*)"', made) == ["table", *2 * ["One two &lt;3"]]
+    assert text.count('role="region"') == 1, "of landmarks there is the table of runs"
+
+
+def test_it_can_be_printed(text):
+    assert 'loading="lazy"' not in text, "a picture that was not scrolled to is missing on paper"
+    (rules,) = re.findall(r"@media print \{(.*?)\n\}", text, flags=re.DOTALL)
+    assert re.search(r"\.scroll \{[^}]*max-height: none", rules)
 
 
 def test_text_of_a_record_is_no_markup():

@@ -86,6 +86,46 @@ def test_filters_choose_runs_curves_and_maps(opened):
     assert rows.count() == every
 
 
+def test_maps_and_names_tell_trainings_apart(opened):
+    """Of one k and lam, two learning rates and a second seed of the first one; and the same run in a second folder."""
+    page = opened()
+    page.evaluate(
+        """() => {
+          const made = (record, others, k, value, training) => ({ ...payload.runs[0], model: "m", record, others, k,
+            lam: "0.5", training, label: "m", numbers: { best: { value }, seed: { value: training % 10 } } });
+          const fast = ["optimizer.lr=0.1", "x=1"], slow = ["optimizer.lr=0.01", "x=1"];
+          window.made = [made("a", fast, "1", 10, 10), made("b", fast, "1", 20, 11), made("c", fast, "1", 20, 11),
+            made("d", fast, "2", 40, 20), made("e", slow, "1", 70, 30), made("f", slow, "3", 80, 40)];
+          showMaps(window.made);
+        }"""
+    )
+    captions = page.locator("#maps figcaption").all_text_contents()
+    assert [caption.split(": ")[0].split(", ")[-1] for caption in captions] == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
+    assert captions[0].endswith("best, mean over 3 runs"), "of the four records two are of one run"
+    assert page.evaluate("byId('map-1').data[0].z") == [[15, 40]] and page.evaluate("byId('map-2').data[0].x") == [
+        "1",
+        "3",
+    ]
+    names = page.evaluate("lineNames(made.map((run) => ({ ...run, run: run.record })))")
+    assert names[0] == "m k=1 lam=0.5 seed 0 optimizer.lr=0.1" and names[4].endswith("seed 0 optimizer.lr=0.01")
+    assert names[3] == "m k=2 lam=0.5 seed 0", "what tells no runs apart is not said"
+    page.evaluate("showMaps(made.slice(0, 1))")
+    assert page.locator("#maps").text_content() == "No map: it needs runs that have this value at several k or lam."
+
+
+def test_numbers_are_sorted_as_numbers(opened):
+    found = opened().evaluate("unique(['0.1', '10', '--', '1', '0.05', '9', '0.5', '0.25', '1e-3'])")
+    assert found == ["--", "1e-3", "0.05", "0.1", "0.25", "0.5", "1", "9", "10"]
+
+
+def test_on_paper_nothing_is_cut(opened):
+    page = opened()
+    page.emulate_media(media="print")
+    cut = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollHeight > one.clientHeight + 1).length"
+    assert page.evaluate(cut) == 0
+    assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+
+
 def test_it_is_used_by_keyboard_alone(opened):
     page = opened()
     page.keyboard.press("Tab")

@@ -20,7 +20,8 @@ def chosen(record: Mapping[str, Any]) -> dict[str, str]:
     found |= {group: leaf for group, leaf in record.get("choices", {}).items() if group in GROUPS}
     found |= _of_items(record.get("overrides", ()))
     takes = studies.leaf("grad", found["grad"]) if "grad" in found else {}
-    numbers = {key: found.get(key, takes[key]) for key in NUMBERS if key in takes}
+    varied = _of_course(record)
+    numbers = {key: found.get(key, takes[key]) for key in NUMBERS if key in takes and key not in varied}
     shown = {**{group: found.get(group) for group in GROUPS}, **numbers, "scale": record.get("scale", "paper")}
     return {key: "--" if shown.get(key) is None else _text(shown[key]) for key in (*KEYS, "scale")}
 
@@ -38,12 +39,26 @@ def _of_leaf(group: str, leaf: str | None) -> dict[str, Any]:
 
 
 def _of_items(items: Sequence[str]) -> dict[str, str]:
-    pairs = (item.lstrip("+").split("=", 1) for item in items if "=" in item)
-    return {key: value for key, value in pairs if key in KEYS}
+    """Return what the items choose; the estimator's own grad.k counts, wherever it stands, and not the root key."""
+    pairs = _pairs(items)
+    own = {key: pairs[f"grad.{key}"] for key in NUMBERS if f"grad.{key}" in pairs}
+    return {key: value for key, value in pairs.items() if key in KEYS} | own
+
+
+def _of_course(record: Mapping[str, Any]) -> set[str]:
+    """Return which numbers a course changes as the run goes on, so that it has no one value of them."""
+    pairs = _pairs(record.get("overrides", ()))
+    leaf = pairs.get("course", record.get("choices", {}).get("course"))
+    course = studies.leaf("course", leaf) if leaf else {}
+    return {key for key in NUMBERS if pairs.get(f"course.{key}", course.get(key)) not in (None, "null")}
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, equals, value in (item.lstrip("+").partition("=") for item in items) if equals}
 
 
 def _text(value: Any) -> str:
     try:
         return f"{float(value):g}"
-    except ValueError:
+    except (TypeError, ValueError):
         return str(value)

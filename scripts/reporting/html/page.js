@@ -1,5 +1,6 @@
 "use strict";
-// Every number of the payload names its record: a run by `record`, a value by its `place` in it.
+// Every number of the payload names its record: a run by `record`, a value by its `place` in it, and a curve by one
+// `place` for all its points, in which null stands for the number of the row.
 const payload = JSON.parse(document.getElementById("payload").textContent);
 const KEYS = { model: "Model", data: "Data", grad: "Estimator", k: "k", lam: "lam", scale: "Scale" };
 const VALUES = {
@@ -21,8 +22,14 @@ function add(parent, tag, text, attributes = {}) {
   return made;
 }
 
+// numbers as numbers: by their digits, 0.1 would come before 0.05
 function unique(values) {
-  return [...new Set(values)].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  return [...new Set(values)].sort((a, b) => Number(a) - Number(b) || a.localeCompare(b, "en", { numeric: true }));
+}
+
+// what each of the commands says that not all of them say
+function differing(commands) {
+  return commands.map((items) => items.filter((item) => !commands.every((other) => other.includes(item))));
 }
 
 function fill(select, names) {
@@ -123,8 +130,9 @@ function showCurves() {
   const found = payload.curves
     .map((curve) => ({ ...curve, ...(runs.get(curve.run) ?? {}), record: curve.record }))
     .filter((curve) => curve.name === name && fits(curve));
+  const names = lineNames(found);
   const traces = found.map((curve, i) => ({
-    x: curve.x, y: curve.y, type: "scatter", mode: "lines", name: lineName(curve),
+    x: curve.x, y: curve.y, type: "scatter", mode: "lines", name: names[i],
     line: { color: COLORS[i % COLORS.length], dash: DASHES[Math.floor(i / COLORS.length) % DASHES.length], width: 1.5 },
     hovertemplate: `%{y}<br>${curve.record}<extra></extra>`,
   }));
@@ -134,8 +142,12 @@ function showCurves() {
   legend("curves", traces);
   const records = unique(found.map((curve) => curve.record));
   const caption = byId("curves-caption");
-  caption.textContent = ["No run here has this curve.", `From ${records[0]}`][records.length] ?? "";
-  if (records.length > 1) {
+  caption.replaceChildren();
+  if (!records.length) {
+    caption.textContent = "No run here has this curve.";
+  } else if (records.length === 1) {
+    caption.textContent = `From ${records[0]}`;
+  } else {
     const details = add(caption, "details");
     add(details, "summary", `From ${records.length} records`);
     const list = add(details, "ul");
@@ -143,24 +155,39 @@ function showCurves() {
   }
 }
 
-// a run's label has its estimator, but neither k, lam nor seed
-function lineName(curve) {
-  if (!curve.run) return curve.label;
-  const numbers = ["k", "lam"].filter((key) => curve[key] !== "--").map((key) => `${key}=${curve[key]}`);
-  return [curve.label, ...numbers, `seed ${curve.numbers.seed.value}`].join(" ");
+// a run's label has its estimator, but neither k, lam nor seed; where names are alike, what else the commands say follows
+function lineNames(curves) {
+  const names = curves.map((curve) => {
+    if (!curve.run) return curve.label;
+    const numbers = ["k", "lam"].filter((key) => curve[key] !== "--").map((key) => `${key}=${curve[key]}`);
+    return [curve.label, ...numbers, `seed ${curve.numbers.seed.value}`].join(" ");
+  });
+  return names.map((name, i) => {
+    const alike = curves.filter((_, j) => names[j] === name);
+    const apart = differing(alike.map((curve) => curve.others ?? []));
+    return [name, ...apart[alike.indexOf(curves[i])]].join(" ");
+  });
 }
 
-// a map per model, data, estimator and scale that has several points; seeds are averaged
+// a map per model, data, estimator, scale and whatever else the command says, where it has several points; seeds are
+// averaged, and a training that has several records counts once
 function showMaps(shown) {
   const key = Object.keys(VALUES)[Number(byId("value").value)], [title, factor, digits] = VALUES[key];
   const groups = new Map();
   for (const run of shown) {
     if (run.k === "--" || run.lam === "--" || !run.numbers[key]) continue;
-    const name = [run.model, run.data, run.grad, run.scale, run.metric].join(", ");
-    groups.set(name, [...(groups.get(name) ?? []), run]);
+    const family = [run.model, run.data, run.grad, run.scale, run.metric].join(", ");
+    const name = JSON.stringify([family, run.others]);
+    if (!groups.has(name)) groups.set(name, { family, others: run.others, trainings: new Map() });
+    const { trainings } = groups.get(name);
+    if (!trainings.has(run.training)) trainings.set(run.training, run);
   }
   byId("maps").replaceChildren();
-  for (const [name, members] of groups) {
+  for (const group of groups.values()) {
+    const members = [...group.trainings.values()];
+    const kin = [...groups.values()].filter((other) => other.family === group.family);
+    const apart = differing(kin.map((other) => other.others))[kin.indexOf(group)];
+    const name = [group.family, ...apart].join(", ");
     const ks = unique(members.map((run) => run.k)), lams = unique(members.map((run) => run.lam));
     if (ks.length * lams.length < 2) continue;
     const at = (k, lam) => members.filter((run) => run.k === k && run.lam === lam);
@@ -170,14 +197,14 @@ function showMaps(shown) {
     const figure = add(byId("maps"), "figure");
     const id = `map-${byId("maps").children.length}`;
     add(figure, "div", undefined, { id, class: "chart map", role: "img" });
-    add(figure, "figcaption", `${name}: ${title}, mean over ${members.length} records`);
+    add(figure, "figcaption", `${name}: ${title}, mean over ${members.length} runs`);
     const text = z.map((row) => row.map((value) => (value === null ? "" : value.toFixed(digits))));
     const trace = { type: "heatmap", x: ks, y: lams, z, text, texttemplate: "%{text}", customdata: from,
       hovertemplate: "k %{x}, lam %{y}: %{z}<br>%{customdata}<extra></extra>", colorscale: "Viridis", hoverongaps: false };
     const axes = { xaxis: { title: { text: "k" }, type: "category" }, yaxis: { title: { text: "lam" }, type: "category" } };
     draw(id, [trace], axes, `${title} over k and lam: ${name}`);
   }
-  if (!byId("maps").children.length) add(byId("maps"), "p", "These runs have one k and one lam.");
+  if (!byId("maps").children.length) add(byId("maps"), "p", "No map: it needs runs that have this value at several k or lam.");
 }
 
 function showBars() {
@@ -197,9 +224,9 @@ function showBars() {
 function showFront() {
   const found = payload.explorations[Number(byId("exploration").value)];
   if (!found) return;
-  const families = unique(found.points.map((point) => family(point.label)));
+  const families = unique(found.points.map((point) => point.family));
   const traces = families.map((name, i) => {
-    const points = found.points.filter((point) => family(point.label) === name);
+    const points = found.points.filter((point) => point.family === name);
     return { type: "scatter", mode: "markers", name, text: points.map((point) => point.label), marker: { size: 9, color: COLORS[i] },
       x: points.map((point) => 1e3 * point.seconds.value), y: points.map((point) => point.cosine.value),
       hovertemplate: "%{text}<br>%{x:.0f} ms, cosine %{y:.3f}<extra></extra>" };
@@ -209,10 +236,6 @@ function showFront() {
   draw("front", traces, axes, `Cosine against milliseconds of ${found.points.length} estimators: ${found.title}`);
   legend("front", traces);
   byId("front-caption").textContent = `From ${found.record}: ${found.command}`;
-}
-
-function family(label) {
-  return label.replace("grad=", "").split(" ")[0].replace(",", "");
 }
 
 function show() {

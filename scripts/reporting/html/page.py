@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from plotly.offline import get_plotlyjs
 
 from scripts import studies
@@ -24,6 +28,8 @@ LOWER = {"h1": "h3", "h2": "h4"}
 def render(runs: Path | None) -> str:
     """Return the report as HTML; `runs` is a folder of run folders, which join the committed records."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    # a browser reads neither NaN nor Infinity, and would show nothing at all
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     library = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
     return environment.get_template("page.html.j2").render(
         studies=[section(studies.load(name)) for name in studies.names()],
@@ -63,14 +69,24 @@ def records(study: dict[str, Any]) -> list[Path]:
 
 
 def as_html(text: str) -> str:
-    """Return a rendered page as HTML; tables scroll on a narrow screen."""
+    """Return a rendered page as HTML; tables scroll on a narrow screen, and are named by the heading before them."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = parser.parse(text)
-    for token in tokens:
+    tokens, heading = parser.parse(text), "table"
+    for before, token in pairwise([Token("", "", 0), *tokens]):
         token.tag = LOWER.get(token.tag, token.tag)
-    html = parser.renderer.render(tokens, parser.options, {})
-    frame = '<div class="scroll" role="region" tabindex="0" aria-label="table"><table>'
-    return html.replace("<table>", frame).replace("</table>", "</table></div>")
+        if before.type == "heading_open":
+            heading = "".join(part.content for part in token.children or ())
+        if token.type == "table_open":
+            token.meta["heading"] = heading
+    parser.add_render_rule("table_open", _table_open)
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    return parser.renderer.render(tokens, parser.options, {})
+
+
+def _table_open(_: Any, tokens: Sequence[Token], place: int, *__: Any) -> str:
+    """Return the frame of a table: a group, for as many landmarks as there are tables lead nowhere."""
+    name = html.escape(tokens[place].meta["heading"])
+    return f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table>\n'
 
 
 def _title(found: dict[Path, str], name: str) -> str:

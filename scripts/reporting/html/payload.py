@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts import rows as logged
 from scripts import studies
-from scripts.reporting import provenance
+from scripts.reporting import explore, provenance
 from scripts.reporting.html.chosen import chosen
+from scripts.reporting.html.others import others
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest")
 # of a benchmark's row by phase
 SECONDS = ("seconds", "median")
 # numbers that every row of metrics.jsonl has, and no curve
 PLACES = ("step", "epoch")
+# of the record in a run folder, which may be anybody's: what the page cannot do without
+FIELDS = {
+    **{"label": str, "metric": str, "overrides": list, "best": dict, "seed": int},
+    **{"commit": (str, type(None)), "dirty": (bool, type(None))},
+}
 
-Place = Sequence[str | int]
+# None in the place of a curve stands for the row of each of its points
+Place = Sequence[str | int | None]
 
 
 def payload(runs: Path | None) -> dict[str, Any]:
@@ -36,9 +46,9 @@ def payload(runs: Path | None) -> dict[str, Any]:
 
 
 def number(content: Any, place: Place) -> dict[str, Any] | None:
-    """Return `{value, place}` of a number in a record; None where the record does not have it."""
-    value = at(content, place)
-    return {"value": value, "place": list(place)} if isinstance(value, (int, float)) else None
+    """Return `{value, place}` of a number in a record; None where the record does not have it, or it is not finite."""
+    value = _finite(at(content, place))
+    return None if value is None else {"value": value, "place": list(place)}
 
 
 def at(content: Any, place: Place) -> Any:
@@ -49,6 +59,11 @@ def at(content: Any, place: Place) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return content
+
+
+def _finite(value: Any) -> int | float | None:
+    """Return a number as it is, and None for one that is not finite, which JSON does not have, or for no number."""
+    return value if isinstance(value, (int, float)) and abs(value) < math.inf else None
 
 
 def name_of(path: Path) -> str:
@@ -63,15 +78,41 @@ def _committed() -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         content = json.loads(path.read_text())
         if isinstance(content, dict) and "metric" in content and ("best" in content or "protocols" in content):
             run = _run(content, path)
-            yield run, _curves(run, content.get("monitor", []), name_of(path), ["monitor"])
+            yield run, _curves(run, content.get("monitor", []), name_of(path), ("monitor",))
 
 
 def _local(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Yield (run, its curves) of every finished run folder below `folder`."""
+    """Yield (run, its curves) of every finished run folder below `folder`; say of the others why they are left out."""
     for path in sorted(folder.rglob("record.json")):
-        run, metrics = _run(json.loads(path.read_text()), path), path.with_name("metrics.jsonl")
-        rows = studies.logged(path.parent) if metrics.exists() else []
-        yield run, _curves(run, rows, name_of(metrics), [])
+        metrics = path.with_name("metrics.jsonl")
+        try:
+            run = _run(_record(path), path)
+            rows, damaged = logged.read(metrics) if metrics.exists() else ([], 0)
+        except (OSError, ValueError) as error:
+            print(f"{path} is left out: {error}", file=sys.stderr)
+            continue
+        if damaged:
+            print(f"{metrics}: damaged lines are left out ({damaged})", file=sys.stderr)
+        yield run, _curves(run, rows, name_of(metrics), ())
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return the record of a run folder.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is damaged, or is not that of a run.
+    """
+    content = json.loads(path.read_bytes(), parse_constant=lambda _: None)
+    if not isinstance(content, dict):
+        raise ValueError("it is no record of a run")
+    wrong = [name for name, kind in FIELDS.items() if name not in content or not isinstance(content[name], kind)]
+    wrong += ["overrides"] * (not all(isinstance(item, str) for item in content.get("overrides") or ()))
+    wrong += ["choices"] * (not isinstance(content.get("choices", {}), dict))
+    if wrong:
+        raise ValueError(f"it is no record of a run, which has another field {wrong[0]}")
+    if not content["best"]:
+        raise ValueError("the run has no evaluation")
+    return content
 
 
 def _run(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -92,24 +133,33 @@ def _run(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "label": content["label"],
         "metric": content["metric"],
         **chosen(content),
+        "others": others(content),
+        "training": _training(content),
         "commit": provenance.commit(content),
         "numbers": {name: found for name, found in numbers.items() if found is not None},
     }
 
 
+def _training(content: dict[str, Any]) -> str:
+    """Return what all records of one training share, wherever they lie: its config, with the seed, and its data."""
+    if "config_hash" not in content:
+        return provenance.command(content)
+    return " ".join([content["config_hash"], *(content.get("data_digests") or {}).values()])
+
+
 def _curves(run: dict[str, Any], rows: list[dict[str, Any]], record: str, place: Place) -> list[dict[str, Any]]:
-    """Return a curve per number that the rows log: where each of its points lies in the record, and its steps."""
+    """Return a curve per number that the rows log: its steps, and the rows and the place where its points lie."""
     found: dict[str, dict[str, Any]] = {}
     for i, row in enumerate(rows):
         for key, value in row.items():
-            if key in PLACES or isinstance(value, bool) or not isinstance(value, (int, float)):
+            if key in PLACES or isinstance(value, bool) or _finite(value) is None:
                 continue
             name = f"{row.get('split', row.get('kind', 'monitor'))}/{key}"
-            empty = {"run": run["record"], "record": record, "name": name, "x": [], "y": [], "places": []}
-            curve = found.setdefault(name, empty)
+            about = {"run": run["record"], "record": record, "name": name, "place": [*place, None, key]}
+            curve = found.setdefault(name, {**about, "x": [], "y": [], "rows": []})
             curve["x"].append(row["step"])
             curve["y"].append(value)
-            curve["places"].append([*place, i, key])
+            curve["rows"].append(i)
     return [curve for curve in found.values() if len(curve["y"]) > 1]
 
 
@@ -119,7 +169,6 @@ def _figure_curves() -> list[dict[str, Any]]:
     for study in map(studies.load, studies.names()):
         path = study["folder"] / "curves.json"
         for i, entry in enumerate(studies.curves(path) if "figure" in study else []):
-            places = [["runs", i, "values", j] for j in range(len(entry["values"]))]
             found.append(
                 {
                     **chosen(entry),
@@ -128,8 +177,9 @@ def _figure_curves() -> list[dict[str, Any]]:
                     "record": name_of(path),
                     "name": f"{entry['split']}/{entry['metric']} by epoch",
                     "x": entry["epochs"],
-                    "y": entry["values"],
-                    "places": places,
+                    "y": list(map(_finite, entry["values"])),
+                    "place": ["runs", i, "values", None],
+                    "rows": list(range(len(entry["values"]))),
                 }
             )
     return found
@@ -168,7 +218,8 @@ def _explorations() -> list[dict[str, Any]]:
             path = study["folder"] / f"{name}.json"
             content = json.loads(path.read_text())
             points = [
-                {"label": row["estimator"]} | {key: number(content, ("rows", i, key)) for key in ("seconds", "cosine")}
+                {"label": row["estimator"], "family": explore.family(row["estimator"])}
+                | {key: number(content, ("rows", i, key)) for key in ("seconds", "cosine")}
                 for i, row in enumerate(content["rows"])
             ]
             found.append(
