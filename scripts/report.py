@@ -69,10 +69,8 @@ def _write_html(own: dict[str, str], wrong: Sequence[str]) -> None:
         wrong = [*wrong, f"out={own['out']}, which is a folder" if own["out"] else "out= without a name"]
     if wrong:
         arguments.fail(f"html has runs=<folder> and out=<file>, not {wrong[0]}")
-    text = page.render(runs)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        page.write(path, runs)
     except OSError as error:
         arguments.fail(f"out={path} cannot be written: {error.strerror}")
     print(path)

@@ -74,11 +74,6 @@ def record_folder(experiment: str, scale: str, overrides: Sequence[str] = ()) ->
     return results() / (f"{label}@{','.join(sorted(overrides))}" if overrides else label)
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a run logged in its folder, the rows of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def curves(path: Path) -> list[dict[str, Any]]:
     """Return the runs of a figure kept in `path`, one entry a panel and line; none where nothing has been run."""
     return json.loads(path.read_text())["runs"] if path.exists() else []

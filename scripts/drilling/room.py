@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from phantom.engine.artifacts import checkpoint
-from scripts import studies
+from scripts import logged
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -244,5 +244,5 @@ def same(a: Any, b: Any) -> bool:
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     timed = ("time/", "items_per_second", "peak_memory")
-    rows = studies.logged(folder)
+    rows = logged.read(folder / "metrics.jsonl")[0]
     return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts import rows as logged
+from scripts import logged
 
 ROOT = Path(__file__).parents[2]
 # numbers of the machine, not of the mathematics

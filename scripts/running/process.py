@@ -22,7 +22,7 @@ from phantom.engine.config.recipes import canonical
 from phantom.engine.errors import CheckpointError, ConfigError
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.run import finished_folder
-from scripts import studies
+from scripts import logged, studies
 from scripts.running.stopping import Stop, Stopped
 from train import CONFIGS
 
@@ -254,11 +254,11 @@ def train(
 
 def curve(folder: Path, split: str, metric: str) -> tuple[list[int], list[float]]:
     """Return (epochs, values) of a metric at every evaluation of a run on one split; both empty where it has none."""
-    rows = [row for row in studies.logged(folder) if row["kind"] == "eval" and row["split"] == split]
+    rows = [row for row in logged.read(folder / "metrics.jsonl")[0] if row["kind"] == "eval" and row["split"] == split]
     return [row["epoch"] for row in rows], [row[metric] for row in rows]
 
 
 def monitored(folder: Path) -> list[dict[str, Any]]:
     """Return what the monitor of a run measured, a row per measurement."""
-    rows = [row for row in studies.logged(folder) if row["kind"] == "monitor"]
+    rows = [row for row in logged.read(folder / "metrics.jsonl")[0] if row["kind"] == "monitor"]
     return [{key: value for key, value in row.items() if key != "kind"} for row in rows]

@@ -184,7 +184,8 @@ def test_a_record_by_its_experiment_says_what_is_composed(name):
     """Of an experiment that starts from another one, or from a recipe, too."""
     config, choices = composed([f"experiment={name}"])
     groups = {group: choices[group] for group in ("model", "data", "grad")}
-    numbers = {key: f"{config[key]:g}" if key in config else "--" for key in ("k", "lam")}
+    varied = [key for key in ("k", "lam") if (config["course"] or {}).get(key)]
+    numbers = {key: f"{config[key]:g}" if key in config and key not in varied else "--" for key in ("k", "lam")}
     expected = {**groups, **numbers, "scale": "paper"}
     assert chosen({"label": name}) == chosen({"experiment": name, "choices": choices}) == expected
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from phantom.engine.errors import ConfigError
-from scripts import studies
+from scripts import logged, studies
 from scripts.running import process
 from scripts.running.stopping import Stop, Stopped
 
@@ -151,7 +151,7 @@ def test_what_a_run_logged(tmp_path):
         *({"kind": "eval", "split": split, "step": 2, "epoch": 1, "accuracy": 60.0} for split in ("valid", "test")),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert studies.logged(tmp_path) == rows
+    assert logged.read(tmp_path / "metrics.jsonl")[0] == rows
     assert process.curve(tmp_path, "test", "accuracy") == ([1], [60.0])
     assert process.curve(tmp_path, "train", "accuracy") == ([], [])
     assert process.monitored(tmp_path) == [{"step": 1, "cosine": 0.9}]

@@ -48,7 +48,7 @@ def test_reporting_knows_the_studies_and_no_torch(path):
     drawing = {"wandb_workspaces"} if path == "scripts/reporting/dashboard.py" else drawing
     assert roots(imports(path)) <= {"scripts", "yaml", *drawing}
     known = {name for name in imports(path) if name.startswith("scripts.")}
-    assert all(name.startswith(("scripts.reporting", "scripts.studies")) for name in known)
+    assert all(name.startswith(("scripts.reporting", "scripts.studies", "scripts.logged")) for name in known)
 
 
 def test_rendering_loads_no_torch():

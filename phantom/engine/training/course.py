@@ -6,7 +6,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from phantom import BPTT, UPG, GradientEstimator, Solver
 from phantom.engine.training.schedule import share_of_run
@@ -114,7 +114,8 @@ class Course:
             changes["k"] = int(self.k.at(step, total, seed))
         if self.lam is not None:
             changes["lam"] = float(self.lam.at(step, total, seed))
-        grad = replace(grad, **changes)  # a dataclass with these fields, as was checked
+        if changes:
+            grad = replace(cast(Any, grad), **changes)  # a dataclass with these fields, as was checked
         if self.depth is None:
             return solver, grad
         depth = max(1, int(self.depth.at(step, total, seed)))

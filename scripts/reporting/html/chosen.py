@@ -20,7 +20,7 @@ def chosen(record: Mapping[str, Any]) -> dict[str, str]:
     found |= {group: leaf for group, leaf in record.get("choices", {}).items() if group in GROUPS}
     found |= _of_items(record.get("overrides", ()))
     takes = studies.leaf("grad", found["grad"]) if "grad" in found else {}
-    varied = _of_course(record)
+    varied = _of_course(record, found.get("course"))
     numbers = {key: found.get(key, takes[key]) for key in NUMBERS if key in takes and key not in varied}
     shown = {**{group: found.get(group) for group in GROUPS}, **numbers, "scale": record.get("scale", "paper")}
     return {key: "--" if shown.get(key) is None else _text(shown[key]) for key in (*KEYS, "scale")}
@@ -45,10 +45,14 @@ def _of_items(items: Sequence[str]) -> dict[str, str]:
     return {key: value for key, value in pairs.items() if key in KEYS} | own
 
 
-def _of_course(record: Mapping[str, Any]) -> set[str]:
-    """Return which numbers a course changes as the run goes on, so that it has no one value of them."""
+def _of_course(record: Mapping[str, Any], leaf: str | None) -> set[str]:
+    """Return which numbers a course changes as the run goes on, so that it has no one value of them.
+
+    Args:
+        leaf: that of the experiment.
+    """
     pairs = _pairs(record.get("overrides", ()))
-    leaf = pairs.get("course", record.get("choices", {}).get("course"))
+    leaf = pairs.get("course", record.get("choices", {}).get("course", leaf))
     course = studies.leaf("course", leaf) if leaf else {}
     return {key for key in NUMBERS if pairs.get(f"course.{key}", course.get(key)) not in (None, "null")}
 

@@ -40,6 +40,13 @@ def render(runs: Path | None) -> str:
     )
 
 
+def write(path: Path, runs: Path | None) -> None:
+    """Write the report of `render` to `path`, and the folders above it."""
+    text = render(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def section(study: dict[str, Any]) -> dict[str, Any]:
     """Return what the page shows of a study: its rendered pages and figures, its command and its records."""
     found = pages.of(study)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import rows as logged
-from scripts import studies
+from scripts import logged, studies
 from scripts.reporting import explore, provenance
 from scripts.reporting.html.chosen import chosen
 from scripts.reporting.html.others import others
