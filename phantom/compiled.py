@@ -51,5 +51,6 @@ outside._torchdynamo_disable_msg = REASON
 for function in (deq.fixed_point, deq.DEQ.forward, deq._is_compiled_around, deq._check_settings, deq._check_extras):
     skip_code(function.__code__)
 # a backward that compiled code starts, a whole training step for one, would be compiled line by line
+EAGER = "phantom runs the backward of an equilibrium eagerly"
 for node in (Equilibrium, Inverse):
-    node.backward = staticmethod(disable(node.backward, reason="phantom runs the backward of an equilibrium eagerly"))
+    setattr(node, "backward", staticmethod(disable(node.backward, reason=EAGER)))  # noqa: B010 - torch types it otherwise

@@ -247,7 +247,7 @@ def _check_settings(
     grad: object,
     regularizer: object,
     on_failure: object,
-    returns: object,
+    returns: str,
     precision: torch.dtype | None,
 ) -> None:
     check_kind("solver", solver, Solver, "Broyden()")
