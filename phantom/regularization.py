@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phantom import transforms
 from phantom.frozen import twice_differentiable
 from phantom.gradient.linear import vjp
 from phantom.state import Map, Packing, State
@@ -33,9 +34,15 @@ class JacobianRegularizer:
         packing = Packing(z)
         flat_f = packing.wrap(f)
         with torch.enable_grad(), twice_differentiable():
-            z = packing.pack(z).detach().requires_grad_()
-            fz = flat_f(z.clone())  # f may write to its argument
+            z = packing.pack(z).detach()
+            if transforms.are_active():
+                fz, pull = torch.func.vjp(lambda z: flat_f(z.clone()), z)  # f may write to its argument
+                products = (pull(torch.randn_like(fz))[0] for _ in range(self.num_probes))
+            else:
+                z.requires_grad_()
+                fz = flat_f(z.clone())
+                products = (vjp(fz, z, torch.randn_like(fz), create_graph=True) for _ in range(self.num_probes))
             total = fz.new_zeros(())
-            for _ in range(self.num_probes):
-                total = total + vjp(fz, z, torch.randn_like(fz), create_graph=True).square().sum()
+            for product in products:
+                total = total + product.square().sum()
         return total / (self.num_probes * z.numel())

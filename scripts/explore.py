@@ -8,6 +8,7 @@
 
     run=<folder>          of the model; without it, model= and data= as for train.py
     checkpoint=best       of the run (default: last)
+    trust=<package>       of yours, whose classes the run's config may build
     grad=<leaf,...>       estimators; with k=, lam= and keys of adjoint_solver they are a grid, and lam=best is the
                           damping that the measured spectrum asks for
     cosine=0.9            the cosine that is wanted of the cheapest one
@@ -39,7 +40,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
-OWN = ("run", "checkpoint", "cosine", "batches", "title", "out")
+OWN = ("run", "checkpoint", "trust", "cosine", "batches", "title", "out")
 
 
 def main(items: Sequence[str]) -> None:
@@ -53,9 +54,10 @@ def main(items: Sequence[str]) -> None:
     try:
         if "run" in own:
             which = own.get("checkpoint", "last")
-            run = rebuild_run(Path(own["run"]), which=which, overrides=overrides, configs=CONFIGS)
-        elif "checkpoint" in own:
-            arguments.fail("checkpoint= is that of a run: name it with run=<folder>")
+            folder, trust = Path(own["run"]), own.get("trust")
+            run = rebuild_run(folder, which=which, overrides=overrides, configs=CONFIGS, trust=trust)
+        elif alone := [key for key in ("checkpoint", "trust") if key in own]:
+            arguments.fail(f"{alone[0]}= is that of a run: name it with run=<folder>")
         else:
             run = begin_run(overrides, CONFIGS, load_reference)
         measured = explore.measure(run, grid, batches)

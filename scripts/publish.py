@@ -5,6 +5,7 @@
     python scripts/publish.py push name=<name> [repo=<user>/<repository>] [private=true]
 
     checkpoint=best|last  of the run (default: best)
+    trust=<package>       of yours, whose classes the run's config may build
     repo=                 on the hub (default: phantom-<name> of who is logged in)
     private=true|false    of a repository that is new (default: false)
 
@@ -35,7 +36,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
 
 # what each command takes, and cannot do without
-TAKES = {"list": (), "pack": ("run", "name", "checkpoint"), "push": ("name", "repo", "private")}
+TAKES = {"list": (), "pack": ("run", "name", "checkpoint", "trust"), "push": ("name", "repo", "private")}
 NEEDS = {"list": (), "pack": ("run", "name"), "push": ("name",)}
 # what the hub allows in the name of a repository, which has "phantom-" before it
 NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,60}[A-Za-z0-9])?", flags=re.ASCII)
@@ -81,7 +82,8 @@ def _pack(own: dict[str, str]) -> None:
     name, which = own["name"], arguments.choice(own, "checkpoint", ("last", "best"), "best")
     if not NAME.fullmatch(name):
         arguments.fail(f"name={name} must be letters, digits and _.- between them, at most 62 in all")
-    record = shipping.pack(Path(own["run"]), WEIGHTS / name, which=which, configs=CONFIGS)
+    trust = own.get("trust")
+    record = shipping.pack(Path(own["run"]), WEIGHTS / name, which=which, configs=CONFIGS, trust=trust)
     print(f"{WEIGHTS.name}/{name}: {record['metric']} {cards.headline(record)}, as in the record of the run")
 
 

@@ -15,11 +15,12 @@ from scripts.reporting import cards
 CLOSE = 1e-6  # relative: another number of threads rounds otherwise
 
 
-def pack(run: Path, target: Path, *, which: str, configs: Configs) -> dict[str, Any]:
+def pack(run: Path, target: Path, *, which: str, configs: Configs, trust: str | None = None) -> dict[str, Any]:
     """Write the weights of a run's checkpoint to the folder `target`, with their card; return their record.
 
     Args:
         which: the checkpoint, `last` or `best`.
+        trust: a package of the user's own whose classes the saved config may build, too.
 
     Raises:
         ConfigError: the run is not finished, its number does not come out again, or there are weights in `target`.
@@ -27,7 +28,7 @@ def pack(run: Path, target: Path, *, which: str, configs: Configs) -> dict[str, 
     """
     if (target / "record.json").exists():
         raise ConfigError(f"name={target.name} is taken: choose another one, or remove {target}")
-    rebuilt = rebuild_run(run, which=which, overrides=(), configs=configs)
+    rebuilt = rebuild_run(run, which=which, overrides=(), configs=configs, trust=trust)
     found = records.read(run)
     if found is None:
         raise ConfigError(f"run={run} has no whole record.json: the run is not finished; start it again")

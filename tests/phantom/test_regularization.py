@@ -185,3 +185,42 @@ def test_a_cell_that_writes_to_its_argument_and_one_that_ignores_it(leaves):
     assert torch.equal(*found) and found[0] > 0
     for f in (lambda z: torch.ones_like(z) * weight.sum(), lambda z: torch.ones_like(z)):
         assert JacobianRegularizer()(f, randn(3, 4, seed=3)) == 0
+
+
+def test_under_torch_func(leaves):
+    """The value and the gradient of autograd, in reverse, forward and mapped."""
+    z = randn(3, 4, seed=3)
+
+    def penalty(weight: Tensor, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return JacobianRegularizer(num_probes=2)(bind(weight, x), z)
+
+    expected = torch.autograd.grad(penalty(*leaves), leaves)
+    weight, x = (leaf.detach() for leaf in leaves)
+    for found, gradient in zip(torch.func.grad(penalty, argnums=(0, 1))(weight, x), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-14)
+    value, moved = torch.func.jvp(penalty, (weight, x), (weight, x))
+    along = sum((gradient * leaf).sum() for gradient, leaf in zip(expected, (weight, x), strict=True))
+    torch.testing.assert_close((value, moved), (penalty(weight, x), along), rtol=1e-12, atol=1e-14)
+    each = torch.func.vmap(penalty, (0, None), randomness="same")(torch.stack([weight, 2 * weight]), x)
+    torch.testing.assert_close(each, torch.stack([penalty(weight, x), penalty(2 * weight, x)]), rtol=1e-12, atol=0)
+
+
+def test_of_a_solve_under_torch_func():
+    solver = Broyden(tol=1e-12)
+    x = randn(3, 4, seed=2)
+
+    def loss(weight: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        solution = fixed_point(
+            bind(weight, x),
+            torch.zeros_like(x),
+            solver=solver,
+            grad=Implicit(solver=solver),
+            regularizer=JacobianRegularizer(),
+        )
+        return solution.value.square().sum() + solution.penalty
+
+    weight = with_radius(0.5, 4, seed=1).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(weight), weight)
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), expected, rtol=1e-9, atol=1e-10)

@@ -14,7 +14,7 @@ from huggingface_hub import errors
 import evaluate
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.errors import CheckpointError
-from scripts import publish
+from scripts import explore, publish
 from tests.tiny_run import tiny_run
 
 
@@ -156,6 +156,20 @@ def test_what_cannot_be_packed(record, packed, tmp_path):
 )
 def test_what_is_asked_wrongly(items, message, packed):
     assert message in refusal(publish.main, *items)
+
+
+def test_a_run_with_a_class_of_ones_own(tmp_path, monkeypatch, weights, capsys):
+    (tmp_path / "mine_of_publish.py").write_text("from phantom import Broyden\nclass Mine(Broyden):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tiny_run(tmp_path / "runs", "solver._target_=mine_of_publish.Mine")["path"]
+    items = ["pack", f"run={run}", "name=mine", "checkpoint=last"]
+    assert "add trust=<package>" in refusal(publish.main, *items)
+    publish.main([*items, "trust=mine_of_publish"])
+    assert answer(capsys, "weights=mine", "trust=mine_of_publish")["split"] == "test"
+    grid = ["grad=npg", "k=1", "batches=1", f"run={run}"]
+    assert "add trust=<package>" in refusal(explore.main, *grid)
+    explore.main([*grid, "trust=mine_of_publish"])
+    assert capsys.readouterr().out.startswith("# Gradient estimators and solvers on a model")
 
 
 class Hub:
