@@ -1,4 +1,4 @@
-"""What products with the Jacobian of f need where torch does more than f says: f as written, with z alone, or anew."""
+"""f for products with its Jacobian, where torch compiles, fuses, keeps elsewhere or caches what f computes."""
 
 from __future__ import annotations
 

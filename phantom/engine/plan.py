@@ -18,7 +18,7 @@ from phantom.engine.artifacts import records
 from phantom.engine.config import compose
 from phantom.engine.config.compatibility import find_task, model_config
 from phantom.engine.config.configs import Configs
-from phantom.engine.config.instantiate import instantiate, unknown_keys
+from phantom.engine.config.instantiate import instantiate, parameters_of, unknown_keys
 from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
@@ -204,6 +204,8 @@ def _budget(config: dict[str, Any]) -> Budget:
 def optimizer_factory(settings: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
     """Return the optimiser's constructor, tried on one parameter: optimisers check their values there."""
     check_rates(settings)
+    if settings.get("_partial_") is not True and "params" in parameters_of(settings["_target_"]):
+        raise ConfigError("optimizer: its leaf needs `_partial_: true`, for the parameters come later")
     partial = instantiate(settings, "optimizer")
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from phantom.engine.config.instantiate import locate
+from phantom.engine.errors import ConfigError
+from phantom.engine.plan import optimizer_factory
 from phantom.engine.training.clipping import ClipEach, ClipTotal, gradient_norm, scale_gradients
 from tests.phantom.problems import DTYPE, randn
 
@@ -76,3 +79,22 @@ def test_scaling(factor, dtype):
     scale_gradients(weights, factor)
     assert weights[0].grad.dtype == dtype and weights[0].grad.tolist() == [0.25, 0.75]
     assert weights[1].grad is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"_target_": "torch.optim.LBFGS", "_partial_": True, "lr": 1.0}, "LBFGS.step needs a closure"),
+        ({"_target_": "torch.optim.SGD", "lr": 0.1}, "its leaf needs `_partial_: true`"),
+    ],
+)
+def test_an_optimiser_that_cannot_train_here(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        optimizer_factory(settings)
+
+
+def test_the_reason_why_a_class_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "broken_of_test.py").write_text("import no_such_package_of_test\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"broken_of_test.X cannot be imported: .*no_such_package_of_test"):
+        locate("broken_of_test.X")

@@ -8,7 +8,7 @@ from typing import Any
 import hydra.utils
 from hydra.errors import InstantiationException
 
-from phantom.engine.errors import ConfigError, first_line
+from phantom.engine.errors import ConfigError
 
 
 def instantiate(config: Any, field: str, **extra: Any) -> Any:
@@ -36,7 +36,8 @@ def locate(target: str) -> Any:
     try:
         return hydra.utils.get_object(target)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{target} cannot be imported: {first_line(error)}") from error
+        # Hydra's first line names the target alone, and the reason stands below
+        raise ConfigError(f"{target} cannot be imported: {' '.join(str(error).split())}") from error
 
 
 def parameters_of(target: str) -> set[str]:
