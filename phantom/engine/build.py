@@ -122,9 +122,9 @@ def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.de
 
 
 def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
-    """Let every solver of the run fuse its arithmetic, or use the kernels that it has, as `speed` says.
+    """Let the solvers of the config fuse their arithmetic, or use the kernels that they have, as `speed` says.
 
-    Return the rules, which hold solvers, too.
+    Return the rules, which go on to share their solver and estimator with the layers that they govern.
     """
     chosen = [name for name in ("compile", "kernels") if getattr(speed, name)]
 
@@ -135,9 +135,10 @@ def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
     def with_fast(grad: Any) -> Any:
         return replace(grad, solver=fast(grad.solver)) if chosen and hasattr(grad, "solver") else grad
 
-    for deq in deqs_of(model):
-        deq.solver, deq.eval_solver, deq.grad = fast(deq.solver), fast(deq.eval_solver), with_fast(deq.grad)
-    return replace(rules, solver=fast(rules.solver), grad=with_fast(rules.grad))
+    faster = replace(rules, solver=fast(rules.solver), grad=with_fast(rules.grad))
+    for deq in filter(rules.govern, deqs_of(model)):
+        deq.solver, deq.eval_solver, deq.grad = faster.solver, fast(deq.eval_solver), faster.grad
+    return faster
 
 
 def _speed_up_cell(model: nn.Module, speed: Speed) -> None:

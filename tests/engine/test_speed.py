@@ -9,12 +9,15 @@ import torch
 
 from models.mdeq.cell import ResidualBlock
 from models.mdeq.convolution import Padded
+from phantom import DEQ, FixedPoint, Implicit, OneStep
 from phantom.engine import build
 from phantom.engine.build import build_trainer
 from phantom.engine.config.values import obstacles_to_graphs
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine.precision import settle
 from phantom.engine.machine.speed import COMPILE_PAYS, GRAPH_PAYS, Speed, choose_speed
+from phantom.engine.training.rules import Rules
+from tests.engine import tiny
 from tests.plans import plan
 
 UNSET = {"speed": "auto", "compile": None, "cuda_graph": None}
@@ -167,3 +170,19 @@ def test_a_run_that_pads_has_a_cell_that_pads(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
     trainer = build_trainer(plan(["subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]))
     assert isinstance(trainer.unwrapped.cell.post_fuse[0].convolution, Padded)
+
+
+@pytest.mark.parametrize(
+    "grad", [tiny.GRAD, Implicit(solver=FixedPoint(max_steps=4, tol=None))], ids=["tiny", "implicit"]
+)
+def test_the_layers_of_the_config_are_sped_up_and_go_on_to_be_governed(grad):
+    model = tiny.Classifier()
+    model.deq = DEQ(solver=tiny.SOLVER, grad=grad, eval_solver=FixedPoint(max_steps=9), confirm=False)
+    model.inner = DEQ(solver=FixedPoint(max_steps=3, tol=None), grad=OneStep())
+    own = (model.inner.solver, model.inner.grad)
+    speed = Speed(compile=True, cuda_graph=False, kernels=False, padded=False, reason="a test")
+    rules = build._speed_up_solvers(model, Rules(solver=tiny.SOLVER, grad=grad, seed=0), speed)
+    assert rules.govern(model.deq) and model.deq.solver is rules.solver and model.deq.grad is rules.grad
+    assert model.deq.solver.compile and model.deq.eval_solver.compile
+    assert not hasattr(grad, "solver") or model.deq.grad.solver.compile
+    assert (model.inner.solver, model.inner.grad) == own and not rules.govern(model.inner)
