@@ -114,6 +114,11 @@ def ascent_margin(a: Tensor, jacobian: Tensor, theta_jacobian: Tensor) -> Tensor
     return least.square() / singular[0] - error
 
 
+def conditioning(a: Tensor) -> Tensor:
+    """Return the condition number of the phantom matrix `a`, the ratio of its extreme singular values."""
+    return torch.linalg.cond(a)
+
+
 def cosine(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
     """Return the cosine between two gradients, each a sequence of tensors taken as one vector."""
     dot, left, right = _inner_products(estimate, exact)

@@ -58,6 +58,14 @@ class SparseMatrix:
             return SparseMatrix(rows, rows)
         return SparseMatrix(rows, Rows(*(part.to(device, non_blocking=non_blocking) for part in self.columns)))
 
+    def to_dense(self) -> Tensor:
+        """Return the dense matrix; for tests and small graphs."""
+        shape = (self.rows.offsets.numel() - 1, self.columns.offsets.numel() - 1)
+        dense = self.rows.weights.new_zeros(shape)
+        counts = self.rows.offsets.diff().long()
+        sources = torch.repeat_interleave(torch.arange(shape[0], device=counts.device), counts)
+        return dense.index_put((sources, self.rows.columns.long()), self.rows.weights, accumulate=True)
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -9,7 +9,6 @@ import torch
 
 from data.graphs.chains import Chains
 from phantom.engine.source import Shard
-from tests.data.dense import dense_matrix
 
 FILE = Path(os.environ.get("PHANTOM_REFERENCE") or ".") / "ignn_layer.npz"
 SETTINGS = {
@@ -33,7 +32,7 @@ def test_the_official_set():
     adjacency[arrays["chains.adj_rows"], arrays["chains.adj_cols"]] = arrays["chains.adj_vals"]
     features = torch.zeros(400, 100)
     features[tuple(arrays["chains.features_nonzero"].T)] = arrays["chains.features_nonzero_vals"]
-    assert torch.equal(dense_matrix(graph.adjacency), adjacency)
+    assert torch.equal(graph.adjacency.to_dense(), adjacency)
     assert torch.equal(graph.features, features)
     assert torch.equal(labels, arrays["chains.labels"])
     for ours, theirs in (("train", "train"), ("valid", "val"), ("test", "test")):
@@ -48,7 +47,7 @@ def test_other_lengths():
     first = torch.arange(0, 1800, 30)
     assert torch.equal(graph.features.sum(dim=1).nonzero()[:, 0], first)
     assert torch.equal(graph.features[first, :3].argmax(dim=1), labels[first])
-    dense = dense_matrix(graph.adjacency)
+    dense = graph.adjacency.to_dense()
     assert (dense.diagonal(1) > 0).sum() == 60 * 29 and dense.tril(-1).abs().sum() == 0
     assert float(dense[0, 1]) == 0.5 and float(dense[28, 29]) == pytest.approx(0.5**0.5) and float(dense[29, 29]) == 1
     chosen = torch.cat(list(nodes.values()))

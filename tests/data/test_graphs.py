@@ -6,7 +6,6 @@ import torch
 from data.graphs.graph import Graph, SparseMatrix, normalized_adjacency, sparse_matrix, spectral_radius, union
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
-from tests.data.dense import dense_matrix
 
 
 def matrix_of(dense: torch.Tensor):
@@ -16,15 +15,15 @@ def matrix_of(dense: torch.Tensor):
 
 def test_dense_and_back():
     dense = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * (torch.arange(15).reshape(5, 3) % 2)
-    assert torch.equal(dense_matrix(matrix_of(dense)), dense)
+    assert torch.equal(matrix_of(dense).to_dense(), dense)
     transposed = SparseMatrix(matrix_of(dense).columns, matrix_of(dense).rows)
-    assert torch.equal(dense_matrix(transposed), dense.T)
+    assert torch.equal(transposed.to_dense(), dense.T)
 
 
 def test_duplicates_add_and_symmetry_shares():
     edges = torch.tensor([[0, 1, 0], [1, 0, 1]])
     matrix = sparse_matrix(edges, torch.tensor([1.0, 3.0, 2.0]), (2, 2))
-    assert torch.equal(dense_matrix(matrix), torch.tensor([[0.0, 3.0], [3.0, 0.0]]))
+    assert torch.equal(matrix.to_dense(), torch.tensor([[0.0, 3.0], [3.0, 0.0]]))
     assert matrix.rows is matrix.columns
     moved = matrix.to("cpu")
     assert moved.rows is moved.columns
@@ -39,20 +38,20 @@ def test_union_is_block_diagonal(symmetric):
         dense = dense + dense.T if symmetric else dense
         graphs.append(Graph(torch.rand(nodes, 2, generator=generator), matrix_of(dense), radius=float(nodes)))
     both = union(graphs)
-    blocks = torch.block_diag(*(dense_matrix(graph.adjacency) for graph in graphs))
-    assert torch.equal(dense_matrix(both.adjacency), blocks)
+    blocks = torch.block_diag(*(graph.adjacency.to_dense() for graph in graphs))
+    assert torch.equal(both.adjacency.to_dense(), blocks)
     transposed = SparseMatrix(both.adjacency.columns, both.adjacency.rows)
-    assert torch.equal(dense_matrix(transposed), blocks.T)
+    assert torch.equal(transposed.to_dense(), blocks.T)
     assert (both.adjacency.rows is both.adjacency.columns) == symmetric
     assert both.radius == 4.0
     sums = torch.stack([graph.features.sum(dim=0) for graph in graphs])
-    assert torch.allclose(dense_matrix(both.pooling) @ both.features, sums)
+    assert torch.allclose(both.pooling.to_dense() @ both.features, sums)
 
 
 def test_normalised_adjacency_by_hand():
     path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
-    plain = dense_matrix(normalized_adjacency(path, 4, "symmetric", torch.float64))
-    doubled = dense_matrix(normalized_adjacency(path, 4, "doubled", torch.float64))
+    plain = normalized_adjacency(path, 4, "symmetric", torch.float64).to_dense()
+    doubled = normalized_adjacency(path, 4, "doubled", torch.float64).to_dense()
     a = torch.zeros(4, 4, dtype=torch.float64)
     a[path[0], path[1]] = 1
     for ours, top in ((plain, a + torch.eye(4)), (doubled, 2 * a + torch.eye(4))):
@@ -65,7 +64,7 @@ def test_normalised_adjacency_by_hand():
 def test_normalised_adjacency_without_edges_is_the_identity():
     none = torch.zeros(2, 0, dtype=torch.long)
     for scaling in ("symmetric", "doubled"):
-        assert torch.equal(dense_matrix(normalized_adjacency(none, 3, scaling)), torch.eye(3))
+        assert torch.equal(normalized_adjacency(none, 3, scaling).to_dense(), torch.eye(3))
 
 
 def blocks(nodes: int, seed: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ from data.graphs.ppi import NODES, PPI, _join, labelled_graph
 from data.graphs.ppi_synthetic import SyntheticPPI
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
-from tests.data.dense import dense_matrix
 
 BATCHES = {"batch_size": 1, "eval_batch_size": 2, "seed": 0}
 
@@ -44,9 +43,7 @@ def test_ppi_reads_its_files_and_writes_elsewhere(files):
     assert source.spec.inputs == {"in_features": 50, "num_labels": 121}
     graph, labels = next(iter(source.evaluate("test", shard=Shard())))
     path = torch.diag(torch.ones(3), 1) + torch.diag(torch.ones(3), -1)
-    assert torch.equal(dense_matrix(graph.adjacency), torch.block_diag(path, path)), (
-        "no self-loops, both directions, raw"
-    )
+    assert torch.equal(graph.adjacency.to_dense(), torch.block_diag(path, path)), "no self-loops, both directions, raw"
     assert graph.radius == pytest.approx(float(torch.linalg.eigvalsh(path).max()) + 1e-5, abs=1e-6)
     expected = np.load(files / "raw" / "test_labels.npy")
     assert torch.equal(labels, torch.from_numpy(expected).float())
@@ -100,7 +97,7 @@ def test_the_generated_set_has_the_shape_of_ppi():
         assert [graph.num_nodes for graph, _ in items] == [round(0.05 * nodes) for nodes in sizes]
         for graph, labels in items:
             assert graph.features.shape[1] == 50 and labels.shape == (graph.num_nodes, 121)
-            dense = dense_matrix(graph.adjacency)
+            dense = graph.adjacency.to_dense()
             assert (
                 torch.equal(dense, dense.T) and dense.diagonal().sum() == 0 and set(dense.unique().tolist()) == {0, 1}
             )
@@ -112,7 +109,7 @@ def test_the_generated_set_has_the_shape_of_ppi():
 def test_the_neighbours_decide_the_labels():
     source = synthetic()
     graph, labels = source.graphs("train")[0]
-    dense = dense_matrix(graph.adjacency)
+    dense = graph.adjacency.to_dense()
     mean = dense @ graph.features / dense.sum(dim=1, keepdim=True).clamp_min(1)
     scores = mean @ source._directions
     assert torch.equal(labels, (scores > source._thresholds).float())

@@ -10,7 +10,6 @@ from data.graphs.refinement import merge_nodes, refine_colors
 from models.ignn.layers import ImplicitGraphLayer
 from models.ignn.model import GraphIGNN
 from phantom import DEQ, NPG, UPG, FixedPoint, Implicit
-from tests.data.dense import dense_matrix
 
 EXACT = FixedPoint(max_steps=500, tol=1e-14, stop="absolute", norm="max")
 
@@ -54,7 +53,7 @@ def test_weights_distinguish_nodes():
 def test_the_merged_graph_by_hand():
     star = GRAPHS["star"][0]
     merged = merge_nodes(star)
-    whole, dense = dense_matrix(star.adjacency), dense_matrix(merged.adjacency)
+    whole, dense = star.adjacency.to_dense(), merged.adjacency.to_dense()
     assert merged.multiplicity.tolist() == [1, 3] and merged.features.shape == (2, 3)
     assert torch.allclose(dense, torch.stack([whole[0, :2], torch.stack([3 * whole[1, 0], whole[1, 1]])]))
     assert merge_nodes(GRAPHS["all different"][0]) is GRAPHS["all different"][0]

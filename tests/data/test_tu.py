@@ -13,7 +13,6 @@ from data.graphs.tu_files import METADATA
 from data.paths import data_root
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
-from tests.data.dense import dense_matrix
 
 SETTINGS = {
     "root": None,
@@ -107,10 +106,10 @@ def test_files_are_read(toy):
     s = toy_source(toy)
     assert s.spec.inputs == {"in_features": 3, "num_classes": 2}, "label columns run from 2 to 4; no attributes"
     (graph, labels), *_ = s.evaluate("test", shard=Shard())
-    assert dense_matrix(graph.pooling).shape == (4, graph.num_nodes) and labels.shape == (4,)
+    assert graph.pooling.to_dense().shape == (4, graph.num_nodes) and labels.shape == (4,)
     first = s.ids["test"][0]
     size = 3 + first % 4
-    assert dense_matrix(graph.pooling)[0].sum() == size
+    assert graph.pooling.to_dense()[0].sum() == size
     assert torch.equal(graph.features[:size].sum(dim=0), torch.tensor([size - 1.0, 0.0, 1.0]))
     assert labels[0] == int(positive(first))
     assert not (toy / "processed").exists(), "nothing is written where the files are"
@@ -130,7 +129,7 @@ def test_stratified_folds_have_the_shares_of_the_whole(toy):
 
 
 def graph_sizes(steps) -> list[int]:
-    return [int(n) for parts in steps for graph, _ in parts for n in dense_matrix(graph.pooling).sum(dim=1)]
+    return [int(n) for parts in steps for graph, _ in parts for n in graph.pooling.to_dense().sum(dim=1)]
 
 
 def test_every_training_graph_once_and_resumable(toy):
@@ -165,7 +164,7 @@ def test_the_evaluation_adjacency_is_a_switch(toy):
             iter(s.evaluate("test", shard=Shard())) if evaluate else iter(s.train(epoch=0, start=0, shard=Shard()))
         )
         graph = graph[0] if evaluate else graph[0][0]
-        return round(float(dense_matrix(graph.adjacency)[0, 1]), 4)
+        return round(float(graph.adjacency.to_dense()[0, 1]), 4)
 
     assert edge("doubled", False) == edge("same", False) == edge("same", True) == round(1 / 3, 4)
     assert edge("doubled", True) == round(2 / 5, 4)
@@ -236,7 +235,7 @@ def test_merged_nodes_count_as_often_as_they_were(toy):
         lambda source: next(source.evaluate("test", shard=Shard())),
     ):
         (graph, labels), (fewer, same) = (first(toy_source(toy, merge_nodes=merge)) for merge in (False, True))
-        pooling, merged = dense_matrix(graph.pooling), dense_matrix(fewer.pooling)
+        pooling, merged = graph.pooling.to_dense(), fewer.pooling.to_dense()
         sizes = pooling.sum(dim=1)
         assert fewer.num_nodes == int((sizes // 2 + 1).sum()) < graph.num_nodes
         assert torch.equal(merged.sum(dim=1), sizes) and torch.equal(labels, same)
@@ -255,12 +254,12 @@ def test_graphs_without_edges_and_isolated_nodes(toy):
     graphs = [raw.graph(index, "symmetric") for index in range(40)]
     assert [graph.num_nodes for graph in graphs] == sizes
     for empty in (10, 39):
-        assert torch.equal(dense_matrix(graphs[empty].adjacency), torch.eye(sizes[empty]))
-    isolated = dense_matrix(graphs[5].adjacency)[1]
+        assert torch.equal(graphs[empty].adjacency.to_dense(), torch.eye(sizes[empty]))
+    isolated = graphs[5].adjacency.to_dense()[1]
     assert isolated[1] == 1 and isolated.sum() == 1
     # the other nodes of the cycle are now a path, and other graphs are as they were
-    assert (dense_matrix(graphs[5].adjacency) > 0).sum() == 1 + (sizes[5] - 1) + 2 * (sizes[5] - 2)
-    assert (dense_matrix(graphs[11].adjacency) > 0).sum() == 3 * sizes[11]
+    assert (graphs[5].adjacency.to_dense() > 0).sum() == 1 + (sizes[5] - 1) + 2 * (sizes[5] - 2)
+    assert (graphs[11].adjacency.to_dense() > 0).sum() == 3 * sizes[11]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from models.official.load import load_reference
 from phantom import NPG, UPG, JacobianRegularizer
 from phantom.diagnostics import dense_jacobian, exact_adjoint
 from phantom.engine.model import parameter_counts
-from tests.data.dense import dense_matrix
 from tests.models.graph_models import EXACT, deq, directed_graph, graph_model, make_layer, node_model, ones, randn
 
 
@@ -64,7 +63,7 @@ def test_projection_is_the_nearest_point():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_sparse_product(transposed):
     matrix = directed_graph(7).adjacency
-    dense = dense_matrix(matrix).T if transposed else dense_matrix(matrix)
+    dense = matrix.to_dense().T if transposed else matrix.to_dense()
     x = randn(7, 3).requires_grad_()
     assert (multiply(matrix, x, transposed=transposed) - dense @ x).abs().max() < 1e-12
     assert torch.autograd.gradcheck(lambda x: multiply(matrix, x, transposed=transposed), x)
@@ -81,7 +80,7 @@ def test_exact_gradient_on_a_directed_graph():
     (solution.value * g).sum().backward()
     f = layer.eval().bind(injection.detach(), graph)
     adjoint = exact_adjoint(dense_jacobian(f, solution.z_star), g.reshape(1, -1)).reshape(9, 3)
-    state, a = solution.z_star[0], dense_matrix(graph.adjacency)
+    state, a = solution.z_star[0], graph.adjacency.to_dense()
     pre = a.T @ state @ layer.W.detach().T + injection.detach()
     assert (state - pre.relu()).abs().max() < 1e-12
     through = adjoint * (pre > 0)
@@ -179,7 +178,7 @@ def test_a_batch_of_graphs_is_each_graph():
     radius = max(one.radius, two.radius)
 
     def place(graph: Graph, shift: int) -> tuple[Tensor, Tensor]:
-        dense = dense_matrix(graph.adjacency)
+        dense = graph.adjacency.to_dense()
         edges = dense.nonzero().T
         return edges + shift, dense[tuple(edges)]
 

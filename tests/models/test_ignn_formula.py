@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from models.ignn.layers import ImplicitGraphLayer, SpectralGraphLayer
 from models.ignn.model import ChainsIGNN
-from tests.data.dense import dense_matrix
 from tests.models.graph_models import deq, directed_graph, graph_model, make_layer, node_model
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -57,7 +56,7 @@ def test_graph_classification(training):
     model = shrink(graph_model(dropout=0.5), graph.radius).train(training)
     torch.manual_seed(7)
     logits, solutions = model(graph)
-    x, a = graph.features, dense_matrix(graph.adjacency)
+    x, a = graph.features, graph.adjacency.to_dense()
     for layer, solution in zip(model.layers, solutions, strict=True):
         x = equilibrium(layer, x, a)
         torch.testing.assert_close(solution.z_star[0], x, **CLOSE)
@@ -74,7 +73,7 @@ def test_node_labelling(kind):
     graph = directed_graph()
     model = shrink(node_model(layer=make_layer(kind)), graph.radius).eval()
     logits, solutions = model(graph)
-    x, a = graph.features, dense_matrix(graph.adjacency)
+    x, a = graph.features, graph.adjacency.to_dense()
     for i, (layer, skip, solution) in enumerate(zip(model.layers, model.skips, solutions, strict=True)):
         z = equilibrium(layer, x, a)
         torch.testing.assert_close(solution.z_star[0], z, **CLOSE)
@@ -94,7 +93,7 @@ def test_chains(training):
     shrink(model, graph.radius).train(training)
     torch.manual_seed(7)
     logits, (solution,) = model(graph)
-    x = equilibrium(model.layers[0], graph.features, dense_matrix(graph.adjacency))
+    x = equilibrium(model.layers[0], graph.features, graph.adjacency.to_dense())
     torch.testing.assert_close(solution.z_star[0], x, **CLOSE)
     lengths = x.square().sum(dim=1).sqrt()
     assert lengths.max() > 1.5 and lengths[lengths > 0].min() < 0.7, "where the scaling matters"

@@ -16,7 +16,6 @@ from models.ignn.layers import ImplicitGraphLayer, project_rows
 from models.ignn.model import ChainsIGNN, solve
 from models.official.load import load_reference
 from phantom import DEQ, NPG, UPG, FixedPoint, Implicit
-from tests.data.dense import dense_matrix
 
 FOLDER = os.environ.get("PHANTOM_REFERENCE")
 FILE = Path(FOLDER or ".") / "ignn_layer.npz"
@@ -97,7 +96,7 @@ def test_phantom_gradients(arrays, case, lam, name, estimator):
 @pytest.mark.parametrize(("name", "scaling"), [("adj_augnorm", "symmetric"), ("adj_augnorm_doubled", "doubled")])
 def test_normalised_adjacency(arrays, name, scaling):
     edges = arrays["common.adj_raw"].nonzero().T
-    close(dense_matrix(normalized_adjacency(edges, 12, scaling, torch.float64)), arrays[f"common.{name}"], 1e-12)
+    close(normalized_adjacency(edges, 12, scaling, torch.float64).to_dense(), arrays[f"common.{name}"], 1e-12)
 
 
 def test_spectral_radius(arrays):

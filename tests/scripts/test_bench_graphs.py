@@ -4,13 +4,12 @@ import torch
 
 from phantom.engine.measure.timing import StepTimer
 from scripts.bench import batches, measure, variants
-from tests.data.dense import dense_matrix
 
 
 def test_graphs_are_symmetric_normalised_and_fixed():
     inputs, (graph, labels) = batches.make("graph_classification", batch=3, size=6, classes=2)
     assert inputs == {"in_features": 35, "num_classes": 2}
-    dense = dense_matrix(graph.adjacency)
+    dense = graph.adjacency.to_dense()
     assert dense.shape == (18, 18) and torch.equal(dense, dense.T)
     assert torch.linalg.eigvalsh(dense.double()).abs().max() <= 1 + 1e-6
     assert torch.equal(dense[:6, 6:], torch.zeros(6, 12)), "graphs are not connected to each other"

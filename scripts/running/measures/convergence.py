@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.synthetic import SyntheticMap
 from phantom import NPG, UPG, Broyden, FixedPoint, GradientEstimator, Implicit, fixed_point
-from phantom.diagnostics import dense_jacobian, neumann_matrix
+from phantom.diagnostics import conditioning, dense_jacobian, neumann_matrix
 from scripts.running.measures.claims import claim, significant
 
 ESTIMATORS = {"NPG": NPG, "UPG": UPG}
@@ -43,7 +43,7 @@ def measure(
     limits = []
     for seed in seeds:
         layer = Layer(seed, dim, spectral_norm)
-        limits.append(float(torch.linalg.cond(torch.linalg.inv(torch.eye(dim, dtype=DTYPE) - layer.jacobian))))
+        limits.append(float(conditioning(torch.linalg.inv(torch.eye(dim, dtype=DTYPE) - layer.jacobian))))
         for lam in lams:
             b = layer.damped(lam)
             damped.append(
@@ -54,7 +54,7 @@ def measure(
                     "radius": significant(torch.linalg.eigvals(b).abs().max()),
                 }
             )
-            conditions[lam].append([float(torch.linalg.cond(neumann_matrix(layer.jacobian, k=k, lam=lam))) for k in ks])
+            conditions[lam].append([float(conditioning(neumann_matrix(layer.jacobian, k=k, lam=lam))) for k in ks])
             for start, point in (("exact", layer.z_star), ("inexact", layer.iterate(start_steps))):
                 for name, estimator in ESTIMATORS.items():
                     errors = [layer.error(point, estimator(k=k, lam=lam)) for k in ks]
