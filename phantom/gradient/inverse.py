@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,8 @@ class Inverse(torch.autograd.Function):
     @staticmethod
     def _derivative(ctx: Any, v: Tensor, transposed: bool) -> Tensor:
         fz, index = ctx.saved_tensors
+        if transforms.is_grads_batched(v):  # torch.autograd.functional, vectorized, in forward mode
+            return transforms.on_batch(partial(ctx.operator, transposed=transposed), v)
         u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
         if ctx.acts:
             return u

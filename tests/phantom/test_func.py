@@ -92,6 +92,18 @@ def test_second_order(transform):
     close(transform(equilibrium), transform(newton))
 
 
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_the_vectorized_forward_mode_of_autograd(solver):
+    def solve(weight: Tensor) -> Tensor:
+        return equilibrium(weight, X, solver=solver)
+
+    forward = {"vectorize": True, "strategy": "forward-mode"}
+    close(torch.autograd.functional.jacobian(solve, WEIGHT, **forward), func.jacrev(newton)(WEIGHT, X))
+    outer = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    found = torch.autograd.functional.hessian(lambda weight: solve(weight).square().sum(), WEIGHT, **outer)
+    close(found, func.hessian(loss(newton))(WEIGHT, X))
+
+
 def test_a_hessian_per_sample():
     """The oracle goes sample by sample: torch's own linalg.solve is wrong in this transform of transforms."""
     found = func.vmap(func.hessian(loss(equilibrium)), (None, 0))(WEIGHT, X[:, None])
