@@ -109,6 +109,7 @@ def test_the_first_process_tells_what_all_find(rank, world, waits, monkeypatch, 
     ],
 )
 def test_an_environment_that_fits_no_launch(environment, message, monkeypatch, capsys):
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert run(monkeypatch, lambda *job: None) == 1

@@ -68,10 +68,10 @@ def test_folds_of_different_length_do_not_mix():
 
 def test_curves_are_read_by_split(tmp_path):
     rows = [
-        {"kind": "train", "epoch": 0, "accuracy": 1.0},
-        {"kind": "eval", "split": "valid", "epoch": 0, "accuracy": 2.0},
-        {"kind": "eval", "split": "test", "epoch": 0, "accuracy": 3.0},
-        {"kind": "eval", "split": "test", "epoch": 1, "accuracy": 4.0},
+        {"kind": "train", "step": 1, "epoch": 0, "accuracy": 1.0},
+        {"kind": "eval", "split": "valid", "step": 1, "epoch": 0, "accuracy": 2.0},
+        {"kind": "eval", "split": "test", "step": 1, "epoch": 0, "accuracy": 3.0},
+        {"kind": "eval", "split": "test", "step": 2, "epoch": 1, "accuracy": 4.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert process.curve(tmp_path, "valid", "accuracy") == ([0], [2.0])
@@ -113,7 +113,7 @@ def trained(tmp_path, monkeypatch):
         lines.append(overrides)
         fold = int(folder.name.removeprefix("seed")) - 42
         folder.mkdir(parents=True)
-        rows = [{"kind": "eval", "split": "test", "epoch": i, "accuracy": 50.0 + fold + i} for i in range(2)]
+        rows = [{"kind": "eval", "step": i, "epoch": i, "split": "test", "accuracy": 50.0 + fold + i} for i in range(2)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         scores = {"test": {"accuracy": 51.0 + fold}}
         return {**FACTS, "seed": 42 + fold, "final": scores, "best": scores, "overrides": overrides}

@@ -41,8 +41,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here: use device=cpu, or check the driver and the build")
-    launcher.check()
-    rank, world = launcher.rank(), launcher.world()
+    world = launcher.world()
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
@@ -53,10 +52,12 @@ def start(device: str) -> tuple[torch.device, int, int]:
         # Adam leaves weights of 1e-40 where a gradient has vanished, and a few of them triple the time of a product
         torch.set_flush_denormal(True)
     if world > 1 and not dist.is_initialized():
+        launcher.check()
         # DDP loads it. Loaded while there is a group, it keeps the group alive (seen with torch 2.14): the threads of
         # gloo outlive `stop`, and now and then abort a process that has finished
         importlib.import_module("torch._dynamo")
         launcher.leave_with()
+        rank = launcher.rank()
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             store=launcher.fresh_store(rank, world),
@@ -65,7 +66,7 @@ def start(device: str) -> tuple[torch.device, int, int]:
             timeout=launcher.TIMEOUT,
             device_id=place if device == "cuda" else None,
         )
-    return place, rank, world
+    return place, (dist.get_rank() if world > 1 else 0), world
 
 
 def wrap(model: nn.Module, device: torch.device, world: int, *, sync_batchnorm: bool) -> nn.Module:
