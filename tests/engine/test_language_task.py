@@ -178,6 +178,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow  # test_ranks_agree.py has both models in every suite
 def test_two_processes_equal_one(tmp_path):
     train(tmp_path / "one", 3, "model.dropout=0.0")
     root = Path(__file__).parents[2]

@@ -117,6 +117,7 @@ def test_shares_of_the_rows_add_up_to_the_whole(world, micro):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow  # test_ranks_agree.py has both models in every suite
 def test_two_processes_equal_one(tmp_path):
     options = ("steps=4", "model.supervision.exploration=0.0", "ema=null")
     root = Path(__file__).parents[2]

@@ -26,7 +26,6 @@ SOLVES = {
     "singular secant": (plateau, {"max_steps": 20}),
     "ring": (linear_nonsymmetric, {"max_steps": 200, "memory": 5}),
     "ring of one": (tanh_contraction, {"max_steps": 200, "memory": 1}),
-    "compiled": (tanh_contraction, {"max_steps": 80, "compile": True}),
     "compiled ring": (tanh_contraction, {"max_steps": 200, "memory": 5, "compile": True}),
 }
 
