@@ -265,6 +265,7 @@ def test_a_folder_of_any_name_holds_a_whole_run(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == record["final"]["test"]["loss"]
 
 
+@pytest.mark.slow  # half a minute; test_slurm.py has two processes in every suite
 def test_two_processes_evaluate_and_print_once(tmp_path):
     record = tiny_run(tmp_path, "steps=1", "test_subset=9")
     done = script(tmp_path, f"run={record['path']}", processes=2, program="evaluate.py")

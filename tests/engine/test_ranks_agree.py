@@ -64,6 +64,7 @@ def test_ranks_agree_with_one_process(tmp_path, world):
     check(tmp_path, world, CASES)
 
 
+@pytest.mark.slow  # half a minute; test_redistribution.py has the rule
 def test_two_ranks_go_on_with_what_one_process_carried(tmp_path):
     """Eleven steps of one process and nine of two are twenty of one: with other memories they would not be.
 

@@ -269,7 +269,7 @@ def test_a_tied_convolution_under_autocast_is_as_exact_as_the_plain_one(inside):
     assert 1e-4 < errors[2] < 1.2 * errors[1]
 
 
-@pytest.mark.parametrize("form", [MDEQCell.pad, tie], ids=["padded", "tied"])
+@pytest.mark.parametrize("form", [MDEQCell.pad, pytest.param(tie, marks=pytest.mark.slow)], ids=["padded", "tied"])
 def test_a_form_compiles_to_one_graph_and_keeps_its_gradients(form):
     plain = make(UPG(k=2, lam=0.5))
     other = changed(plain, form)

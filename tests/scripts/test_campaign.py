@@ -61,6 +61,7 @@ def num_rows(place: Path) -> int:
     return sum(path.read_text().count("\n") for path in (place / "back").rglob("metrics.jsonl"))
 
 
+@pytest.mark.slow  # a minute and more
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_the_same_line_goes_on_elsewhere(tmp_path):
     first = machine(tmp_path / "first")

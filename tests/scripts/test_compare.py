@@ -67,6 +67,7 @@ def test_a_last_line_that_is_cut_short_is_left_out(tmp_path, capsys):
             compare.main([side, str(whole)])
 
 
+@pytest.mark.slow  # it trains twice
 def test_estimators_part_after_the_first_update(capsys):
     """NPG and one step have one loss in the first step; their vector-Jacobian products come before the gradient."""
     tiny = [item for item in TINY if item.split("=")[0] not in (*parting.SHORT, "eval_every")]
