@@ -103,7 +103,7 @@ def test_the_first_process_tells_what_all_find(rank, world, waits, monkeypatch, 
     ("environment", "message"),
     [
         ({"WORLD_SIZE": ""}, "the environment's WORLD_SIZE='' must be an integer from 1"),
-        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2 and no RANK: let torchrun or srun start the ranks"),
+        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2 and no RANK: let torchrun or srun start the ranks, or"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment's RANK='2' must be an integer from 0 to 1"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "abc"}, "the environment's MASTER_PORT='abc' must be"),
     ],

@@ -334,3 +334,12 @@ def test_a_metric_that_is_no_number_at_first_is_not_the_best(tmp_path):
     run = tiny.trainer(tmp_path, task=Late(), budget=tiny.budget(epochs=3))
     run.fit(resume=False)
     assert run.best["valid"] == {**run.best["valid"], "epoch": 1, "accuracy": 94.0}
+
+
+def test_a_source_without_a_step(tmp_path):
+    class Empty(tiny.Vectors):
+        def steps(self, epoch):
+            return 0
+
+    with pytest.raises(DataError, match=r"Empty\.steps promises 0 steps in 2 epochs: its training split is empty"):
+        tiny.trainer(tmp_path, source=Empty())

@@ -28,7 +28,8 @@ def check() -> None:
         value = os.environ.get(name)
         if value is None and name == "RANK":
             raise ValueError(
-                f"the environment has WORLD_SIZE={world()} and no RANK: let torchrun or srun start the ranks"
+                f"the environment has WORLD_SIZE={world()} and no RANK: let torchrun or srun start the ranks, or unset "
+                "it for one process"
             )
         if value is not None and not (value.isdecimal() and int(value) in numbers):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from phantom.engine.errors import DataError
 from phantom.engine.source import Source
 from phantom.engine.tasks import Task
 
@@ -46,6 +47,15 @@ class Budget:
         return value >= self.target if task.mode == "max" else value <= self.target
 
     def total(self, source: Source) -> int:
-        """Return the number of optimiser steps of the whole budget."""
+        """Return the number of optimiser steps of the whole budget.
+
+        Raises:
+            DataError: there is none.
+        """
         length = sum(source.steps(epoch) for epoch in range(self.epochs))
+        if length < 1:
+            raise DataError(
+                f"{type(source).__name__}.steps promises {length} steps in {self.epochs} epochs: its training split is "
+                "empty, or smaller than a batch that must be full"
+            )
         return length if self.steps is None else min(length, self.steps)
