@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -91,6 +92,24 @@ def choice(own: dict[str, str], key: str, allowed: Sequence[str], default: Defau
     if key in own and own[key] not in allowed:
         fail(f"{key}={own[key]} is not known; choose {' or '.join(allowed)}")
     return own.get(key, default)
+
+
+def output(own: dict[str, str]) -> Path | None:
+    """Return the JSON file that `out` names, or None; what is measured first would be lost if it could not be written.
+
+    Its folder is made.
+    """
+    if "out" not in own:
+        return None
+    path = Path(own["out"])
+    if path.suffix != ".json" or path.is_dir():
+        fail(f"out={path} must be a file that ends in .json; its page is written beside it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        fail(f"out={path} cannot be written: {path.parent}: {error.strerror}")
 
 
 def some(own: dict[str, str], key: str, allowed: Sequence[str], where: str) -> list[str]:

@@ -46,7 +46,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 try:
@@ -70,7 +69,7 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
     if items and items[0] == "suite":
         return run_suite(items[1:])
     own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=WORDS)
-    options = read(own)
+    options, out = read(own), arguments.output(own)
     command = "python scripts/benchmark.py " + shlex.join(items)
     if len(words) > 1:
         arguments.fail(f"{' and '.join(words)} are two benchmarks: name one")
@@ -91,9 +90,9 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
     except (UserError, PeerError) as error:
         arguments.fail(str(error))
     print(benchmarks.render(result))
-    if "out" in own:
-        benchmark.write(result, Path(own["out"]))
-        pages.write_benchmark(Path(own["out"]))
+    if out is not None:
+        benchmark.write(result, out)
+        pages.write_benchmark(out)
     return result
 
 
@@ -109,8 +108,6 @@ def read(own: dict[str, str]) -> benchmark.Options:
         arguments.fail("device=cuda needs a GPU that torch can use; choose device=cpu")
     if device == "cuda" and clock == "cpu":
         arguments.fail("clock=cpu does not see the work of a GPU; choose clock=wall, which reads its events")
-    if not own.get("out", ".json").endswith(".json"):
-        arguments.fail(f"out={own['out']} must end in .json; its page is written beside it")
     return benchmark.Options(
         clock=clock,
         threads=arguments.count(own, "threads", None),

@@ -46,8 +46,7 @@ OWN = ("run", "checkpoint", "trust", "cosine", "batches", "title", "out")
 def main(items: Sequence[str]) -> None:
     """Measure, print the page, and write it where `out` says."""
     own, _, others = arguments.split(items, doc=__doc__, own=OWN)
-    if not own.get("out", ".json").endswith(".json"):
-        arguments.fail(f"out={own['out']} must end in .json; its page is written beside it")
+    out = arguments.output(own)
     wanted = arguments.fraction(own, "cosine", 0.9)
     batches = arguments.count(own, "batches", 2)
     grid, overrides = explore.split(others)
@@ -71,9 +70,9 @@ def main(items: Sequence[str]) -> None:
     about = {"title": title, "command": line, "wanted": wanted, **run.about, **records.environment(run.device)}
     found = about | measured
     print(page.render(found))
-    if "out" in own:
-        result.write(found, Path(own["out"]))
-        pages.write_explored(Path(own["out"]))
+    if out is not None:
+        result.write(found, out)
+        pages.write_explored(out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from phantom.engine.artifacts.files import whole
 from phantom.engine.artifacts.records import environment, to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
@@ -108,8 +109,8 @@ def _about(options: Options, device: torch.device, command: str) -> dict[str, An
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write the numbers of a benchmark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(result, indent=1) + "\n")
+    with whole(path) as file:
+        file.write((to_json(result, indent=1) + "\n").encode())
 
 
 def machine(device: torch.device) -> str:

@@ -49,6 +49,23 @@ def test_values():
         arguments.some(own, "rows", ["a", "b"], "t")
 
 
+def test_a_file_is_tried_before_anything_is_measured(tmp_path):
+    assert arguments.output({}) is None
+    wanted = tmp_path / "new" / "folder" / "a.json"
+    assert arguments.output({"out": str(wanted)}) == wanted and wanted.parent.is_dir() and not wanted.exists()
+    taken, folder = tmp_path / "taken", tmp_path / "b.json"
+    taken.touch(), folder.mkdir()
+    for out, message in (
+        ("page.md", "must be a file that ends in .json"),
+        ("", "must be a file that ends in .json"),
+        (str(folder), "must be a file that ends in .json"),
+        (str(taken / "a.json"), "cannot be written: .*taken: File exists"),
+        ("/proc/a.json", "cannot be written: /proc: "),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: out=.*{message}"):
+            arguments.output({"out": out})
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_the_same_everywhere(name, capsys):
     command = importlib.import_module(f"scripts.{name}")

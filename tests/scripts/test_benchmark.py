@@ -24,7 +24,7 @@ ROWS = [(name, row) for name in SUITES for row in studies.load(name)["benchmark"
         (["clock=sun"], "choose wall or cpu"),
         (["device=tpu"], "choose cpu or cuda"),
         (["peer=jaxopt"], "choose torchdeq"),
-        (["out=page.md"], "must end in .json"),
+        (["out=page.md"], "must be a file that ends in .json"),
         (["model=mdeq_tiny", "batch=0"], "batch=0 must be an integer >= 1"),
         (["small", "k=3"], "small takes clock, threads"),
         (["pipeline", "growth=3"], "pipeline takes clock, threads"),

@@ -219,7 +219,7 @@ def test_of_a_model_the_weights_are_those_that_a_run_begins_with(tmp_path, monke
         (["run=none"], "no run folder"),
         (["checkpoint=best", "model=mdeq_tiny"], "name it with run=<folder>"),
         (["cosine=2"], "cosine=2 must be a number above 0, at most 1"),
-        (["out=page.md"], "must end in .json"),
+        (["out=page.md"], "must be a file that ends in .json"),
         ([*MODEL, "subset=8", "wandb=disabled", "grad=upgg"], "grad=upgg is not known; did you mean upg"),
     ],
 )
