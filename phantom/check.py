@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from phantom import transforms
-from phantom.host import is_traced
+from phantom.runtime import transforms
+from phantom.runtime.host import is_traced
+from phantom.runtime.watching import Watching
 from phantom.state import Map, Packing, State, form_of
 
 
@@ -166,7 +165,7 @@ def _same(a: Tensor, b: Tensor, tol: float | None = None) -> bool:
     return bool(((a - b).abs() <= tol * scale).all())
 
 
-class _Reads(TorchFunctionMode):
+class _Reads(Watching):
     """Keep every tensor that f reads from outside, and what a buffer was before f ran."""
 
     def __init__(self, names: dict[int, str]) -> None:
@@ -176,16 +175,8 @@ class _Reads(TorchFunctionMode):
         self._own: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        is_getter = func.__name__ == "__get__"
-        if not is_getter:
-            self._read((*args, *kwargs.values()))
-        out = func(*args, **kwargs)
-        if is_getter and isinstance(out, Tensor):  # its transpose, say; to read its shape is not to read a tensor
-            self._read(args)
+    def made(self, out: Any) -> None:
         self.own(out)
-        return out
 
     def own(self, values: Any) -> None:
         """Take these tensors for made inside; one read from outside before stays so."""
@@ -193,16 +184,12 @@ class _Reads(TorchFunctionMode):
             if isinstance(value, Tensor) and id(value) not in self.tensors:
                 self._own[id(value)] = value
 
-    def _read(self, values: Iterable[Any]) -> None:
-        for value in values:
-            if isinstance(value, (tuple, list)):
-                self._read(value)
-            elif not isinstance(value, Tensor) or is_traced(value):  # torch.func inside f makes tensors of its own
-                continue
-            elif id(value) not in self._own and id(value) not in self.tensors:
-                self.tensors[id(value)] = value
-                if not value.requires_grad:
-                    self._before[id(value)] = value.detach().clone()
+    def read(self, tensor: Tensor) -> None:
+        if is_traced(tensor) or id(tensor) in self._own or id(tensor) in self.tensors:
+            return  # torch.func inside f makes tensors of its own
+        self.tensors[id(tensor)] = tensor
+        if not tensor.requires_grad:
+            self._before[id(tensor)] = tensor.detach().clone()
 
     def moved(self) -> list[str]:
         return [self.name(self.tensors[key]) for key, old in self._before.items() if not _equal(self.tensors[key], old)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phantom.host import is_on_host
 from phantom.judge import finite_or_infinite
-from phantom.precision import without_autocast
 from phantom.residual import residual_of, vector_norm
+from phantom.runtime.host import is_on_host
+from phantom.runtime.precision import without_autocast
 from phantom.scaling import powers_of_two
 from phantom.solution import Stats
 from phantom.solver.base import Solver

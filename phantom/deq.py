@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from phantom import transforms
 from phantom.check import check
 from phantom.confirm import Confirming
-from phantom.frozen import forget_without_graph, frozen, twice_differentiable
 from phantom.gradient.base import GradientEstimator
 from phantom.gradient.unroll import UPG
-from phantom.host import can_ask
-from phantom.purity import Pure
-from phantom.ranks import Group, name_of
 from phantom.report import SOLVE, OnFailure, act, check_on_failure
+from phantom.runtime import transforms
+from phantom.runtime.frozen import forget_without_graph, frozen, twice_differentiable
+from phantom.runtime.host import can_ask
+from phantom.runtime.purity import Pure
+from phantom.runtime.ranks import Group, name_of
 from phantom.solution import Solution, Stats
 from phantom.solve import solve
 from phantom.solver.base import Solver
@@ -107,7 +107,7 @@ def fixed_point(
     _check_extras(states, unrolled, grad)
     group = name_of(group)
     if _is_compiled_around(grad, regularizer):
-        from phantom.compiled import outside
+        from phantom.runtime.compiled import outside
 
         return outside(
             f,

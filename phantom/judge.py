@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.host import can_ask, has_numbers, is_cheap_to_read, is_on_host, read
 from phantom.residual import Norm, positive, residual_of, vector_norm
+from phantom.runtime.host import can_ask, has_numbers, is_cheap_to_read, is_on_host, read
 from phantom.scaling import is_out_of_range
 from phantom.solver.base import Solver
 
@@ -24,7 +24,7 @@ FLOOR, COARSE_FLOOR = 4, 1
 NEAR = 16
 
 
-class Start:
+class Criterion:
     """What the first evaluation tells, and the rule by which iterates are judged.
 
     Attributes:
@@ -110,7 +110,7 @@ def _limit(length: Tensor) -> Tensor:
 
 
 @dataclass
-class Rows:
+class Status:
     """Where the problems of a solve stand, (B,) each.
 
     Args:
@@ -134,48 +134,49 @@ class Rows:
 
 
 def observe(
-    fz: Tensor, z: Tensor, rows: Rows, start: Start, *, held: bool, together: bool, in_place: bool
-) -> tuple[Tensor, Tensor, Tensor, Rows]:
+    fz: Tensor, z: Tensor, status: Status, criterion: Criterion, *, held: bool, together: bool, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, Status]:
     """Return g = f(z) - z, its norm, the residual of z, and where the problems stand now."""
     g, length, residual, scale = residual_of(
-        fz, z, start.scale, norm=start.norm, relative=start.relative, in_place=in_place
+        fz, z, criterion.scale, norm=criterion.norm, relative=criterion.relative, in_place=in_place
     )
     if together:
-        return g, length, residual, _observe_together(length, residual, rows, start)
-    if start.reads and (expected := _as_expected(length, residual, scale, rows, start, held)):
+        return g, length, residual, _observe_together(length, residual, status, criterion)
+    if criterion.reads and (expected := _as_expected(length, residual, scale, status, criterion, held)):
         return g, length, residual, expected
     # where |f(z)| grows, a relative residual falls; and there the rounding of f(z) alone moves |f(z) - z|
-    shorter = length if scale is None or not start.relative else torch.add(length, scale, alpha=start.rounding)
-    better, first = (residual < rows.residual) & (shorter < rows.first), rows.first
-    if start.tol is None:
-        best, active, woken = torch.where(better, residual, rows.residual), rows.active & (length <= start.limit), None
+    shorter = length if scale is None or not criterion.relative else torch.add(length, scale, alpha=criterion.rounding)
+    better, first = (residual < status.residual) & (shorter < status.first), status.first
+    if criterion.tol is None:
+        best, woken = torch.where(better, residual, status.residual), None
+        active = status.active & (length <= criterion.limit)
     elif not held:
-        best, woken = torch.where(better, residual, rows.residual), None
-        active = (length <= start.limit) & (best > start.tol)  # all were active
+        best, woken = torch.where(better, residual, status.residual), None
+        active = (length <= criterion.limit) & (best > criterion.tol)  # all were active
     else:
-        better = better & rows.active
+        better = better & status.active
         # a held problem was evaluated at its best iterate again: it has the same residual, if it is independent
         again = finite_or_infinite(residual)
-        best = torch.where(better | ~rows.active, again, rows.residual)
-        woken = ~rows.active & (rows.residual <= start.tol) & (best > start.tol)
-        active = (rows.active | woken) & (length <= start.limit) & (best > start.tol)
+        best = torch.where(better | ~status.active, again, status.residual)
+        woken = ~status.active & (status.residual <= criterion.tol) & (best > criterion.tol)
+        active = (status.active | woken) & (length <= criterion.limit) & (best > criterion.tol)
         first = torch.where(woken, torch.maximum(first, length), first)
-    return g, length, residual, Rows(best, better, active, first, woken)
+    return g, length, residual, Status(best, better, active, first, woken)
 
 
 def _as_expected(
-    length: Tensor, residual: Tensor, scale: Tensor | None, rows: Rows, start: Start, held: bool
-) -> Rows | None:
+    length: Tensor, residual: Tensor, scale: Tensor | None, status: Status, criterion: Criterion, held: bool
+) -> Status | None:
     """Return where the problems stand after the usual step: those that go on improve, some converge, and no more.
 
     The rule of `observe` is a dozen operators on a few numbers, which costs more than reading these. None where the
     step is another one, and where rounding could decide.
     """
-    on, bests = rows.seen or (rows.active.tolist(), rows.residual.tolist())
+    on, bests = status.seen or (status.active.tolist(), status.residual.tolist())
     residuals, lengths, going = residual.tolist(), length.tolist(), 0
-    margin, tol = 2 * start.rounding, start.stop_at
-    scales = scale.tolist() if scale is not None and start.relative else [0.0] * len(on)
-    known = zip(on, residuals, bests, lengths, scales, start.lengths, strict=True)
+    margin, tol = 2 * criterion.rounding, criterion.stop_at
+    scales = scale.tolist() if scale is not None and criterion.relative else [0.0] * len(on)
+    known = zip(on, residuals, bests, lengths, scales, criterion.lengths, strict=True)
     for goes_on, now, best, size, divisor, first in known:
         if goes_on:
             if not (now < best and size + margin * (size + divisor) < first):
@@ -184,33 +185,34 @@ def _as_expected(
         elif not held or not (now <= tol or (tol < best and now < inf)):
             return None
     improved = sum(on)
-    if going == improved:
-        return Rows(residual, rows.active, rows.active, rows.first, counts=(going, improved), seen=(on, residuals))
-    return Rows(residual, rows.active, rows.active & (residual > start.tol), rows.first, counts=(going, improved))
+    all_go_on = going == improved
+    active = status.active if all_go_on else status.active & (residual > criterion.tol)
+    seen = (on, residuals) if all_go_on else None
+    return Status(residual, status.active, active, status.first, counts=(going, improved), seen=seen)
 
 
-def _observe_together(length: Tensor, residual: Tensor, rows: Rows, start: Start) -> Rows:
+def _observe_together(length: Tensor, residual: Tensor, status: Status, criterion: Criterion) -> Status:
     """Return where the problems stand if the whole state is one: it is better, and goes on, or is not."""
-    whole, first = vector_norm(torch.stack((length, start.length)), start.norm)
-    better = (residual.amax() < rows.residual.amax()) & (whole < first) & rows.active
+    whole, first = vector_norm(torch.stack((length, criterion.length)), criterion.norm)
+    better = (residual.amax() < status.residual.amax()) & (whole < first) & status.active
     # where other processes go on, a state that is held is evaluated at its best iterate again, as a row is
     again = finite_or_infinite(residual)
-    best = torch.where(better | ~rows.active, again, rows.residual)
-    woken = ~rows.active & (rows.residual <= start.tol).all() & (best > start.tol).any()
-    going = (rows.active | woken) & (whole <= _limit(first)) & (best > start.tol).any()
-    return Rows(best, better, going, rows.first, woken)
+    best = torch.where(better | ~status.active, again, status.residual)
+    woken = ~status.active & (status.residual <= criterion.tol).all() & (best > criterion.tol).any()
+    going = (status.active | woken) & (whole <= _limit(first)) & (best > criterion.tol).any()
+    return Status(best, better, going, status.first, woken)
 
 
-def join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+def join(z: Tensor, best: Tensor, length: Tensor, residual: Tensor, status: Status) -> tuple[Tensor, Status]:
     """Return the state that was evaluated last as the best one of all problems, and all of them as active."""
     finite = length.isfinite()
     best = torch.where(finite[:, None], z, best)
     residual = torch.where(finite, residual, torch.inf)
-    return best, Rows(residual, rows.better, torch.ones_like(rows.active), rows.first)
+    return best, Status(residual, status.better, torch.ones_like(status.active), status.first)
 
 
-def count(rows: Rows, start: Start) -> tuple[int, int, int]:
+def count(status: Status, criterion: Criterion) -> tuple[int, int, int]:
     """Return how many problems go on, have improved, and have begun to move again; the host waits once."""
-    known = (rows.active, rows.better) if rows.woken is None else (rows.active, rows.better, rows.woken)
-    found = [int(sum(flags)) for flags in read(known, on_host=start.is_on_host)]
+    known = (status.active, status.better) if status.woken is None else (status.active, status.better, status.woken)
+    found = [int(sum(flags)) for flags in read(known, on_host=criterion.is_on_host)]
     return found[0], found[1], found[2] if len(found) == 3 else 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from phantom.precision import autocast_dtype
+from phantom.runtime.precision import autocast_dtype
 from phantom.validate import check_number
 
 _DROPPED = ": the probability that an entry is dropped"

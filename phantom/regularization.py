@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phantom import transforms
-from phantom.frozen import twice_differentiable
 from phantom.gradient.linear import vjp
+from phantom.runtime import transforms
+from phantom.runtime.frozen import twice_differentiable
 from phantom.state import Map, Packing, State
 from phantom.validate import check_count
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.host import can_ask, is_traced
-from phantom.judge import Rows, Start, count, finite_or_infinite, join, observe
-from phantom.precision import with_exact_products, without_autocast
-from phantom.purity import pure
-from phantom.ranks import any_rank
+from phantom.judge import Criterion, Status, count, finite_or_infinite, join, observe
+from phantom.runtime.host import can_ask, is_traced
+from phantom.runtime.precision import with_exact_products, without_autocast
+from phantom.runtime.purity import pure
+from phantom.runtime.ranks import any_rank
 from phantom.scaling import powers_of_two, rescaled
 from phantom.solution import Stats
 from phantom.solver.base import Solver, compiled
@@ -45,10 +45,9 @@ def solve(
     and once it stays within a few roundings of |f(z)|. The iterate returned is the one with the smallest residual among
     those whose |f(z) - z| does not exceed the first one; it is finite whenever `z0` is.
 
-    Held problems are evaluated with the others. Where the residual of one that had converged rises above `tol` again,
-    the problems depend on each other, and from there on they are one, which moves, and is judged, as a whole. The host
-    must see that. Where it does not ask at that step, the problem moves again by itself, as one that begins where it
-    woke, and no problem counts as converged unless all have.
+    Held problems are still evaluated. If the residual of one that had converged rises above `tol` again, the problems
+    are coupled: from then on they are solved and judged as one. The host must see that. If it does not look at that
+    step, the problem just moves again, and no problem is reported as converged unless all have.
 
     Args:
         f: closed map of (B, D) tensors.
@@ -69,109 +68,169 @@ def solve(
         if isinstance(solver, Rollout):
             return *solver.roll_out(f, z, watch), None
         fz = f(z) if fz0 is None else fz0
-        start = Start(fz, z, solver, scale, computed_in)
-        if not start.is_out_of_range or (power := powers_of_two(z, fz)) is None:
+        criterion = Criterion(fz, z, solver, scale, computed_in)
+        if not criterion.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            return _loop(f, z, solver, start, num_evals, in_place=in_place, group=group, watch=watch, last=last)
+            iteration = _Iteration(f, z, solver, criterion, in_place=in_place, group=group)
+            return iteration.run(num_evals, watch, last=last)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         scaled = None if watch is None else lambda step, best: watch(step, best / power)
-        start = Start(fz, z, solver, scale, computed_in)
+        criterion = Criterion(fz, z, solver, scale, computed_in)
         f = rescaled(f, power)
-        best, stats, memory = _loop(f, z, solver, start, num_evals, in_place=True, group=group, watch=scaled, last=last)
+        iteration = _Iteration(f, z, solver, criterion, in_place=True, group=group)
+        best, stats, memory = iteration.run(num_evals, scaled, last=last)
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
 
 
-def _loop(
-    f: FlatMap,
-    z: Tensor,
-    solver: Solver,
-    start: Start,
-    num_evals: int,
-    *,
-    in_place: bool,
-    group: str | None,
-    watch: Watch | None,
-    last: bool,
-) -> tuple[Tensor, Stats, Any]:
-    judged = compiled(observe) if solver.compile else observe
-    propose = with_exact_products(solver.propose, z.device.type)
-    in_place = in_place and not solver.compile  # a fused pass gains nothing by it
-    asks, every, batch, together = start.asks, solver.sync_every or 1, z.shape[0], False
-    best, memory, g, going = z.clone(), solver.start(z, start.g), start.g, start.going
-    residual = finite_or_infinite(start.residual)
-    rows = Rows(residual, better=torch.ones_like(start.active), active=start.active, first=start.length)
-    stalled, dependent = torch.zeros_like(start.active), start.active.new_zeros(())
-    trace, moved, confirmed, stopped = [start.residual], [stalled], True, False
-    done = asks and not any_rank(going != 0, group, z.device)
-    for step in range(1, solver.max_steps + 1):
-        if done:
-            break
-        if together:
-            z = propose(memory, z.reshape(1, -1), g.reshape(1, -1)).view_as(g)
+class _Iteration:
+    """A solve under way, which `run` leads to its end.
+
+    Attributes:
+        z, best: (B, D) the newest iterate and the best one; `g` is f(z) - z of the newest.
+        status: where the problems stand.
+        moved, trace: who moved in every step, and the residuals of every iterate.
+        stalled: (B,) who stopped at the rounding of f.
+        dependent: () whether a problem that was held moved because of others; `together`: from there on they are one.
+        going, improved, before: how many problems go on after this step, how many of those that moved in it have
+            improved, and how many these were; None where the host has not looked.
+        stopped: whether this step may have stopped problems at the rounding of f, which `going` does not know.
+        confirmed: whether f was evaluated at `best` as a whole.
+    """
+
+    def __init__(
+        self, f: FlatMap, z: Tensor, solver: Solver, criterion: Criterion, *, in_place: bool, group: str | None
+    ) -> None:
+        self.f, self.solver, self.criterion, self.group = f, solver, criterion, group
+        self.propose = with_exact_products(solver.propose, z.device.type)
+        self.observe = compiled(observe) if solver.compile else observe
+        self.in_place = in_place and not solver.compile  # a fused pass gains nothing by it
+        self.z, self.best, self.g, self.memory = z, z.clone(), criterion.g, solver.start(z, criterion.g)
+        self.residual = finite_or_infinite(criterion.residual)
+        better = torch.ones_like(criterion.active)
+        self.status = Status(self.residual, better=better, active=criterion.active, first=criterion.length)
+        self.stalled, self.dependent = torch.zeros_like(criterion.active), criterion.active.new_zeros(())
+        self.trace, self.moved = [criterion.residual], [self.stalled]
+        self.batch, self.every = z.shape[0], solver.sync_every or 1
+        self.going, self.improved, self.before = criterion.going, None, None
+        self.together, self.confirmed, self.stopped = False, True, False
+
+    def run(self, num_evals: int, watch: Watch | None, *, last: bool) -> tuple[Tensor, Stats, Any]:
+        """Iterate to the end, and return what `solve` does; `num_evals` is what f has cost before."""
+        asks, done = self.criterion.asks, self.criterion.asks and self._have_all_stopped()
+        for step in range(1, self.solver.max_steps + 1):
+            if done:
+                break
+            held = self._move(first=step == 1)
+            length, woken = self._judge(held, asks=asks and step % self.every == 0)
+            self._stop_at_floor()
+            self._keep_best()
+            if woken:
+                self._join(length)
+            if watch is not None:
+                watch(step, self.best)
+            # with a group at the same steps, whichever ranks know more
+            if asks and (self.group is None or step % self.every == 0):
+                done = self._have_all_stopped()
+        if last:
+            self._take_last()
+        stats = self._stats(num_evals + len(self.trace) - 1, last=last)
+        return self.best, stats, None if self.together else self.memory
+
+    def _have_all_stopped(self) -> bool:
+        return not any_rank(self.going != 0, self.group, self.z.device)
+
+    def _move(self, *, first: bool) -> bool:
+        """Go to the next iterate; return whether problems are held at their best one."""
+        if self.together:
+            z, g = self.z.reshape(1, -1), self.g.reshape(1, -1)
+            self.z = self.propose(self.memory, z, g).view_as(self.g)
+        elif first:
+            self.z = _checked(self.propose, self.memory, self.z, self.g)
         else:
-            z = _checked(propose, memory, z, g) if step == 1 else propose(memory, z, g)
-        held = start.tol is not None and (stopped or going != batch)
+            self.z = self.propose(self.memory, self.z, self.g)
+        held = self.criterion.tol is not None and (self.stopped or self.going != self.batch)
         if held:
-            z = torch.where(rows.active.unsqueeze(1), z, best)
-        moved.append(rows.active)
-        before, going, improved, woken, stopped = going, None, None, 0, False  # unknown to the host
-        g, length, residual, rows = judged(f(z), z, rows, start, held=held, together=together, in_place=in_place)
-        trace.append(residual)
-        if rows.counts is not None:
-            going, improved = rows.counts
-        elif asks and step % every == 0:
-            going, improved, woken = count(rows, start)  # device-to-host sync
-        if rows.woken is not None:
-            dependent = dependent | rows.woken.any()
-        if start.near_rounding is not False and going != 0 and (improved is None or improved != before):
-            stop = rows.active & ~rows.better & start.is_at_floor(best, rows.residual)
-            stop = stop.all().expand(batch) if together else stop
-            stalled, rows.active, stopped = stalled | stop, rows.active & ~stop, True
+            self.z = torch.where(self.status.active.unsqueeze(1), self.z, self.best)
+        self.moved.append(self.status.active)
+        return held
+
+    def _judge(self, held: bool, *, asks: bool) -> tuple[Tensor, int]:
+        """Evaluate f and judge; return |g| (B,), and how many held problems were seen to move."""
+        self.before, self.going, self.improved, woken = self.going, None, None, 0
+        self.g, length, self.residual, self.status = self.observe(
+            self.f(self.z),
+            self.z,
+            self.status,
+            self.criterion,
+            held=held,
+            together=self.together,
+            in_place=self.in_place,
+        )
+        self.trace.append(self.residual)
+        if self.status.counts is not None:
+            self.going, self.improved = self.status.counts
+        elif asks:
+            self.going, self.improved, woken = count(self.status, self.criterion)  # device-to-host sync
+        if self.status.woken is not None:
+            self.dependent = self.dependent | self.status.woken.any()
+        return length, woken
+
+    def _stop_at_floor(self) -> None:
+        criterion, status = self.criterion, self.status
+        all_improved = self.improved is not None and self.improved == self.before
+        self.stopped = criterion.near_rounding is not False and self.going != 0 and not all_improved
+        if self.stopped:
+            stop = status.active & ~status.better & criterion.is_at_floor(self.best, status.residual)
+            stop = stop.all().expand(self.batch) if self.together else stop
+            self.stalled, status.active = self.stalled | stop, status.active & ~stop
+
+    def _keep_best(self) -> None:
         # where all problems have improved the best iterate needs no copy, else it keeps its memory: a state is large
-        best = z if improved == batch or rows.counts is not None else replace_rows(best, z, rows.better)
-        confirmed = improved is not None and improved == (batch if before is None else before)
-        if woken:
-            together, going = True, batch
-            memory = solver.start(z.reshape(1, -1), g.reshape(1, -1))
-            best, rows = join(z, best, length, residual, rows)
-        if watch is not None:
-            watch(step, best)
-        if not asks:
-            continue
-        if group is None:
-            done = going == 0
-        elif going is not None and step % every == 0:  # at the same steps, whichever ranks know more
-            done = not any_rank(going != 0, group, z.device)
-    if last:  # but the best one of a problem that has stopped
-        best = torch.where(rows.active[:, None], z, best)
-        rows.residual = torch.where(rows.active, finite_or_infinite(residual), rows.residual)
-        is_whole = bool(rows.active.all()) if start.is_on_host else going == batch and not stopped
-        confirmed = confirmed or is_whole
-    settled = torch.zeros_like(start.active) if start.tol is None else rows.residual <= start.tol
-    settled = settled.all().expand(batch) if together else settled
-    if start.tol is None and not last and start.is_on_host:
-        confirmed = bool(rows.better.all())
-    confirmed = confirmed or together
-    if group is not None and can_ask(z, solver):
-        confirmed = not any_rank(not confirmed, group, z.device)
-    stats = Stats(
-        num_steps=torch.stack(moved).sum(dim=0),
-        num_evals=num_evals + len(trace) - 1,
-        residual=rows.residual,
-        converged=settled & (settled.all() | ~dependent),
-        diverged=~(rows.active | settled | stalled),
-        stalled=stalled,
-        dependent=dependent,
-        trace=torch.stack(trace),
-        scale=start.scale,
-        confirmed=confirmed,
-        tol=solver.tol,
-    )
-    return best, stats, None if together else memory
+        whole = self.improved == self.batch or self.status.counts is not None
+        self.best = self.z if whole else replace_rows(self.best, self.z, self.status.better)
+        self.confirmed = self.improved == (self.batch if self.before is None else self.before)
+
+    def _join(self, length: Tensor) -> None:
+        """Go on with all problems as one."""
+        self.together, self.going = True, self.batch
+        self.memory = self.solver.start(self.z.reshape(1, -1), self.g.reshape(1, -1))
+        self.best, self.status = join(self.z, self.best, length, self.residual, self.status)
+
+    def _take_last(self) -> None:
+        """Put the last iterate in the place of the best one, but of a problem that has stopped."""
+        status, criterion = self.status, self.criterion
+        self.best = torch.where(status.active[:, None], self.z, self.best)
+        status.residual = torch.where(status.active, finite_or_infinite(self.residual), status.residual)
+        whole = bool(status.active.all()) if criterion.is_on_host else self.going == self.batch and not self.stopped
+        self.confirmed = self.confirmed or whole
+
+    def _stats(self, num_evals: int, *, last: bool) -> Stats:
+        criterion, status = self.criterion, self.status
+        settled = torch.zeros_like(criterion.active) if criterion.tol is None else status.residual <= criterion.tol
+        settled = settled.all().expand(self.batch) if self.together else settled
+        confirmed = self.confirmed
+        if criterion.tol is None and not last and criterion.is_on_host:
+            confirmed = bool(status.better.all())
+        confirmed = confirmed or self.together
+        if self.group is not None and can_ask(self.z, self.solver):
+            confirmed = not any_rank(not confirmed, self.group, self.z.device)
+        return Stats(
+            num_steps=torch.stack(self.moved).sum(dim=0),
+            num_evals=num_evals,
+            residual=status.residual,
+            converged=settled & (settled.all() | ~self.dependent),
+            diverged=~(status.active | settled | self.stalled),
+            stalled=self.stalled,
+            dependent=self.dependent,
+            trace=torch.stack(self.trace),
+            scale=criterion.scale,
+            confirmed=confirmed,
+            tol=self.solver.tol,
+        )
 
 
 def _checked(propose: Callable[..., Tensor], memory: Any, z: Tensor, g: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from phantom.precision import autocast_dtype
+from phantom.runtime.precision import autocast_dtype
 
 # a tensor, or tuples, lists, dicts and namedtuples of tensors, nested as they may be
 State = Any
@@ -27,28 +27,7 @@ class Packing:
 
     def __init__(self, z0: State) -> None:
         parts, self._spec = _flatten(z0)
-        if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
-            way = "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
-            if any(isinstance(part, Tensor) and part.is_complex() for part in parts):
-                way = "z0=torch.view_as_real(z0), and let f begin with torch.view_as_complex and end with view_as_real"
-            raise TypeError(
-                f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass {way}"
-            )
-        if any(part.is_nested or part.layout != torch.strided for part in parts):
-            raise TypeError(
-                "z0 must be of dense tensors, neither nested nor sparse: pad what is ragged, and let f set the padding "
-                "to zero by a mask"
-            )
-        if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
-            raise ValueError(
-                f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}: parts "
-                "of one problem without such an axis get one by z0[None]"
-            )
-        if any(part.dtype != parts[0].dtype or part.device != parts[0].device for part in parts):
-            raise ValueError(
-                f"the parts of z0 must share dtype and device, got {[(str(p.dtype), str(p.device)) for p in parts]}: "
-                "convert them with .to(dtype), and those that f wants in another one inside f"
-            )
+        _check_parts(z0, parts)
         self.joins = len(parts) > 1  # packing is a concatenation, into new memory
         self.dtype = parts[0].dtype
         self.device = parts[0].device
@@ -146,6 +125,32 @@ class Packing:
             return f"a tuple of tensors {shapes}"
         keys = f", with the keys {', '.join(map(str, self._spec.context))} in order" if self._spec.type is dict else ""
         return f"a {self._spec.type.__name__} of tensors {shapes}{keys}"
+
+
+def _check_parts(z0: State, parts: list[Any]) -> None:
+    """Raise TypeError or ValueError where `parts` are not those of a state: see `Packing`."""
+    if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+        way = "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
+        if any(isinstance(part, Tensor) and part.is_complex() for part in parts):
+            way = "z0=torch.view_as_real(z0), and let f begin with torch.view_as_complex and end with view_as_real"
+        raise TypeError(
+            f"z0 must be a floating-point tensor or a non-empty tuple of them, got {form_of(z0)}: pass {way}"
+        )
+    if any(part.is_nested or part.layout != torch.strided for part in parts):
+        raise TypeError(
+            "z0 must be of dense tensors, neither nested nor sparse: pad what is ragged, and let f set the padding "
+            "to zero by a mask"
+        )
+    if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
+        raise ValueError(
+            f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}: parts "
+            "of one problem without such an axis get one by z0[None]"
+        )
+    if any(part.dtype != parts[0].dtype or part.device != parts[0].device for part in parts):
+        raise ValueError(
+            f"the parts of z0 must share dtype and device, got {[(str(p.dtype), str(p.device)) for p in parts]}: "
+            "convert them with .to(dtype), and those that f wants in another one inside f"
+        )
 
 
 def _flatten(z: State) -> tuple[list[Any], Any]:

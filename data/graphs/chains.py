@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class Chains(Source):
     Source: Gu et al., *Implicit Graph Neural Networks* (2020).
     """
 
-    kind: ClassVar[str] = "node_classification"
+    kind = "node_classification"
     splits: tuple[str, ...] = ("train", "valid", "test")
 
     def __init__(

@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class LabelledGraphs(Source):
         ValueError: a batch size is not positive.
     """
 
-    kind: ClassVar[str] = "node_labelling"
+    kind = "node_labelling"
     splits: tuple[str, ...] = ("train", "valid", "test")
 
     def __init__(self, *, batch_size: int, eval_batch_size: int, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class TUGraphs(Source):
         DataError: the files are missing or damaged.
     """
 
-    kind: ClassVar[str] = "graph_classification"
+    kind = "graph_classification"
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.digests import digest
 from data.seeding import generator
-from phantom.engine.source import Shard, Source, Spec, share
+from phantom.engine.source import Shard, Source, Spec
 from phantom.validate import check_choice, check_counts
 
 Augment = Literal["none", "crop_flip"]
@@ -62,7 +62,7 @@ class InMemoryImages(Source):
         seed: seed of order and augmentation.
     """
 
-    kind: ClassVar[str] = "image_classification"
+    kind = "image_classification"
     num_classes: int = field(init=False)  # by the class, or one of its own arguments
     mean: ClassVar[Sequence[float]]
     std: ClassVar[Sequence[float]]
@@ -128,11 +128,8 @@ class InMemoryImages(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         self.check_split(split)
         images, labels = self._sets[split]
-        for start in range(0, len(labels), self.eval_batch_size):
-            batch = range(start, min(start + self.eval_batch_size, len(labels)))
-            part = share(batch, shard.rank, shard.world)  # empty for some ranks where the last batch is short
-            if part:
-                yield self._normalise(images[part.start : part.stop]), labels[part.start : part.stop]
+        for part in shard.shares(len(labels), self.eval_batch_size):
+            yield self._normalise(images[part.start : part.stop]), labels[part.start : part.stop]
 
     def to(self, device: torch.device) -> None:
         """Hold the images on `device` and build the batches there; their values do not change."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -41,10 +40,10 @@ class CIFAR10(InMemoryImages):
     Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).
     """
 
-    num_classes: ClassVar[int] = 10
-    mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    num_classes = 10
+    mean = (0.4914, 0.4822, 0.4465)
     # the official code's constants; they are not the standard deviation of all pixels (0.247, 0.243, 0.262)
-    std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
+    std = (0.2023, 0.1994, 0.2010)
 
     root: str | None
     download: bool

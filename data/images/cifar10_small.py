@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +36,10 @@ class CIFAR10Small(InMemoryImages):
         DataError: see `CIFAR10`.
     """
 
-    num_classes: ClassVar[int] = CIFAR10.num_classes
+    num_classes = CIFAR10.num_classes
     # a mean over squares keeps the mean of all pixels; the scale is kept, too, so that nothing but the images differs
-    mean: ClassVar[tuple[float, ...]] = CIFAR10.mean
-    std: ClassVar[tuple[float, ...]] = CIFAR10.std
+    mean = CIFAR10.mean
+    std = CIFAR10.std
 
     root: str | None
     download: bool

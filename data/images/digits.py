@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,10 +17,10 @@ class Digits(InMemoryImages):
     Source: Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI repository, by scikit-learn.
     """
 
-    num_classes: ClassVar[int] = 10
+    num_classes = 10
     # mean and standard deviation of all training pixels, scaled to [0, 1]
-    mean: ClassVar[tuple[float, ...]] = (0.3054,)
-    std: ClassVar[tuple[float, ...]] = (0.3760,)
+    mean = (0.3054,)
+    std = (0.3760,)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         from sklearn.datasets import load_digits

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class ImageNet(Source):
     Source: Russakovsky et al., *ImageNet Large Scale Visual Recognition Challenge* (2015).
     """
 
-    kind: ClassVar[str] = "image_classification"
+    kind = "image_classification"
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,8 @@ class SyntheticImages(InMemoryImages):
         generation_seed: of all pictures; `seed` draws the order of training alone.
     """
 
-    mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
-    std: ClassVar[tuple[float, ...]] = (0.25, 0.25, 0.25)
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
 
     num_classes: int
     size: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.digests import digest
 from data.seeding import seed_of
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard, Source, Spec, share
+from phantom.engine.source import Shard, Source, Spec
 from phantom.validate import check_counts, check_flag
 
 Batch = tuple[Tensor, Tensor]  # the puzzle and its solution, (B, S) int64 tokens each
@@ -61,7 +61,7 @@ class Puzzles(Source):
         DataError: a split has no puzzle, or an epoch is shorter than a batch.
     """
 
-    kind: ClassVar[str] = "puzzle_solving"
+    kind = "puzzle_solving"
 
     size: int = field(init=False)  # no argument here: every set takes other sizes
     batch_size: int
@@ -142,11 +142,8 @@ class Puzzles(Source):
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:
         self.check_split(split)
         puzzles = self._sets[split]
-        count = len(puzzles.inputs)
-        for start in range(0, count, self.eval_batch_size):
-            part = share(range(start, min(start + self.eval_batch_size, count)), shard.rank, shard.world)
-            if part:
-                yield _tensors(puzzles.take(slice(part.start, part.stop)))
+        for part in shard.shares(len(puzzles.inputs), self.eval_batch_size):
+            yield _tensors(puzzles.take(slice(part.start, part.stop)))
 
     def _stream(self, epoch: int, begin: int) -> Iterator[PuzzleSet]:
         """Yield batches of the endless stream of passes, from its example `begin` on."""

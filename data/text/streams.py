@@ -11,7 +11,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class TokenStreams(Source):
         DataError: a split is too short for one segment of every stream.
     """
 
-    kind: ClassVar[str] = "language_modelling"
+    kind = "language_modelling"
 
     def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
         check_counts(least=1, streams=streams, eval_streams=eval_streams, segment=segment)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class DEQTransformer(nn.Module):
         ValueError: an argument is out of range; the message says what is allowed.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("language_modelling",)
+    kinds = ("language_modelling",)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class GraphIGNN(nn.Module):
         deq: solves every layer, starting at its injection.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("graph_classification",)
+    kinds = ("graph_classification",)
     layers: Any  # a ModuleList of GraphLayers
 
     def __init__(
@@ -84,7 +84,7 @@ class NodeIGNN(nn.Module):
         deq: solves every layer, starting at its injection.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("node_labelling",)
+    kinds = ("node_labelling",)
     layers: Any  # a ModuleList of GraphLayers
 
     def __init__(
@@ -125,7 +125,7 @@ class ChainsIGNN(nn.Module):
         deq: solves the layer, starting at zero.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("node_classification",)
+    kinds = ("node_classification",)
     layers: Any  # a ModuleList of GraphLayers
 
     def __init__(

@@ -8,7 +8,7 @@ Source: Bai et al., *Multiscale Deep Equilibrium Models* (2020), with the detail
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class MDEQ(nn.Module):
         ValueError: an argument is out of range; the message says what is allowed.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("image_classification",)
+    kinds = ("image_classification",)
 
     def __init__(
         self,

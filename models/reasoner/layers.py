@@ -130,8 +130,6 @@ class AttentionBlock(nn.Module):
         multiple: its inner width is rounded up to a multiple of this (official: 256).
     """
 
-    uses_positions = True
-
     def __init__(self, *, width: int, length: int, num_heads: int, expansion: float, multiple: int) -> None:
         super().__init__()
         self.mix = Attention(width=width, num_heads=num_heads)
@@ -148,8 +146,6 @@ class MixerBlock(nn.Module):
     The first norm runs over the positions of one channel, not over the channels of one position. S is fixed at
     construction; the block needs no positional encoding.
     """
-
-    uses_positions = False
 
     def __init__(self, *, width: int, length: int, expansion: float, multiple: int) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Reasoner(nn.Module):
     recursive reasoning with tiny networks* (arXiv 2510.04871); EqR (arXiv 2605.21488).
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("puzzle_solving",)
+    kinds = ("puzzle_solving",)
     cell: Any
 
     def __init__(

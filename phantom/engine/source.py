@@ -63,6 +63,12 @@ class Shard:
         cuts = [count * i // micro for i in range(micro + 1)]
         return [share(range(a, b), self.rank, self.world) for a, b in pairwise(cuts)]
 
+    def shares(self, count: int, size: int) -> Iterator[range]:
+        """Yield this rank's index ranges of every batch of `size` of `count` examples, those that are not empty."""
+        for start in range(0, count, size):
+            if part := share(range(start, min(start + size, count)), self.rank, self.world):
+                yield part
+
 
 def share(whole: range, rank: int, world: int) -> range:
     """Return one rank's part of a range, of which all ranks together have every index once; it may be empty."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from phantom import transforms
-from phantom.frozen import is_kept_elsewhere, twice_differentiable, uncompiled
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, edge_of, leads_elsewhere, partial_vjps, vjp
-from phantom.host import can_ask
 from phantom.report import ADJOINT, act
 from phantom.residual import vector_norm
+from phantom.runtime import transforms
+from phantom.runtime.frozen import is_kept_elsewhere, twice_differentiable, uncompiled
+from phantom.runtime.host import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
@@ -115,7 +115,7 @@ class Equilibrium(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return u, None, *nothing
         # create_graph=True: u depends on the parameters through J, even where g is a constant
-        if not isinstance(equilibrium.estimator, Implicit):
+        if not equilibrium.estimator.is_exact:
             # the check is attached to fz: torch's once_differentiable looks at g alone, and would silently return a
             # partial second derivative
             return OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
@@ -164,6 +164,8 @@ class AdjointEstimator(GradientEstimator):
     vjps of `cotangent`; where nothing that f reads needs a gradient, the value has no graph and backward costs nothing.
     """
 
+    is_exact: ClassVar[bool] = False  # whether u is the solution of the equation, so that it may be differentiated
+
     @abstractmethod
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
         """Return u (B, D) for the incoming cotangent `g` (B, D), with `vjp(u) = J^T u`.
@@ -207,7 +209,7 @@ class AdjointEstimator(GradientEstimator):
             return self.cotangent(product, v, stats, history)
 
         fz = levels.rows(value)
-        operator = Operator(fz, rows, apply, is_exact=isinstance(self, Implicit), has_forward=not self.needs_history)
+        operator = Operator(fz, rows, apply, is_exact=self.is_exact, has_forward=not self.needs_history)
         elsewhere = leads_elsewhere(fz, rows)
         if not elsewhere:
             # the graph to `rows` is for products alone: what the transforms return would hold it, and need grad
@@ -276,6 +278,8 @@ class Implicit(AdjointEstimator):
     Args:
         solver: solves the adjoint equation, from u = 0.
     """
+
+    is_exact: ClassVar[bool] = True
 
     solver: Solver = field(default_factory=lambda: Broyden(tol=1e-6))
 

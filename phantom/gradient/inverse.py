@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom import transforms
+from phantom.runtime import transforms
 
 Cotangent = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
+from phantom.runtime.watching import Watching
 from phantom.state import FlatMap
 
 
@@ -74,7 +74,7 @@ def edge_of(tensor: Tensor) -> tuple[Node, int]:
     return edge.node, edge.output_nr
 
 
-class Readings(TorchFunctionMode):
+class Readings(Watching):
     """Collect the tensors with a graph that a map of `z` reads from outside.
 
     torch numbers the nodes of a graph in the order of their making: what was there before the map ran has a lower one.
@@ -89,27 +89,14 @@ class Readings(TorchFunctionMode):
         node: Any = z.view_as(z).grad_fn
         self._first = node._sequence_nr()
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        is_getter = func.__name__ == "__get__"
-        if not is_getter:
-            self._read((*args, *kwargs.values()))
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor):
-            if is_getter:  # its transpose, say; to read its shape is not to read a tensor
-                self._read(args)
-            if out.requires_grad and out.grad_fn is None and id(out) not in self._known:
-                self._keep(out, self._own)
-        return out
+    def read(self, tensor: Tensor) -> None:
+        if torch.is_grad_enabled() and self._is_reading(tensor):
+            self._keep(tensor, self.tensors)
 
-    def _read(self, values: Iterable[Any]) -> None:
-        for value in values:
-            if isinstance(value, (tuple, list)):
-                self._read(value)
-            elif isinstance(value, Tensor) and self._is_reading(value):
-                self._keep(value, self.tensors)
+    def made(self, out: Any) -> None:
+        is_leaf = isinstance(out, Tensor) and out.requires_grad and out.grad_fn is None
+        if torch.is_grad_enabled() and is_leaf and id(out) not in self._known:
+            self._keep(out, self._own)
 
     def _is_reading(self, tensor: Tensor) -> bool:
         return tensor.requires_grad and id(tensor) not in self._known and self._is_outside(tensor.grad_fn)

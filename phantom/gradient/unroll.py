@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from phantom import transforms
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
+from phantom.runtime import transforms
 from phantom.solution import Solution
 from phantom.state import FlatMap
 from phantom.validate import check_count, check_lam

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantom.host import is_cheap_to_read
+from phantom.runtime.host import is_cheap_to_read
 from phantom.solver.base import Solver, compiled
 from phantom.solver.ring import (
     Steps,

@@ -1,6 +1,6 @@
 """Broyden's two passes over the stored steps as two Triton kernels, for states on a GPU.
 
-`phantom.solver.broyden` holds their plain forms, `_project` and `_combine`, which stay the definition. Every program
+Their plain forms, `ring.project` and `broyden._combine`, stay the definition. Every program
 holds one block of one problem's state and walks the stored steps, so that a pass reads every number once. Sums over a
 problem are sums of those over its blocks, in a fixed order.
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phantom.host import has_numbers
+from phantom.runtime.host import has_numbers
 
 # numbers of a state that a program holds, and its warps. Compiled for sm_90 in float32 a thread has 39 or 48 registers:
 # a multiprocessor then holds ten programs or more, with 80 KB on their way. Not tuned on a GPU

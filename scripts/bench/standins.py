@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from phantom import DEQ, Solution, State, Stats
 from phantom.deq import Clock
-from phantom.frozen import frozen
+from phantom.runtime.frozen import frozen
 from phantom.state import Map, Packing
 from scripts.bench.instruments import Tracer
 

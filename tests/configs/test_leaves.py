@@ -56,12 +56,6 @@ def test_nothing_is_forgotten(group, table, file, known):
     assert not gone, f"{table} of {file} has {', '.join(gone)}, and configs/{group} has not: remove it there"
 
 
-def test_the_groups_are_there():
-    assert {"solver", "adjoint_solver", "eval_solver", "grad", "optimizer", "schedule"} <= {
-        group for group, _ in LEAVES
-    }
-
-
 def chosen_with(group: str, leaf: str) -> list[str]:
     """Return what has to be chosen besides, for the leaf to be of use."""
     if group == "adjoint_solver":

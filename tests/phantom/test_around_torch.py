@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phantom import NPG, UPG, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import dense_jacobian, exact_adjoint
-from phantom.frozen import uncompiled
+from phantom.runtime.frozen import uncompiled
 from tests.phantom.problems import DTYPE, randn
 
 SOLVER = FixedPoint(max_steps=200, tol=1e-13)

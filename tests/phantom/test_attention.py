@@ -8,7 +8,7 @@ from torch import Tensor, func
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phantom import BPTT, DEQ, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer, fixed_point
-from phantom.frozen import twice_differentiable
+from phantom.runtime.frozen import twice_differentiable
 from tests.phantom.attentions import Attentions, bind, iterated, leaves, written_out
 from tests.phantom.problems import randn
 

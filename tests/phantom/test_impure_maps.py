@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point, purity
+from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
+from phantom.runtime import purity
 from phantom.solve import solve
 from tests.phantom.cases import close
 from tests.phantom.problems import DTYPE, randn, with_radius

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its folder, metrics.jsonl, and one final record.json."""
+"""The folder of a run, its hash, and the final record.json that says what ran where."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Configs:
         """Return what Hydra composes from `items`, in Hydra's own words, with its node `hydra` that holds the choices.
 
         Raises:
-            HydraException, OmegaConfBaseException: see `phantom.engine.command`, which explains them.
+            HydraException, OmegaConfBaseException: see `phantom.engine.config.compose`, which explains them.
         """
         self.mount()
         if GlobalHydra.instance().is_initialized():  # in a job that hydra.main started, on this very folder

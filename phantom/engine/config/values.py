@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from phantom.engine.artifacts import tracking
@@ -14,25 +16,47 @@ from phantom.engine.tasks import Task
 from phantom.report import CHOICES as ON_FAILURE
 from phantom.validate import ANY, check_choice, check_count, check_flag, check_number
 
-# root keys that hold one of a few words
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "precision": ("auto", *PRECISIONS),
-    "speed": SPEEDS,
-    "gradient_precision": (None, "bf16"),
-    "device": DEVICES,
-    "on_failure": ON_FAILURE,
-    "wandb": tracking.MODES,
-    "resume": ("auto", "never"),
+Check = Callable[[str, Any], None]  # takes a key and its value
+
+
+def _text(key: str, value: object, *, what: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}={value!r} must be a {what}")
+
+
+def _splits(key: str, value: object) -> None:
+    if not isinstance(value, list) or not value or not all(isinstance(split, str) for split in value):
+        raise ValueError(f"{key}={value!r} must be a list of splits of the data, such as [test]")
+
+
+def _or_null(check: Callable[..., None], **allowed: Any) -> Check:
+    return lambda key, value: None if value is None else check(key, value, **allowed)
+
+
+WORD, COUNT = partial(partial, check_choice), partial(check_count, least=1)
+COUNT_OR_NULL = _or_null(check_count, least=1, also=" or null")
+SWITCH_OR_NULL = _or_null(check_flag, also=", or null to let speed= decide")
+NAME, PATH_OR_NULL = partial(_text, what="name"), _or_null(_text, what="path or null")
+# every root key that is no group, and what it may hold
+RULES: dict[str, Check] = {
+    "precision": WORD(allowed=("auto", *PRECISIONS)),
+    "speed": WORD(allowed=SPEEDS),
+    "gradient_precision": WORD(allowed=(None, "bf16")),
+    "device": WORD(allowed=DEVICES),
+    "on_failure": WORD(allowed=ON_FAILURE),
+    "wandb": WORD(allowed=tracking.MODES),
+    "resume": WORD(allowed=("auto", "never")),
+    **dict.fromkeys(("epochs", "accumulate", "log_every", "keep_checkpoints", "smoke_steps", "repeats"), COUNT),
+    **dict.fromkeys(("steps", "eval_every", "checkpoint_every", "subset", "test_subset"), COUNT_OR_NULL),
+    "seed": partial(check_count, least=0),
+    **dict.fromkeys(("deterministic", "sync_batchnorm", "progress"), check_flag),
+    **dict.fromkeys(("compile", "cuda_graph"), SWITCH_OR_NULL),
+    "ema": _or_null(check_number, allowed="(0, 1)", also=", or null for no average"),
+    "target": _or_null(check_number, allowed=ANY, also=", or null to train to the end of the budget"),
+    **dict.fromkeys(("runs", "wandb_project"), NAME),
+    **dict.fromkeys(("init", "continue_from"), PATH_OR_NULL),
+    "eval_splits": _splits,
 }
-# root keys that count something; the second may be null
-COUNTS = ("epochs", "accumulate", "log_every", "keep_checkpoints", "smoke_steps", "repeats")
-OPTIONAL_COUNTS = ("steps", "eval_every", "checkpoint_every", "subset", "test_subset")
-SWITCHES = ("deterministic", "sync_batchnorm", "progress")
-OPTIONAL_SWITCHES = ("compile", "cuda_graph")
-TEXTS = ("runs", "wandb_project")
-OPTIONAL_TEXTS = ("init", "continue_from")
-OTHERS = ("seed", "ema", "target", "eval_splits")
-KEYS = (*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *SWITCHES, *OPTIONAL_SWITCHES, *TEXTS, *OPTIONAL_TEXTS, *OTHERS)
 
 
 def check_root(config: dict[str, Any]) -> None:
@@ -41,43 +65,19 @@ def check_root(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key, the value got and what is allowed.
     """
-    missing = [k for k in KEYS if k not in config]
+    missing = [key for key in RULES if key not in config]
     if missing:
         raise ConfigError(f"the config has no {', '.join(missing)}: it was written by another version of this program")
+    variable = os.environ.get(tracking.VARIABLE)
     with as_config_error():
-        for key, allowed in CHOICES.items():
-            check_choice(key, config[key], allowed)
-        for key in COUNTS:
-            check_count(key, config[key], least=1)
-        for key in OPTIONAL_COUNTS:
-            if config[key] is not None:
-                check_count(key, config[key], least=1, also=" or null")
-        variable = os.environ.get(tracking.VARIABLE)
+        for key, check in RULES.items():
+            check(key, config[key])
         if variable and config["wandb"] != "disabled":
             check_choice(f"the environment's {tracking.VARIABLE}", variable, tracking.VARIABLE_MODES)
-        check_count("seed", config["seed"], least=0)
-        for key in SWITCHES:
-            check_flag(key, config[key])
-        for key in OPTIONAL_SWITCHES:
-            if config[key] is not None:
-                check_flag(key, config[key], also=", or null to let speed= decide")
-        if config["ema"] is not None:
-            check_number("ema", config["ema"], "(0, 1)", also=", or null for no average")
-        if config["target"] is not None:
-            check_number("target", config["target"], ANY, also=", or null to train to the end of the budget")
-    for key in TEXTS:
-        if not isinstance(config[key], str) or not config[key]:
-            raise ConfigError(f"{key}={config[key]!r} must be a name")
-    for key in OPTIONAL_TEXTS:
-        if config[key] is not None and (not isinstance(config[key], str) or not config[key]):
-            raise ConfigError(f"{key}={config[key]!r} must be a path or null")
     if config["init"] is not None and config["continue_from"] is not None:
         raise ConfigError(
             "init and continue_from exclude each other: the run that continue_from names has weights of its own"
         )
-    splits = config["eval_splits"]
-    if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
-        raise ConfigError(f"eval_splits={splits!r} must be a list of splits of the data, such as [test]")
 
 
 def obstacles_to_graphs(config: dict[str, Any], task: Task) -> list[str]:

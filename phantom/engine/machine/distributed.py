@@ -1,4 +1,4 @@
-"""One process or many: the only file that talks to torch.distributed's set-up.
+"""One process or many: joining the process group, and leaving it; `launcher` has the rendezvous.
 
 `torchrun --nproc-per-node 4 train.py ...` sets the environment read here; a plain `python train.py` runs one process.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ SQUARES, ENTRIES = "squares", "entries"
 class GraphClassification(Task):
     """Score (graphs, labels (G,)) by the cross entropy of `model(graphs)`; counts graphs."""
 
-    kind: ClassVar[str] = "graph_classification"
-    metric: ClassVar[str] = "accuracy"
-    mode: ClassVar[Literal["max", "min"]] = "max"
+    kind = "graph_classification"
+    metric = "accuracy"
+    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch
@@ -43,9 +43,9 @@ class GraphClassification(Task):
 class NodeClassification(Task):
     """Score (graph, labels (N,), nodes (S,)) by the cross entropy of `model(graph)` on those nodes; counts nodes."""
 
-    kind: ClassVar[str] = "node_classification"
-    metric: ClassVar[str] = "accuracy"
-    mode: ClassVar[Literal["max", "min"]] = "max"
+    kind = "node_classification"
+    metric = "accuracy"
+    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels, nodes = batch
@@ -64,9 +64,9 @@ class NodeLabelling(Task):
     nothing is there to find, it is 0. `baseline` is that of the answer `all present`, 2p / (1 + p) for a share p.
     """
 
-    kind: ClassVar[str] = "node_labelling"
-    metric: ClassVar[str] = "micro_f1"
-    mode: ClassVar[Literal["max", "min"]] = "max"
+    kind = "node_labelling"
+    metric = "micro_f1"
+    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import nn
 
@@ -12,11 +12,11 @@ from phantom.engine.tasks.base import Score, Tally, Task, classification_report,
 class ImageClassification(Task):
     """Score (images (B, C, H, W), labels (B,)) by the cross entropy of `model(images)`; counts images."""
 
-    kind: ClassVar[str] = "image_classification"
-    unit: ClassVar[str] = "images"
-    metric: ClassVar[str] = "accuracy"
-    mode: ClassVar[Literal["max", "min"]] = "max"
-    fixed_shapes: ClassVar[bool] = True
+    kind = "image_classification"
+    unit = "images"
+    metric = "accuracy"
+    mode = "max"
+    fixed_shapes = True
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         images, labels = batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +17,11 @@ class LanguageModelling(Task):
     different lengths weigh as much as they have tokens.
     """
 
-    kind: ClassVar[str] = "language_modelling"
-    unit: ClassVar[str] = "tokens"
-    carry_rows: ClassVar[bool] = True
-    metric: ClassVar[str] = "perplexity"
-    mode: ClassVar[Literal["max", "min"]] = "min"
+    kind = "language_modelling"
+    unit = "tokens"
+    carry_rows = True
+    metric = "perplexity"
+    mode = "min"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         tokens, targets = batch

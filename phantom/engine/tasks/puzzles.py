@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +19,11 @@ class PuzzleSolving(Task):
     step 4, become rates over all puzzles.
     """
 
-    kind: ClassVar[str] = "puzzle_solving"
-    unit: ClassVar[str] = "puzzles"
-    carry_rows: ClassVar[bool] = True
-    metric: ClassVar[str] = "exact_match"
-    mode: ClassVar[Literal["max", "min"]] = "max"
+    kind = "puzzle_solving"
+    unit = "puzzles"
+    carry_rows = True
+    metric = "exact_match"
+    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         inputs, labels = batch

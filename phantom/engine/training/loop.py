@@ -1,4 +1,4 @@
-"""The training loop: one page, for every task, model and estimator.
+"""The training loop, for every task, model and estimator.
 
 The loop says when: which batch, settings and rate a step has, when to write a row, evaluate and save. The only
 device-to-host synchronisations are at log rows, evaluations and checkpoints, marked below.
@@ -57,13 +57,14 @@ class Trainer:
         config: the resolved configuration as text, stored in every checkpoint.
         origin: what the run began with, for the record; a checkpoint that is resumed has its own.
         make_tracker: opens the tracker; True begins a curve of its own.
-    differences: returns the root keys in which a checkpoint's config, as text, is another run's.
+        differences: returns the root keys in which a checkpoint's config, as text, is another run's.
 
-    data: which data it trains on.
-    step: optimiser steps taken; `total`: those of the whole budget.
-    stopwatch: wall clock of `fit`, summed over restarts, and of its training without evaluations and their checkpoints;
-        work lost after the last checkpoint is not counted.
-    best, final: metrics per split at the best evaluation so far and at the last one; train_report: the last row.
+    Attributes:
+        data: which data it trains on.
+        step: optimiser steps taken; `total`: those of the whole budget.
+        stopwatch: wall clock of `fit`, summed over restarts, and of its training without evaluations and their
+            checkpoints; work lost after the last checkpoint is not counted.
+        best, final: metrics per split at the best evaluation so far and at the last one; train_report: the last row.
     """
 
     model: nn.Module

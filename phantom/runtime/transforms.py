@@ -123,13 +123,10 @@ def solve(
     z0: Tensor,
     solver: Solver,
     *,
-    in_place: bool,
-    group: str | None,
     watch: Watch | None,
-    last: bool,
-    computed_in: torch.dtype | None,
+    **settings: Any,
 ) -> tuple[Tensor, Stats, Any]:
-    """Return what `phantom.solve.solve` returns, the iterate as a constant of the transforms.
+    """Return what `phantom.solve.solve` with these `settings` returns, the iterate as a constant of the transforms.
 
     The statistics are those of the rows: B for each instance of a vmap.
     """
@@ -137,16 +134,7 @@ def solve(
     start = levels.rows(z0)
     watch_rows = None if watch is None else partial(_watch_wrapped, levels, watch)
     with levels.aside(f) as f_rows:
-        z_star, stats, history = solve_rows(
-            f_rows,
-            start,
-            solver,
-            in_place=in_place,
-            group=group,
-            watch=watch_rows,
-            last=last,
-            computed_in=computed_in,
-        )
+        z_star, stats, history = solve_rows(f_rows, start, solver, watch=watch_rows, **settings)
     return levels.wrap(z_star), stats, history
 
 

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from phantom.threads import Shared
+from phantom.runtime.threads import Shared
 
 REDUCED = ("tf32", "bf16")
 # devices with autocast, asked for once: the compiler of torch 2.11 cannot trace the question

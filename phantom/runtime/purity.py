@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phantom.host import is_traced
+from phantom.runtime.host import is_traced
 from phantom.state import FlatMap
 
 
@@ -18,7 +18,7 @@ class Pure:
     Args:
         f: map of (B, D) tensors.
         writes: whether f writes to its argument; None where that is not known yet.
-        frozen: the same map, whose value has a graph to z alone; see `phantom.frozen`.
+        frozen: the same map, whose value has a graph to z alone; see `phantom.runtime.frozen`.
     """
 
     def __init__(self, f: FlatMap, writes: bool | None = None, frozen: FlatMap | None = None) -> None:

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
+from phantom.runtime.threads import Shared
 from phantom.state import Map, State
-from phantom.threads import Shared
 
 
 def frozen(f: Map) -> Map | None:
