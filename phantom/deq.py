@@ -17,7 +17,7 @@ from phantom.gradient.unroll import UPG
 from phantom.report import SOLVE, OnFailure, act, check_on_failure
 from phantom.runtime import transforms
 from phantom.runtime.frozen import forget_without_graph, frozen, twice_differentiable
-from phantom.runtime.host import can_ask
+from phantom.runtime.host import can_ask, is_traced
 from phantom.runtime.purity import Pure
 from phantom.runtime.ranks import Group, name_of
 from phantom.solution import Solution, Stats
@@ -135,12 +135,16 @@ def fixed_point(
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
-    flat_f, start = _flat(f, packing), packing.pack(z0)
+    flat_f, start = _flat(f, packing), _differentiable(packing.pack(z0))
     computed_in, differentiate = packing.computed_in(), torch.is_grad_enabled()
     if not differentiate and transforms.are_active() and transforms.is_forward_mode():
         raise RuntimeError(
             "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
             "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
+        )
+    if transforms.is_linearized():
+        raise RuntimeError(
+            "torch.func.linearize records operators, and a solve reads numbers: use torch.func.jvp, which does not"
         )
     with clock("solve"):
         flat, iterates = _solve(
@@ -222,6 +226,12 @@ def _attach(f: FlatMap, flat: Solution, grad: GradientEstimator) -> None:
         )
     if not grad.needs_equilibrium:
         flat.z_star = flat.value.detach()
+
+
+def _differentiable(start: Tensor) -> Tensor:
+    """Return `start`; of one that was made under `torch.inference_mode()`, which no graph takes, return a copy."""
+    kept = not is_traced(start) and start.is_inference() and not torch.is_inference_mode_enabled()
+    return start.clone() if kept else start
 
 
 def _flat(f: Map, packing: Packing, writes: bool | None = None) -> Pure:

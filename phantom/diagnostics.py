@@ -28,7 +28,7 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def draw() -> Tensor:
-        return torch.randn(batch, width, generator=generator, dtype=z.dtype).to(z.device)
+        return torch.randn(batch, width, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
 
     basis = torch.nn.functional.normalize(draw(), dim=1)[None]
     hessenberg = z.new_zeros(batch, steps, steps)
@@ -110,7 +110,8 @@ def ascent_margin(a: Tensor, jacobian: Tensor, theta_jacobian: Tensor) -> Tensor
     width, parameters = theta_jacobian.shape
     singular = torch.linalg.svdvals(theta_jacobian)
     least = singular[width - 1] if parameters >= width else singular.new_zeros(())
-    error = torch.linalg.matrix_norm((torch.eye(width).to(jacobian) - jacobian) @ a - theta_jacobian, ord=2)
+    eye = torch.eye(width, dtype=jacobian.dtype, device=jacobian.device)
+    error = torch.linalg.matrix_norm((eye - jacobian) @ a - theta_jacobian, ord=2)
     return least.square() / singular[0] - error
 
 
@@ -135,7 +136,7 @@ def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, T
     if len(a) != len(b):
         raise ValueError(f"the gradients must have the same tensors, got {len(a)} and {len(b)}")
     pairs = [(x.double().flatten(), y.double().flatten()) for x, y in zip(a, b, strict=True)]
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")  # whatever the default device is
     return (
         sum((torch.dot(x, y) for x, y in pairs), start=zero),
         sum((torch.dot(x, x) for x, _ in pairs), start=zero),

@@ -141,6 +141,11 @@ def _check_parts(z0: State, parts: list[Any]) -> None:
             "z0 must be of dense tensors, neither nested nor sparse: pad what is ragged, and let f set the padding "
             "to zero by a mask"
         )
+    if any(hasattr(part, "device_mesh") for part in parts):
+        raise TypeError(
+            "z0 must be of plain tensors, and this is a DTensor: solve the local part of every rank, z0.to_local(), "
+            "and let f return local tensors, as tensor-parallel layers do with use_local_output=True"
+        )
     if any(part.dim() < 1 or part.shape[0] != parts[0].shape[0] for part in parts):
         raise ValueError(
             f"the parts of z0 must share the leading axis B, got shapes {[tuple(p.shape) for p in parts]}: parts "

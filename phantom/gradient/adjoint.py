@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
-from phantom.gradient.linear import Linearisation, Readings, edge_of, leads_elsewhere, partial_vjps, vjp
+from phantom.gradient.linear import Linearisation, Readings, agree, edge_of, leads_elsewhere, partial_vjps, vjp
 from phantom.report import ADJOINT, act
 from phantom.residual import vector_norm
 from phantom.runtime import transforms
-from phantom.runtime.frozen import is_kept_elsewhere, twice_differentiable, uncompiled
+from phantom.runtime.frozen import is_kept_elsewhere, reusable, twice_differentiable, uncompiled
 from phantom.runtime.host import can_ask
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
@@ -31,6 +32,13 @@ from phantom.state import FlatMap, form_of
 from phantom.validate import check_count, check_kind, check_lam
 
 Vjp = Callable[[Tensor], Tensor]
+
+CHANGED = (
+    "evaluates f again in backward, and there f reads other tensors than in the forward pass, has another value, or "
+    "hides what it reads in compiled or scripted code. Weights that torch.func.functional_call or parametrize.cached "
+    "puts in are gone by then, unless backward runs inside of it. An input or a mask that a module keeps may have "
+    "changed: let f hold what it reads, as a closure or functools.partial does. UPG and BPTT do not evaluate f again"
+)
 
 
 @dataclass
@@ -54,7 +62,7 @@ class _Backward:
             self.stats.num_vjps += 1
             return vjp(*point, u)
 
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.anew is None else reusable():
             u = self.estimator.cotangent(product, g, self.stats, self.history)
         if not isinstance(u, Tensor) or u.shape != g.shape:
             name = type(self.estimator).__name__
@@ -62,13 +70,28 @@ class _Backward:
         return u
 
     def _point(self) -> tuple[Tensor, Tensor]:
-        """Return f(z) and z of the products with J: those of the value, or of one evaluation more."""
+        """Return f(z) and z of the products with J: those of the value, or of one evaluation more.
+
+        Raises:
+            RuntimeError: f has another value than in the forward pass.
+        """
         if self.anew is None:
             return self.linear.fz, self.linear.z
         self.stats.num_evals += 1
         with torch.enable_grad():
             z = self.linear.z.detach().requires_grad_()
-            return self.anew(z), z
+            fz = self.anew(z)
+        # of a compiled module all that it reads is bound, and the host need not wait
+        if self.anew is self.f and not self.is_value(fz, self.linear.fz):
+            name = type(self.estimator).__name__
+            raise RuntimeError(f"under torch's checkpointing and save_on_cpu, {name} {CHANGED}")
+        return fz, z
+
+    def is_value(self, fz: Tensor, before: Tensor) -> bool:
+        """Return whether f gave `before` in the forward pass; one that is captured as a CUDA graph cannot tell."""
+        if fz.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        return agree(fz.detach(), before.detach(), self.stats.differentiated_in)
 
     def cotangents(self, g: Tensor) -> Tensor:
         """Return u for a `g` under vmap, of `is_grads_batched=True` for one."""
@@ -133,13 +156,11 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     if equilibrium.is_adjoint:
         fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
     else:
-        with twice_differentiable(), Readings(z) as readings:
+        known = ctx.next_functions[1:]
+        with twice_differentiable(), Readings(z, outside=(node for node, _ in known)) as readings:
             fz, inputs = equilibrium.f(z), readings.tensors
-        if [*map(edge_of, inputs)] != [*ctx.next_functions[1:]] or readings.missed(fz):
-            raise RuntimeError(
-                "the second derivative of Implicit evaluates f again, and needs to see every tensor that f reads: here "
-                "f reads others than before, or hides them in compiled or scripted code. Use UPG or BPTT"
-            )
+        if [*map(edge_of, inputs)] != [*known] or readings.missed(fz) or not equilibrium.is_value(fz, value):
+            raise RuntimeError(f"for its second derivative, Implicit {CHANGED}")
 
     def adjoint(u: Tensor) -> Tensor:
         return vjp(fz, z, u, create_graph=torch.is_grad_enabled()) + g

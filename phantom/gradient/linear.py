@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.autograd.graph import Node
 
 from phantom.runtime.watching import Watching
 from phantom.state import FlatMap
+
+TF32 = 2.0**-10  # the rounding of a product in TF32, which a GPU may take for float32
 
 
 class Linearisation:
@@ -41,6 +43,14 @@ def vjp(fz: Tensor, z: Tensor, u: Tensor, *, create_graph: bool = False) -> Tens
         return torch.zeros_like(z)
     (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, create_graph=create_graph, materialize_grads=True)
     return product
+
+
+def agree(now: Tensor, before: Tensor, computed_in: torch.dtype | None) -> bool:
+    """Return whether two evaluations of f agree to half of the digits of its arithmetic; the host waits for that."""
+    dtype = computed_in or before.dtype
+    eps = TF32 if dtype == torch.float32 else torch.finfo(dtype).eps
+    difference = torch.linalg.vector_norm(now - before)
+    return not bool(difference > eps**0.5 * torch.linalg.vector_norm(before))  # true of values that are not finite
 
 
 def partial_vjps(fz: Tensor, inputs: Sequence[Tensor], u: Tensor, *, fixed: Tensor) -> Sequence[Tensor | None]:
@@ -77,13 +87,17 @@ def edge_of(tensor: Tensor) -> tuple[Node, int]:
 class Readings(Watching):
     """Collect the tensors with a graph that a map of `z` reads from outside.
 
-    torch numbers the nodes of a graph in the order of their making: what was there before the map ran has a lower one.
+    torch numbers the nodes that a thread makes in their order: what was there before the map ran has a lower number.
     What compiled or scripted code reads is not seen; `missed` finds it.
+
+    Args:
+        outside: nodes of which it is known that they were there: a backward runs in a thread of its own on a GPU.
     """
 
-    def __init__(self, z: Tensor) -> None:
+    def __init__(self, z: Tensor, outside: Iterable[Node] = ()) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
+        self._outside = {*outside}
         self._own = [z]  # leaves that the map makes itself, as a solve inside of it does
         self._known = {id(z)}
         node: Any = z.view_as(z).grad_fn
@@ -121,4 +135,6 @@ class Readings(Watching):
         return False
 
     def _is_outside(self, node: Node | None) -> bool:
-        return node is None or hasattr(node, "variable") or node._sequence_nr() < self._first
+        if node is None or node in self._outside or hasattr(node, "variable"):
+            return True
+        return node._sequence_nr() < self._first

@@ -41,12 +41,19 @@ def frozen(f: Map) -> Map | None:
     args, kwargs = tree_map_only(Tensor, Tensor.detach, (call.args, call.keywords))
 
     def map_of_z(z: State) -> State:
-        # several products run backward through one evaluation, which may not overwrite what it has saved
-        with config.patch(donated_buffer=False):
+        with reusable():
             # tied names are all there; torch would swap such a weight twice, and put the detached one back for good
             return torch.func.functional_call(module, held, (*args, z), kwargs, tie_weights=False)
 
     return map_of_z
+
+
+def reusable() -> AbstractContextManager:
+    """Let several products run backward through one evaluation of compiled code, which may not overwrite what it saved.
+
+    torch asks when it compiles such a backward, and again when it runs one of changing shapes.
+    """
+    return config.patch(donated_buffer=False)
 
 
 # torch.compile's stance and the choice of an attention kernel are the process's

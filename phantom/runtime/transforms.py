@@ -41,6 +41,11 @@ def is_forward_mode() -> bool:
     return torch._C._is_fwd_grad_enabled() and Levels().is_forward
 
 
+def is_linearized() -> bool:
+    """Return whether torch.func.linearize surrounds the caller: forward mode whose operators are recorded."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None and Levels().is_forward
+
+
 def is_grads_batched(g: Tensor) -> bool:
     """Return whether `g` holds the cotangents of `torch.autograd.grad(..., is_grads_batched=True)`."""
     return torch._C._dispatch_keys(g).has(torch._C._parse_dispatch_key("Batched"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from phantom import NPG, UPG, Broyden, FixedPoint, Implicit, fixed_point
+from phantom import BPTT, NPG, UPG, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import dense_jacobian, exact_adjoint
 from phantom.runtime.frozen import uncompiled
 from tests.phantom.problems import DTYPE, randn
@@ -101,6 +101,62 @@ def test_what_hooks_keep_is_fetched_once_for_all_products(way, grad):
         expected = Counted()
         expected.solve(grad).square().sum().backward()
         torch.testing.assert_close(f.weight.grad, expected.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+class Keeps(nn.Module):
+    """A layer that keeps its injection, called on two views: the second call replaces what the first one has kept."""
+
+    def __init__(self, grad) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.inject, self.grad = nn.Linear(6, 6, dtype=DTYPE), nn.Linear(6, 6, dtype=DTYPE), grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.injection = self.inject(x)
+        return fixed_point(self.f, torch.zeros_like(x), solver=SOLVER, grad=self.grad).value
+
+    def f(self, z: Tensor) -> Tensor:
+        return torch.tanh(0.5 * self.cell(z) + self.injection)
+
+
+@pytest.mark.parametrize("keep", ["checkpoint", "save_on_cpu"])
+@pytest.mark.parametrize("grad", ESTIMATORS, ids=lambda grad: type(grad).__name__)
+def test_a_map_that_has_changed_until_backward_is_refused(keep, grad):
+    model, views = Keeps(grad), (X, X.flip(0))
+
+    def gradient(call) -> Tensor:
+        first, second = (call(view) for view in views)
+        return torch.autograd.grad((first * second).sum(), model.cell.weight)[0]
+
+    def kept(x: Tensor) -> Tensor:
+        if keep == "checkpoint":
+            return checkpoint(model, x, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    if isinstance(grad, UPG):
+        torch.testing.assert_close(gradient(kept), gradient(model))
+    else:
+        with pytest.raises(RuntimeError, match=f"{type(grad).__name__} evaluates f again in backward"):
+            gradient(kept)
+
+
+@pytest.mark.parametrize("grad", [*ESTIMATORS, UPG(checkpoint=True), BPTT(num_steps=3, checkpoint=True)], ids=str)
+@pytest.mark.parametrize("max_steps", [0, 3])
+def test_a_state_of_inference_mode_is_a_start(grad, max_steps):
+    weight = torch.full((6, 6), 0.05, dtype=DTYPE, requires_grad=True)
+    with torch.inference_mode():
+        start = X + 0.5
+    found = [
+        torch.autograd.grad(
+            fixed_point(lambda z: torch.tanh(z @ weight + X), z0, solver=FixedPoint(max_steps=max_steps), grad=grad)
+            .value.square()
+            .sum(),
+            weight,
+        )[0]
+        for z0 in (start, X + 0.5)
+    ]
+    assert torch.equal(*found)
 
 
 def test_threads_that_overlap_leave_the_compiler_as_it_was():

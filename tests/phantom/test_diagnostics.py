@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phantom.diagnostics import (
+    ascent_margin,
     best_damping,
     cosine,
     damped_radius,
@@ -177,3 +178,13 @@ def test_a_map_that_writes_to_its_argument_is_left_its_own_copy():
     weight, z = with_radius(0.7, 4, seed=2), randn(3, 4, seed=3)
     radii = [spectral_radius(lambda z, act=act: act(z) @ weight.mT, z) for act in (torch.relu, torch.relu_)]
     assert torch.equal(*radii) and radii[0].max() > 0
+
+
+def test_the_default_device_does_not_matter():
+    """A default of cuda stands for all; meta tensors hold no numbers, so that one would be noticed."""
+    with torch.device("meta"):
+        z = torch.full((2, 3), 0.2, device="cpu")
+        assert torch.allclose(spectral_radius(lambda z: 0.5 * z, z), torch.full((2,), 0.5, device="cpu"))
+        assert float(cosine([z], [2 * z])) == pytest.approx(1)
+        matrix = torch.diag(torch.full((3,), 0.5, device="cpu"))
+        assert float(ascent_margin(matrix, matrix, matrix)) == pytest.approx(0.5 - 0.25)

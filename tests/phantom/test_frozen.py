@@ -172,6 +172,23 @@ def test_the_neumann_sum_is_that_of_eager_code(backend, k):
     assert backend.gradients == [1] * (k > 1), "one term has no product"
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("grad", [NPG(k=3), EXACT], ids=["npg", "implicit"])
+def test_the_number_of_problems_may_change(dynamic, grad):
+    """The last batch of an epoch is smaller: torch then compiles for any size, and its backward asks again."""
+    torch._dynamo.reset()
+    cell, plain = Cell(), Cell()
+    cell.compile(backend="aot_eager", dynamic=dynamic)
+    for size in (4, 3, 4, 2):
+        found = []
+        for each in (cell, plain):
+            f = partial(each, bound=(randn(size, DIM, seed=2), torch.ones(DIM, dtype=DTYPE)))
+            value = fixed_point(f, torch.zeros(size, DIM, dtype=DTYPE), solver=SOLVER, grad=grad).value
+            found += torch.autograd.grad(value.square().sum(), each.weight)
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    torch._dynamo.reset()
+
+
 def test_a_closure_hides_the_module_and_runs_eagerly(backend):
     cell = compiled(backend)
     for found, expected in zip(step(cell, EXACT, seed=2, hide=True), dense(cell, seed=2), strict=True):

@@ -242,6 +242,15 @@ def test_no_grad_around_a_transform_is_refused_in_a_sentence():
         func.grad(loss(equilibrium))(WEIGHT, X)
 
 
+@pytest.mark.parametrize("tol", [1e-6, None])
+def test_linearize_is_refused_in_a_sentence(tol):
+    def solve(x: Tensor) -> Tensor:
+        return fixed_point(lambda z: torch.sin(z @ WEIGHT) + x, torch.zeros_like(x), solver=Broyden(tol=tol)).value
+
+    with pytest.raises(RuntimeError, match=r"use torch\.func\.jvp"):
+        func.linearize(solve, X)
+
+
 def test_a_vectorised_hessian_of_autograd():
     def hessian(solve) -> Tensor:
         return torch.autograd.functional.hessian(lambda w: loss(solve)(w, X), WEIGHT, vectorize=solve is equilibrium)

@@ -1,5 +1,7 @@
 """Derivatives of the implicit gradient against closed forms and finite differences; the others refuse, or say less."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -222,8 +224,58 @@ def test_hidden_readings_are_refused():
 
     scripted, x = torch.jit.trace(Scaled(), randn(2, 3, seed=1)), randn(2, 3, seed=2).requires_grad_()
     value = fixed_point(lambda z: scripted(z) + x, torch.zeros_like(x), solver=SOLVE, grad=GRADS["broyden"]).value
-    with pytest.raises(RuntimeError, match="hides them"):
+    with pytest.raises(RuntimeError, match="hides what it reads in compiled"):
         torch.autograd.grad(value.sum(), x, create_graph=True)
+
+
+def test_a_map_that_has_changed_since_the_forward_is_refused():
+    """A mask that a module keeps has no graph to be told by: the value of f is another one."""
+    weight, _, x = leaves()
+    masks = [torch.ones_like(x), torch.tensor([1.0, 0.0, 1.0], dtype=DTYPE)]
+    value = fixed_point(
+        lambda z: torch.tanh(z @ weight * masks[0] + x), torch.zeros_like(x), solver=SOLVE, grad=GRADS["broyden"]
+    ).value
+    masks.reverse()
+    with pytest.raises(RuntimeError, match="has another value"):
+        torch.autograd.grad(value.square().sum(), x, create_graph=True)
+
+
+def test_weights_that_were_swapped_in_are_gone():
+    layer, x = torch.nn.Linear(3, 3, dtype=DTYPE), randn(2, 3, seed=2)
+    swapped = {name: (0.2 * weight.detach()).requires_grad_() for name, weight in layer.named_parameters()}
+
+    def solve(x: Tensor) -> Tensor:
+        return fixed_point(lambda z: torch.sin(layer(z)) + x, torch.zeros_like(x), grad=GRADS["broyden"]).value
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return solve(x)
+
+    value = torch.func.functional_call(Model(), {f"layer.{name}": w for name, w in swapped.items()}, (x,))
+    with pytest.raises(RuntimeError, match="functional_call"):
+        torch.autograd.grad(value.square().sum(), list(swapped.values()), create_graph=True)
+
+
+def test_backward_in_another_thread():
+    """torch numbers nodes by thread, and runs the backward of a GPU in a thread of its own."""
+    weight, bias, x = leaves()
+    encoded = x
+    for _ in range(20):  # so that the numbers of this thread are above those of the other one
+        encoded = encoded + 0.1 * encoded.sin()
+    value = equilibrium(GRADS["broyden"], weight, bias, encoded)
+
+    def penalty(value: Tensor) -> tuple[Tensor, ...]:
+        (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (weight, x), retain_graph=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(penalty, value).result()
+    for a, b in zip(found, penalty(newton(weight, bias, encoded)), strict=True):
+        torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize("grad", [NPG(k=5, lam=0.5), NPG(k=1, lam=1.0), SHINE()], ids=str)

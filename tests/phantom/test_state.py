@@ -135,6 +135,17 @@ def test_a_guess_that_is_no_state(z0, error, message):
     assert message in str(caught.value)
 
 
+def test_a_sharded_guess():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        with pytest.raises(TypeError, match=r"DTensor: solve the local part of every rank, z0\.to_local\(\)"):
+            Packing(torch.distributed.tensor.zeros(2, 3, device_mesh=mesh))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("f", "z0", "message"),
     [
