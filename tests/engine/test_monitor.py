@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phantom import NPG, UPG, FixedPoint, Implicit, JacobianRegularizer
+from phantom import BPTT, NPG, UPG, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.tasks.images import ImageClassification
 from tests.engine import tiny
@@ -47,7 +47,25 @@ def test_the_radius_is_that_of_the_dense_jacobian(lam):
     assert found == {
         "spectral_radius": pytest.approx(float(torch.stack(plain).mean()), rel=1e-9),
         "damped_spectral_radius": pytest.approx(float(torch.stack(damped).mean()), rel=1e-9),
+        "spectral_radius_above_one": 0.0,
+        "damped_spectral_radius_above_one": 0.0,
     }
+
+
+def test_the_share_of_problems_where_f_expands():
+    model = classifier()
+    model.deq.solver = Broyden(max_steps=300, tol=1e-12)
+    with torch.no_grad():
+        model.cell.weight.mul_(6)  # tanh saturates at most problems, not at all
+        _, (solution,) = model(batch()[0])
+        injections = model.encoder(batch()[0])
+    found = measure(model, radius_steps=20)
+    radii = [
+        torch.linalg.eigvals(torch.autograd.functional.jacobian(model.cell.bind(x), z)).abs().max()
+        for x, z in zip(injections, solution.z_star, strict=True)
+    ]
+    share = sum(float(radius) > 1 for radius in radii) / len(radii)
+    assert found["spectral_radius_above_one"] == pytest.approx(share) and 0 < share < 1
 
 
 def test_the_radius_is_that_of_the_weights_that_f_reads():
@@ -86,6 +104,7 @@ def test_cosine_and_norm_ratio_are_those_of_the_exact_gradient():
     estimates = {name: gradient(classifier(), estimator) for name, estimator in estimators.items()}
     model.deq.grad = estimators.pop("")
     found = measure(model, exact_solver=EXACT, compare=estimators)
+    assert found.pop("exact_residual") < 1e-12 and found.pop("exact_unsolved") == found.pop("pretraining") == 0
     assert len(found) == 6
     for name, estimate in estimates.items():
         suffix = f"/{name}" if name else ""
@@ -123,7 +142,25 @@ def test_all_estimates_see_the_same_dropout_masks():
     model = classifier(dropout=0.5, batch_norm=True)
     model.deq.grad = Implicit(solver=EXACT)
     found = measure(model, exact_solver=EXACT)
-    assert found == {"gradient_cosine": pytest.approx(1.0), "gradient_norm_ratio": pytest.approx(1.0)}
+    assert found["gradient_cosine"] == pytest.approx(1.0) and found["gradient_norm_ratio"] == pytest.approx(1.0)
+
+
+def test_a_reference_that_is_not_exact_says_so():
+    model = classifier()
+    model.deq.grad = BPTT(num_steps=3)
+    found = measure(model, exact_solver=FixedPoint(max_steps=1, tol=1e-13))
+    f = model.cell.bind(model.encoder(batch()[0]).detach())
+    z = torch.zeros(len(batch()[0]), 5, dtype=torch.float64)
+    for _ in range(400):
+        z = f(z).detach()
+    # one step from u = 0 is u = g, which leaves |J^T g| / |g|: recomputed with the Jacobian of every problem
+    logits = model.head(z.requires_grad_())
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, batch()[1], reduction="sum"), z)
+    (left,) = torch.autograd.grad(f(z), z, g)
+    residuals = left.norm(dim=1) / g.norm(dim=1)
+    assert found["exact_residual"] == pytest.approx(float(residuals.quantile(0.9)), rel=1e-6)
+    assert found["exact_unsolved"] == float((residuals > 1e-2).double().mean()) > 0
+    assert found["pretraining"] == 1
 
 
 def test_a_measurement_leaves_the_run_as_it_was():

@@ -83,7 +83,8 @@ def test_a_run_fills_the_panels(wandb, tmp_path):
     assert panels(wandb, "train") == {f"train/{name}" for name in (*train, "epoch", "step")}
     for split in ("valid", "test"):
         assert panels(wandb, split) == {f"{split}/{name}" for name in ("loss", "accuracy", *solves, "epoch", "step")}
-    measured = ("spectral_radius", "damped_spectral_radius", "gradient_cosine", "gradient_norm_ratio")
+    radii = [f"{name}{what}" for name in ("spectral_radius", "damped_spectral_radius") for what in ("", "_above_one")]
+    measured = (*radii, "gradient_cosine", "gradient_norm_ratio", "exact_residual", "exact_unsolved", "pretraining")
     assert panels(wandb, "monitor") == {f"monitor/{name}" for name in (*measured, "epoch", "step")}
     (begun,) = wandb.runs
     assert begun.defined == [("step", {}), ("*", {"step_metric": "step"})]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import Anderson, FixedPoint
+from phantom import Anderson, Broyden, FixedPoint
 from phantom.solve import solve
 from phantom.solver.anderson import Window
 from tests.phantom.problems import DTYPE, affine, linear_nonsymmetric, randn, symmetric, tanh_contraction
@@ -25,6 +25,28 @@ def test_anderson_minimises_the_mixed_residual():
         alpha = torch.linalg.solve(bordered, torch.tensor([0.0, 0, 0, 1], dtype=DTYPE))[:3]
         expected = alpha @ (z[:3, i] + 0.7 * g[:3, i])
         torch.testing.assert_close(z[3, i], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_with_all_its_steps_it_is_gmres_on_an_affine_map():
+    """z_{n+1} = z' + g', where z' minimises |f(z') - z'| over the Krylov space: here by a dense least squares."""
+    matrix, c = randn(2, 12, 12, seed=3), randn(2, 12, seed=4)
+    matrix = 2 * matrix / torch.linalg.eigvals(matrix).abs().amax(dim=1)[:, None, None]
+    f = Recorded(lambda z: torch.einsum("bij,bj->bi", matrix, z) + c)
+    solver = Anderson(max_steps=14, memory=14, tol=1e-8, ridge=1e-14)
+    z, stats, _ = solve(f, torch.zeros_like(c), solver)
+    for problem in range(2):
+        a = torch.eye(12, dtype=DTYPE) - matrix[problem]
+        krylov = [c[problem]]
+        for n in range(1, 8):
+            basis = torch.linalg.qr(torch.stack(krylov, dim=1))[0]
+            best = basis @ torch.linalg.lstsq(a @ basis, c[problem, :, None]).solution[:, 0]
+            torch.testing.assert_close(f.calls[n + 1][problem], best + c[problem] - a @ best, rtol=1e-6, atol=1e-7)
+            krylov.append(a @ krylov[-1])
+    dense = torch.linalg.solve(torch.eye(12, dtype=DTYPE) - matrix, c)
+    torch.testing.assert_close(z, dense, rtol=1e-6, atol=1e-6)
+    assert stats.converged.all() and int(stats.num_steps.max()) <= 13
+    broyden = solve(f, torch.zeros_like(c), Broyden(max_steps=40, tol=1e-8))[1]
+    assert int(broyden.num_steps.min()) > 20, "which takes up to two steps a dimension"
 
 
 def test_anderson_falls_back_to_the_damped_step():

@@ -35,7 +35,8 @@ drawn: list = []
 def cosines(values: dict[int, tuple[float, float]]) -> list[dict]:
     """Return what a monitor keeps: step, cosine of UPG and NPG."""
     return [
-        {"step": step, "gradient_cosine": 0.999, "gradient_norm_ratio": 1.0}
+        {"step": step, "gradient_cosine": 0.999, "gradient_norm_ratio": 1.0, "pretraining": float(step <= 5)}
+        | {"exact_residual": step * 1e-4, "exact_unsolved": step / 500}
         | {f"gradient_cosine/{name}": value for name, value in zip(("upg", "npg"), pair, strict=True)}
         | {f"gradient_norm_ratio/{name}": 0.5 for name in ("upg", "npg")}
         for step, pair in values.items()
@@ -52,11 +53,13 @@ def test_the_table_of_figure_2_has_median_and_percentiles_of_every_tenth(keep):
     first = {step: (step / 10, 0.9) for step in range(1, 11)}
     keep("f/implicit", monitor=cosines({**first, 95: (0.25, 0.5)}))
     text = cosine.page(FIG2, runs_of(FIG2))
-    assert "| steps | batches | cosine of NPG | cosine of UPG | norm ratio of NPG | norm ratio of UPG |" in text
+    heads = "| steps | batches | cosine of NPG | cosine of UPG | norm ratio of NPG | norm ratio of UPG |"
+    assert f"{heads} adjoint residual | images above 0.01 |" in text
     # UPG in steps 1 to 10: 0.1, ..., 1.0, whose inclusive tenths are 0.19 and 0.91
     one = "0.500 [0.500, 0.500]"
-    assert f"| 1 to 10 | 10 | 0.900 [0.900, 0.900] | 0.550 [0.190, 0.910] | {one} | {one} |" in text
-    assert f"| 91 to 100 | 1 | 0.500 [0.500, 0.500] | 0.250 [0.250, 0.250] | {one} | {one} |" in text
+    assert f"| 1 to 10 | 10 | 0.900 [0.900, 0.900] | 0.550 [0.190, 0.910] | {one} | {one} | 5.5e-04 | 1.1 % |" in text
+    assert f"| 91 to 100 | 1 | 0.500 [0.500, 0.500] | 0.250 [0.250, 0.250] | {one} | {one} | 9.5e-03 | 19.0 % |" in text
+    assert "Up to step 5 the run itself trains by unrolling, its pretraining." in text
     assert text.startswith("# F2\n") and "Budget of the paper: 100 steps, 1 runs on card. Commit 01234567" in text
 
 

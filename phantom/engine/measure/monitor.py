@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from phantom.engine.tasks.base import Task
 from phantom.solver.base import Solver
 from phantom.validate import check_count
 
+Call = tuple[Any, Solution]
+UNSOLVED = 1e-2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
@@ -28,7 +31,13 @@ class Monitor:
         radius_steps: vjps of the Arnoldi estimate of the spectral radius; 0 leaves it out.
         lam: the damping whose map is measured beside f itself, lam J + (1 - lam) I.
         exact_solver: solves the adjoint of the exact gradient that the run's own is compared to; None leaves it out.
+            `Anderson` with a memory of all its steps is GMRES there, which converges where f expands, too.
         compare: further estimators to compare with the exact gradient, by name.
+
+    `measure` returns the mean of each radius over the problems, and as `_above_one` the share of those whose radius is.
+    Of the exact gradient it returns `exact_residual`, the 90th percentile over the problems of the residual of the
+    adjoint equation, and `exact_unsolved`, the share above `UNSOLVED`. `pretraining` is 1 where the run's own gradient
+    is the unrolled one of a pretraining.
     """
 
     every: int
@@ -53,20 +62,27 @@ class Monitor:
             calls = measured.solves()
         values = [ritz_values(f, out.z_star, num_steps=self.radius_steps) for f, out in calls]
         measured.rewind()  # not before: f may read a weight that the model has projected
-        return {
-            name: float(torch.cat([damped_radius(mu, lam) for mu in values]).mean())
-            for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam))
-        }
+        result = {}
+        for name, lam in (("spectral_radius", 1.0), ("damped_spectral_radius", self.lam)):
+            radii = torch.cat([damped_radius(mu, lam) for mu in values])
+            result[name], result[f"{name}_above_one"] = float(radii.mean()), float((radii > 1).double().mean())
+        return result
 
     def _cosines(self, measured: _Batch) -> dict[str, float]:
         if self.exact_solver is None:
             return {}
         parameters = measured.parameters_before_the_equilibrium()
         estimator = measured.deqs[0].grad
-        reference = measured.gradient(Implicit(solver=self.exact_solver), parameters)
-        result = {}
+        reference, solutions = measured.gradient(Implicit(solver=self.exact_solver), parameters)
+        adjoints = [solution.stats.adjoint for _, solution in solutions if solution.stats.adjoint is not None]
+        residual = torch.cat([adjoint.residual.double() for adjoint in adjoints])
+        result = {
+            "pretraining": float(not estimator.needs_equilibrium),
+            "exact_residual": float(residual.quantile(0.9)),
+            "exact_unsolved": float((residual > UNSOLVED).double().mean()),
+        }
         for name, compared in {"": estimator, **(self.compare or {})}.items():
-            estimate = measured.gradient(compared, parameters)
+            estimate, _ = measured.gradient(compared, parameters)
             suffix = f"/{name}" if name else ""
             result[f"gradient_cosine{suffix}"] = float(cosine(estimate, reference))
             result[f"gradient_norm_ratio{suffix}"] = float(norm_ratio(estimate, reference))
@@ -98,7 +114,7 @@ class _Batch:
         for deq, (grad, regularizer, clock) in zip(self.deqs, self._kept, strict=True):
             deq.grad, deq.regularizer, deq.clock = grad, regularizer, clock
 
-    def solves(self) -> list[tuple[Any, Solution]]:
+    def solves(self) -> list[Call]:
         """Return (f, solution) of every solve. Rewind after the last use of their graphs."""
         return capture(self.model, self.task, self.batch, self.carry)
 
@@ -111,14 +127,17 @@ class _Batch:
         self.rewind()
         return [p for p, gradient in zip(parameters, reached, strict=True) if gradient is not None]
 
-    def gradient(self, estimator: GradientEstimator, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the gradient of the batch's loss by `estimator`."""
+    def gradient(
+        self, estimator: GradientEstimator, parameters: Sequence[nn.Parameter]
+    ) -> tuple[list[Tensor], list[Call]]:
+        """Return the gradient of the batch's loss by `estimator`, and the solves it went through."""
         for deq in self.deqs:
             deq.grad = estimator
-        loss = self.task.score(self.model, self.batch, self.carry).tally.loss_sum
+        with solves_of(self.model) as calls:
+            loss = self.task.score(self.model, self.batch, self.carry).tally.loss_sum
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         self.rewind()
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)], calls
 
     def rewind(self) -> None:
         """Restore the random state, the weights and the buffers of the beginning."""
@@ -130,17 +149,24 @@ class _Batch:
                 tensor.copy_(value)
 
 
-def capture(model: nn.Module, task: Task, batch: Any, carry: Any) -> list[tuple[Any, Solution]]:
+def capture(model: nn.Module, task: Task, batch: Any, carry: Any) -> list[Call]:
     """Score the batch and return (f, solution) of every solve on the way."""
-    calls: list[tuple[Any, Solution]] = []
+    with solves_of(model) as calls:
+        task.score(model, batch, carry)
+    return calls
+
+
+@contextmanager
+def solves_of(model: nn.Module) -> Iterator[list[Call]]:
+    """Collect (f, solution) of every solve of the body."""
+    calls: list[Call] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], solution: Solution) -> None:
         calls.append((arguments[0], solution))
 
     hooks = [deq.register_forward_hook(keep) for deq in deqs_of(model)]
     try:
-        task.score(model, batch, carry)
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
-    return calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 from scripts.reporting import markdown, plots
@@ -17,15 +17,22 @@ def page(grid: dict[str, Any], runs: Runs) -> str:
     """Return the page: median and spread of cosine and norm ratio in every tenth of the training."""
     names = _names(runs)
     heads = ["steps", "batches", *(f"cosine of {name.upper()}" for name in names)]
-    heads += [f"norm ratio of {name.upper()}" for name in names]
+    heads += [f"norm ratio of {name.upper()}" for name in names] + ["adjoint residual", "images above 0.01"]
     rows = [
-        [span, str(len(part)), *(_cell(part, f"{kind}/{name}") for kind in KINDS for name in names)]
+        [
+            *(span, str(len(part))),
+            *(_cell(part, f"{kind}/{name}") for kind in KINDS for name in names),
+            *_exactness(part),
+        ]
         for span, part in _windows(runs)
     ]
     about = (
         "Every few steps of a training by implicit differentiation, the gradient of the same batch by each phantom "
         "gradient (k = 5, lam = 0.5) and by the exact adjoint, over the parameters before the equilibrium: median, and "
-        "in brackets the 10th and the 90th percentile over the batches. A norm ratio below 1 is a shorter gradient."
+        "in brackets the 10th and the 90th percentile over the batches. A norm ratio below 1 is a shorter gradient. "
+        "How exact the exact one is: the residual of its adjoint equation, relative to the cotangent (the 90th "
+        "percentile over the images of a batch, median over the batches), and how many of the images are above 0.01 "
+        f"(mean over the batches).{_pretrained(runs)}"
     )
     table = markdown.table(heads, rows or [["--"] * len(heads)], "l" + "r" * (len(heads) - 1))
     return markdown.page(f"# {grid['title']}{runs.label}", about, table, source(runs))
@@ -79,6 +86,21 @@ def _windows(runs: Runs) -> list[tuple[str, list[dict[str, Any]]]]:
         part = [row for row in rows if first <= row["step"] <= last]
         found += [(f"{first} to {last}", part)] if part else []
     return found
+
+
+def _pretrained(runs: Runs) -> str:
+    """Return a sentence on the batches that the run itself did not train on by the gradient of an equilibrium."""
+    steps = [row["step"] for row in _rows(runs) if row.get("pretraining")]
+    return f" Up to step {max(steps)} the run itself trains by unrolling, its pretraining." if steps else ""
+
+
+def _exactness(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the residual of the exact adjoint and the share above 0.01, which older records do not have."""
+    known = [row for row in rows if "exact_residual" in row]
+    if not known:
+        return "--", "--"
+    unsolved = fmean(row["exact_unsolved"] for row in known)
+    return f"{median(row['exact_residual'] for row in known):.1e}", f"{100 * unsolved:.1f} %"
 
 
 def _cell(rows: list[dict[str, Any]], key: str) -> str:
