@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripts.reporting import markdown, plots
+from scripts.reporting import markdown, plots, provenance
 
 CONVERGED = 1e-2  # of the reference's backward solve; above it, its cosines mean little
 
@@ -24,6 +24,7 @@ def render(result: dict[str, Any]) -> str:
         f"# {result['title']}",
         f"`{result['command']}`",
         _about(result),
+        *([result["note"]] if "note" in result else []),
         *([_answer(result)] if "wanted" in result else []),
         markdown.table(heads, rows, "lrrrrrrrl"),
         "Median relative residual of the best iterate after the evaluations of f in the first column:",
@@ -87,7 +88,7 @@ def _about(result: dict[str, Any]) -> str:
         f"Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} vjps, median backward "
         f"residual {_number(residual, '.1e')}.{doubt} Milliseconds are those of attach and backward, the head included "
         f"({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The front is "
-        "what no other estimator beats in both milliseconds and cosine."
+        f"what no other estimator beats in both milliseconds and cosine. {provenance.commit_line([result])}"
     )
 
 

@@ -19,7 +19,7 @@ def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     precisions = other_precisions([entry for entry in entries if entry.get("precision") is not None])
     ran = f" Precision {', '.join(precisions)}." if precisions else ""
     drawn = "The curves are in `curves.json`, drawn in `curves.png`."
-    source = f"Commit {provenance.commits(entries)} (* marks uncommitted changes).{ran} {drawn}"
+    source = f"{provenance.commit_line(entries)}{ran} {drawn}"
     return markdown.page(f"# {figure['title']}", about, markdown.table(["", *panels], rows), source)
 
 

@@ -14,8 +14,13 @@ def commits(records: Iterable[Mapping[str, Any]]) -> str:
 
 def commit(record: Mapping[str, Any]) -> str:
     """Return the commit of a record, which may be one of several runs, or `none`; * marks uncommitted changes."""
-    names = (record["commit"] or "none").split(", ")
-    return ", ".join(name[:8] for name in names) + "*" * bool(record["dirty"])
+    names = (record.get("commit") or "none").split(", ")
+    return ", ".join(name[:8] for name in names) + "*" * bool(record.get("dirty"))
+
+
+def commit_line(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return the sentence on the commits of the records, which explains the mark."""
+    return f"Commit {commits(records)} (* marks uncommitted changes)."
 
 
 def command(record: Mapping[str, Any]) -> str:
@@ -28,9 +33,10 @@ def command(record: Mapping[str, Any]) -> str:
 
 
 def circumstances(about: Mapping[str, Any]) -> str:
-    """Return on what a benchmark was measured, and what its brackets are."""
+    """Return on what a benchmark was measured, by which code, and what its brackets are."""
     return (
         f"{about['machine']}, {about['threads']} thread(s), torch {about['torch']}, clock: {about['clock']}. "
+        f"{commit_line([about])} "
         f"Median of {about['repeats']} interleaved rounds, with the order-statistic interval that holds the median at "
         "95 % in brackets."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.reporting import limits, markdown, small
+from scripts.reporting import limits, markdown, provenance, small
 from scripts.reporting.benchmarks import growth_table, interval_cell
 
 SPEED = ("model", "variant", "torchdeq / ours", "ours / floor")
@@ -32,7 +32,8 @@ def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> st
         f"# {title}",
         f"{', '.join(machines)}; clock: {', '.join(clocks)}. Ratios of whole training steps paired by round: median, "
         "and the interval that holds it at 95 %. The floor of a step is its evaluations of f, their backward passes "
-        "and vjps, the rest of the model, and nothing else, with the same cell.",
+        "and vjps, the rest of the model, and nothing else, with the same cell. "
+        f"{provenance.commit_line(result['about'] for _, _, result in results)}",
         markdown.table(SPEED, speed, "llrrrr"),
         "## Implicit differentiation over phantom gradients",
         markdown.table(IMPLICIT, implicit, "llrrrrl"),

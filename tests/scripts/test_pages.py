@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import re
 
 import pytest
 
@@ -32,6 +34,21 @@ def test_every_page_belongs_to_a_study():
     assert {*studies.results().rglob("*.csv"), *studies.results().rglob("*.tex")} == sheets
     pictures = [*studies.results().rglob("*.png"), *studies.results().rglob("*.pdf")]
     assert {path.with_suffix(".md") for path in pictures} <= rendered
+
+
+@pytest.mark.parametrize("name", [name for name in studies.names() if name.startswith(("benchmark/", "explore"))])
+def test_a_page_of_times_names_the_commit_of_its_record(name):
+    folder, named = studies.results() / name, set()
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        about = record.get("about", record)
+        commit = about["commit"][:8] + ("*" if about["dirty"] else "")
+        text = path.with_suffix(".md").read_text()
+        assert f"Commit {commit} (* marks uncommitted changes)" in text and record.get("note", "") in text, path
+        named.add(commit)
+    if (folder / "summary.md").exists():
+        said = re.search(r"Commit (.*) \(\* marks", (folder / "summary.md").read_text()).group(1)
+        assert {*said.split(", ")} == named
 
 
 def test_all_studies_are_rendered_in_their_places(tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def source(runs: Runs) -> str:
     ran_on = ", ".join([*devices, *other_precisions(records)])
     return (
         f"Budget of {budget}{runs.label}: {' or '.join(map(str, steps))} steps, {len(records)} runs on "
-        f"{ran_on}. Commit {provenance.commits(records)} (* marks uncommitted changes)."
+        f"{ran_on}. {provenance.commit_line(records)}"
     )
 
 
