@@ -42,8 +42,9 @@ def _seeds(table: dict[str, Any]) -> str:
         f"mean ± {std} std (n runs). Smaller budgets are labelled, with the data where they are told; * marks "
         "uncommitted changes; -- means not run. "
         + (COMPARED + " " if compared else "")
-        + "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU."
-        + (TIMED if timed else "")
+        + "`step ms`: the median of the timed steps, in brackets their 10th and 90th percentile; of several runs, the "
+        "median of their medians, the lowest 10th and the highest 90th percentile. "
+        "Peak memory is that allocated on a GPU, or resident for the whole process on a CPU." + (TIMED if timed else "")
     )
     rows = []
     for row, scale, records in _shown(table):
@@ -182,16 +183,25 @@ def measured(records: list[dict[str, Any]]) -> list[str]:
     """Return the cells on parameters, step time, peak memory and commits."""
     if not records:
         return ["--"] * 4
-    timed: dict[str, list[float]] = {}
+    timed: dict[str, list[dict[str, float]]] = {}
     for record in records:
         if "step" in record["times"]:
-            timed.setdefault(record["device"], []).append(1e3 * record["times"]["step"]["median"])
+            timed.setdefault(record["device"], []).append(record["times"]["step"])
     return [
         f"{records[0]['num_parameters']:,}",
-        "; ".join(f"{statistics.median(steps):.1f} on {device}" for device, steps in sorted(timed.items())) or "--",
+        "; ".join(f"{_milliseconds(steps)} on {device}" for device, steps in sorted(timed.items())) or "--",
         f"{max(record['peak_memory'] / 1e6 for record in records):,.0f}",
         provenance.commits(records),
     ]
+
+
+def _milliseconds(runs: list[dict[str, float]]) -> str:
+    """Return `median [p10, p90] (n steps)` of the steps of some runs; the median alone where a record has no more."""
+    middle = f"{1e3 * statistics.median(run['median'] for run in runs):.1f}"
+    if not all({"p10", "p90", "n"} <= set(run) for run in runs):
+        return middle
+    low, high = 1e3 * min(run["p10"] for run in runs), 1e3 * max(run["p90"] for run in runs)
+    return f"{middle} [{low:.1f}, {high:.1f}] ({sum(run['n'] for run in runs)} steps)"
 
 
 def _folds(table: dict[str, Any]) -> str:

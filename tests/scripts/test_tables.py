@@ -75,6 +75,16 @@ def test_steps_timed_on_two_devices_are_not_one_number(keep):
     assert (row["training h"], row["speed"]) == ("--", "--")
 
 
+def test_step_times_have_their_spread_and_number(keep):
+    """One seed prints its own percentiles, several the outermost ones of all."""
+    first = {"median": 0.3, "p10": 0.2, "p90": 0.5, "n": 5}
+    keep("t/a", record(80, 70, times={"step": first}))
+    assert table({"experiment": "t/a"})[0]["step ms"] == "300.0 [200.0, 500.0] (5 steps) on card"
+    second = {"median": 0.1, "p10": 0.05, "p90": 0.4, "n": 7}
+    keep("t/b", *(record(80, 70, times={"step": step}) for step in (first, second)))
+    assert table({"experiment": "t/b"})[0]["step ms"] == "200.0 [50.0, 500.0] (12 steps) on card"
+
+
 def test_a_missing_run_has_no_number(keep):
     keep("t/b", record(80, 70))
     absent, single = table({"experiment": "t/a"}, {"experiment": "t/b"})
