@@ -87,6 +87,9 @@ def test_the_table_of_figure_3_has_a_cell_per_point(keep):
     assert "| UPG | 0.5 | 59.00 (1) | -- |" in last and "| NPG | 1.0 | -- | 40.00 (1) |" in last
     # the last two of 21 measurements
     assert "| UPG | 0.5 | 0.800 | -- |" in radius and "| NPG | 1.0 | -- | 1.500 |" in radius
+    assert (
+        "images of the batch, and over the last tenth of a run's measurements, at least one (1 of 1, 2 of 21). " in text
+    )
 
 
 def test_runs_of_two_scales_are_in_no_one_figure(keep):

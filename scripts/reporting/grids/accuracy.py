@@ -30,8 +30,10 @@ def page(grid: dict[str, Any], runs: Runs) -> str:
         table(lambda records: tables.cell([record["best"][split][metric] for record in records], "sample")),
         "The last evaluation:",
         table(lambda records: tables.cell([record["final"][split][metric] for record in records], "sample")),
-        "Spectral radius of lam J + (1 - lam) I at the equilibria of a training batch, the mean over the last tenth of "
-        "the measurements; the Neumann series behind NPG converges where it is below 1:",
+        "Spectral radius of lam J + (1 - lam) I at the equilibria of a training batch. A number is the mean over the "
+        f"images of the batch, and over the last tenth of a run's measurements, at least one{_counts(runs.records)}. "
+        "The Neumann series behind NPG converges for an image whose own radius is below 1; a mean below 1 does not say "
+        "so of every image:",
         table(_radius),
         source(runs),
     )
@@ -86,6 +88,17 @@ def _damped(record: dict[str, Any]) -> list[float]:
     return [row["damped_spectral_radius"] for row in record["monitor"] if row["damped_spectral_radius"] is not None]
 
 
+def _last(values: list[float]) -> list[float]:
+    """Return the last tenth of some measurements, and at least one."""
+    return values[-max(1, len(values) // 10) :]
+
+
+def _counts(records: list[dict[str, Any]]) -> str:
+    """Return how many of a run's measurements are its last ones: ` (1 of 12)`."""
+    found = sorted({(len(_last(values)), len(values)) for record in records if (values := _damped(record))})
+    return f" ({', '.join(f'{last} of {total}' for last, total in found)})" if found else ""
+
+
 def _radius(records: list[dict[str, Any]]) -> str:
-    ends = [values[-max(1, len(values) // 10) :] for record in records if (values := _damped(record))]
+    ends = [_last(values) for record in records if (values := _damped(record))]
     return f"{fmean(map(fmean, ends)):.3f}" if ends else "--"
