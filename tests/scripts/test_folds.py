@@ -11,6 +11,7 @@ from scripts.running import folds, process
 from scripts.running.seeds import Row
 from scripts.running.stopping import Stop
 
+ROWS = [path for path in sorted((studies.ROOT / "configs/experiment/table4").glob("*.yaml")) if "ppi" not in path.stem]
 FACTS = {
     "label": "table4/cox2_implicit",
     "experiment": "table4/cox2_implicit",
@@ -133,6 +134,14 @@ def test_ten_folds_leave_one_record(trained, tmp_path):
         ["experiment=table4/cox2_implicit", "data.root=/data", f"data.fold={fold}", f"seed={42 + fold}"]
         for fold in range(10)
     ]
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
+def test_the_command_of_one_fold_trains_as_the_fold_of_the_table(path):
+    (line,) = [line for line in path.read_text().splitlines() if "data.fold=" in line]
+    items = line.partition("train.py")[2].partition("#")[0].split()
+    fold = int(items[1].removeprefix("data.fold="))
+    assert folds.work(Row(f"table4/{path.stem}"), [], [fold]).runs[0].overrides == items
 
 
 def test_other_overrides_are_in_the_name_and_some_folds_leave_none(trained, tmp_path):
