@@ -18,7 +18,7 @@ RATIOS = {
 PARTS = ("solver", "solve_f", "activations", "backward", "total")
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> markdown.Page:
     """Return the page of a benchmark's result."""
     if result.get("kind") == "small":
         return small.render(result)
@@ -54,8 +54,8 @@ def render(result: dict[str, Any]) -> str:
     return markdown.page(*blocks)
 
 
-def growth_table(result: dict[str, Any]) -> str:
-    """Return a table of what many steps left in memory, empty where that was not measured."""
+def growth_table(result: dict[str, Any]) -> markdown.Table | None:
+    """Return a table of what many steps left in memory, None where that was not measured."""
     rows = []
     for row in result["rows"]:
         if "growth" in row:
@@ -63,7 +63,7 @@ def growth_table(result: dict[str, Any]) -> str:
             counts = [str(change["steps"]), f"{change['tensors']:+d}", f"{change['bytes']:+d}"]
             rows.append([row["label"], *counts, f"{change['memory'] / 1e6:+.2f}"])
     heads = ["variant", "steps", "live tensors", "their bytes", "memory, MB"]
-    return markdown.table(heads, rows, "lrrrr") if rows else ""
+    return markdown.table(heads, rows, "lrrrr") if rows else None
 
 
 def interval_cell(item: dict[str, Any] | None, part: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from scripts.reporting import markdown, provenance
 
 
-def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> str:
+def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> markdown.Page:
     """Return the page of a record; `about` says what was measured, `blocks` are its tables and remarks."""
     return markdown.page(
         f"# {title}",
@@ -33,7 +33,7 @@ def source(record: dict[str, Any]) -> str:
 def _row(one: dict[str, Any]) -> list[str]:
     # a null is a NaN: nothing was there to measure
     measured = "--" if one["measured"] is None else f"{one['measured']:.4g}"
-    return [one["claim"].replace("|", "\\|"), measured, one["needed"], "yes" if one["holds"] else "**no**"]
+    return [one["claim"], measured, one["needed"], "yes" if one["holds"] else "**no**"]
 
 
 def _value(value: Any) -> str:

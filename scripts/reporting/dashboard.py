@@ -113,11 +113,10 @@ def speed_ups() -> str:
     """Return implicit differentiation over the other estimators by measured steps, from the committed records."""
     blocks = ["Implicit differentiation over phantom gradients, by measured steps:"]
     for study in map(studies.load, studies.names()):
-        for path, text in pages.of(study).items() if "benchmark" in study else ():
-            found = [table for table in markdown.tables(text) if table.heads == list(suites.IMPLICIT)]
-            for table in found:
-                name = f"{study['title']} (`{path.relative_to(studies.ROOT).as_posix()}`)"
-                blocks += [name, markdown.table(table.heads, table.rows, table.align)]
+        for path, page in pages.of(study).items() if "benchmark" in study else ():
+            for table in page.tables:
+                if table.heads == list(suites.IMPLICIT):
+                    blocks += [f"{study['title']} (`{path.relative_to(studies.ROOT).as_posix()}`)", table]
     return markdown.page(*blocks)
 
 

@@ -10,7 +10,7 @@ from scripts.reporting import markdown, plots, provenance
 CONVERGED = 1e-2  # of the reference's backward solve; above it, its cosines mean little
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> markdown.Page:
     """Return the page of the comparison, the cheapest gradient first."""
     heads = ["estimator", "f with a graph", "vjps", "ms", "cosine", "norm ratio", "backward residual", "MB", "front"]
     ahead = [row["estimator"] for row in front(result["rows"])]

@@ -9,7 +9,7 @@ from scripts.reporting import markdown, plots, provenance
 from scripts.reporting.tables import other_precisions
 
 
-def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+def table(figure: dict[str, Any], entries: list[dict[str, Any]]) -> markdown.Page:
     """Return the page of the figure's numbers: last and best value of every run; -- means not run."""
     panels = [panel["name"] for panel in figure["panels"]]
     about = "Last value, in brackets the best and the epoch it was first reached (from 0); -- means not run."

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-RULE = re.compile(r"---:?")
-# what LaTeX reads as something else; the backslash is first replaced by a mark
+# what LaTeX reads as something else
 SPECIAL = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"$|$"},
@@ -19,60 +17,54 @@ SPECIAL = {
 }
 
 
-class Table(NamedTuple):
-    """A table of a page.
+class Table(str):
+    """A table: the string is its Markdown, and it keeps the cells for other formats.
 
     Args:
-        align: a letter per column, `r` or `l`.
+        heads, rows: cells as they stand in Markdown, but for `|`, which is escaped here.
+        align: a letter per column, `r` for numbers that end at the right, `l` for the rest.
     """
 
     heads: list[str]
     rows: list[list[str]]
     align: str
 
+    def __new__(cls, heads: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Table:
+        rules = ["---:" if letter == "r" else "---" for letter in align]
+        head = _line(heads).replace("|  |", "| |")  # a column without a name
+        made = super().__new__(cls, "\n".join([head, _line(rules), *map(_line, rows)]))
+        made.heads, made.rows, made.align = list(heads), [list(row) for row in rows], align
+        return made
+
     def csv(self) -> str:
         """Return the table as CSV, the heads in the first line."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.heads, *self.rows])
+        csv.writer(text, lineterminator="\n").writerows(self._plain())
         return text.getvalue()
 
     def latex(self) -> str:
         """Return the table as a `tabular` of LaTeX, without any package."""
-        lines = [_kept(" & ".join(map(_escaped, cells))) + r" \\" for cells in (self.heads, *self.rows)]
+        lines = [_kept(" & ".join(map(_escaped, cells))) + r" \\" for cells in self._plain()]
         lines.insert(1, r"\hline")
         return "\n".join([rf"\begin{{tabular}}{{{self.align}}}", *lines, r"\end{tabular}"]) + "\n"
 
-
-def tables(text: str) -> list[Table]:
-    """Return the tables of a page of this module, in order."""
-    lines, found = text.splitlines(), []
-    for i, line in enumerate(lines[1:], 1):
-        rules = _cells(line) if line.startswith("|") else []
-        if rules and all(map(RULE.fullmatch, rules)) and lines[i - 1].startswith("|"):
-            rows = []
-            for row in lines[i + 1 :]:
-                if not row.startswith("|"):
-                    break
-                rows.append(_cells(row))
-            align = "".join("r" if rule.endswith(":") else "l" for rule in rules)
-            found.append(Table(_cells(lines[i - 1]), rows, align))
-    return found
+    def _plain(self) -> list[list[str]]:
+        """Return heads and rows without the marks of Markdown."""
+        return [[cell.replace("**", "").replace("`", "") for cell in cells] for cells in (self.heads, *self.rows)]
 
 
-def files(text: str, name: str) -> dict[str, str]:
-    """Return the tables of a page as files: <name>.tex with all of them, and a CSV each, numbered where several."""
-    found = tables(text)
-    if not found:
-        return {}
-    numbered = [f"-{i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
-    sheets = {f"{name}{number}.csv": table.csv() for number, table in zip(numbered, found, strict=True)}
-    return {f"{name}.tex": "\n".join(table.latex() for table in found), **sheets}
+class Page(str):
+    """A page: the string is its Markdown, and it keeps its tables."""
 
+    tables: list[Table]
 
-def _cells(line: str) -> list[str]:
-    """Return the cells of a line, without the marks of Markdown."""
-    parts = re.split(r"(?<!\\)\|", line.strip()[1:-1])
-    return [part.strip().replace("\\|", "|").replace("**", "").replace("`", "") for part in parts]
+    def files(self, name: str) -> dict[str, str]:
+        """Return the tables as files: <name>.tex with all of them, and a CSV each, numbered where several."""
+        if not self.tables:
+            return {}
+        numbered = [f"-{i}" for i in range(1, len(self.tables) + 1)] if len(self.tables) > 1 else [""]
+        sheets = {f"{name}{number}.csv": table.csv() for number, table in zip(numbered, self.tables, strict=True)}
+        return {f"{name}.tex": "\n".join(table.latex() for table in self.tables), **sheets}
 
 
 def _kept(line: str) -> str:
@@ -84,9 +76,11 @@ def _escaped(text: str) -> str:
     return "".join(SPECIAL.get(letter, letter) for letter in text)
 
 
-def page(*blocks: str) -> str:
+def page(*blocks: str) -> Page:
     """Return a page of headings, paragraphs and tables, an empty line between two of them."""
-    return "\n\n".join(blocks) + "\n"
+    made = Page("\n\n".join(blocks) + "\n")
+    made.tables = [block for block in blocks if isinstance(block, Table)]
+    return made
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -94,11 +88,8 @@ def front_matter(fields: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(dict(fields), sort_keys=False)}---"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """Return a table.
-
-    Args:
-        align: a letter per column, `r` for numbers that end at the right, `l` for the rest; `l` is left out at the end.
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> Table:
+    """Return a table; `align` may leave out `l` at its end.
 
     Raises:
         ValueError: a row has not as many cells as the table has columns.
@@ -106,10 +97,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") 
     wrong = [row for row in rows if len(row) != len(heads)]
     if wrong:
         raise ValueError(f"{wrong[0]} has {len(wrong[0])} cells, the table has the columns {', '.join(heads)}")
-    rules = ["---:" if letter == "r" else "---" for letter in align.ljust(len(heads), "l")]
-    head = _line(heads).replace("|  |", "| |")  # a column without a name
-    return "\n".join([head, _line(rules), *map(_line, rows)])
+    return Table(heads, rows, align.ljust(len(heads), "l"))
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

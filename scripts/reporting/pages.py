@@ -15,8 +15,8 @@ from scripts.reporting.grids.runs import Runs, runs_of
 SHEETS = ("tables", "figure", "grids", "measures")
 
 
-def of(study: dict[str, Any]) -> dict[Path, str]:
-    """Return the text of every page of a study that has something to show, by the path it is kept at."""
+def of(study: dict[str, Any]) -> dict[Path, markdown.Page]:
+    """Return every page of a study that has something to show, by the path it is kept at."""
     folder, found = study["folder"], {}
     for name, table in study.get("tables", {}).items():
         found[folder / f"{name}.md"] = (targets if "target" in table else tables).render(table)
@@ -45,9 +45,7 @@ def sheets(study: dict[str, Any]) -> dict[Path, str]:
     if not any(part in study for part in SHEETS):
         return {}
     return {
-        path.with_name(name): text
-        for path, page in of(study).items()
-        for name, text in markdown.files(page, path.stem).items()
+        path.with_name(name): text for path, page in of(study).items() for name, text in page.files(path.stem).items()
     }
 
 
@@ -93,12 +91,12 @@ def write_sweep(folder: Path) -> str:
         ValueError: what lies there is no sweep.
     """
     content = sweeps.read(folder / "sweep.json")
-    text = sweeps.page(content)
-    for name, part in {"sweep.md": text, **markdown.files(text, "sweep")}.items():
+    page = sweeps.page(content)
+    for name, part in {"sweep.md": page, **page.files("sweep")}.items():
         (folder / name).write_text(part)
     if sweeps.drawn(content):
         sweeps.draw(content, folder / "sweep.png")
-    return text
+    return page
 
 
 def write_index() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from scripts.reporting import markdown, provenance
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> markdown.Page:
     """Return the page of its result."""
     about = result["about"]
     rows = []

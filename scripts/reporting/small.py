@@ -7,7 +7,7 @@ from typing import Any
 from scripts.reporting import markdown, provenance
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> markdown.Page:
     """Return the page of its result."""
     about = result["about"]
     rows = [[row["label"], f"{1e6 * row['seconds']['median']:.0f}", str(row["evals"])] for row in result["rows"]]
@@ -21,7 +21,7 @@ def render(result: dict[str, Any]) -> str:
     )
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> markdown.Table:
     """Return the ratios, ours over the bare loop or over torchdeq's."""
     rows = [[item["a"], item["b"], provenance.interval(item["total"])] for item in result["ratios"]]
     return markdown.table(["ours", "over", "ratio"], rows, "llr")

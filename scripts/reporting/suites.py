@@ -13,7 +13,7 @@ SPEED += ("solver memory, ours / torchdeq", "syncs in the solve")
 IMPLICIT = ("model", "against", "total", "backward", "total in torchdeq", "backward in torchdeq", "the paper")
 
 
-def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> str:
+def render(title: str, results: Sequence[tuple[str, str, dict[str, Any]]]) -> markdown.Page:
     """Return the page from (title of a row, the paper's number for it, result of its benchmark)."""
     speed, implicit, apart = [], [], []
     for name, paper, result in results:

@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def page(content: Mapping[str, Any]) -> str:
+def page(content: Mapping[str, Any]) -> markdown.Page:
     """Return the page: a row per point, its seeds averaged, and the jobs that failed with their reasons."""
     keys = content["keys"]
     shown = [name for name in HEADS if any(row[name] for row in content["rows"])]
@@ -55,7 +55,7 @@ def page(content: Mapping[str, Any]) -> str:
         blocks.append(f"No job has a value on `{content['split']}`: there is no map to draw.")
     if content["failed"]:
         failed = [
-            [" ".join(f"{key}={value}" for key, value in job["values"].items()), job["reason"].replace("|", "\\|")]
+            [" ".join(f"{key}={value}" for key, value in job["values"].items()), job["reason"]]
             for job in content["failed"]
         ]
         blocks += ["## Failed", markdown.table(["job", "reason"], failed)]

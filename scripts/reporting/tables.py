@@ -21,12 +21,12 @@ COMPARED = "`difference`: ours less the paper's; `in spread`: whether it is at m
 SCALES = ("paper", "gpu", "cpu", "smoke")
 
 
-def render(table: dict[str, Any]) -> str:
+def render(table: dict[str, Any]) -> markdown.Page:
     """Return the page of a table; one with `protocols` is over folds, any other over seeds."""
     return _folds(table) if "protocols" in table else _seeds(table)
 
 
-def _seeds(table: dict[str, Any]) -> str:
+def _seeds(table: dict[str, Any]) -> markdown.Page:
     """Return the paper's number, ours by the paper's protocol, and the honest one."""
     metric, split, std = table["metric"], table["split"], table["std"]
     groups: dict[str, dict[str, Any]] = {}
@@ -204,7 +204,7 @@ def _milliseconds(runs: list[dict[str, float]]) -> str:
     return f"{middle} [{low:.1f}, {high:.1f}] ({sum(run['n'] for run in runs)} steps)"
 
 
-def _folds(table: dict[str, Any]) -> str:
+def _folds(table: dict[str, Any]) -> markdown.Page:
     """Return the paper's number, and ours by every protocol of scripts/running/folds.py."""
     protocols = table["protocols"]
     about = (

@@ -10,7 +10,7 @@ HEADS = ("row", "reached", "seconds", "best", "record of the best", "steps", "ac
 HEADS += ("card", "precision", "budget", "commit", "command")
 
 
-def render(table: dict[str, Any]) -> str:
+def render(table: dict[str, Any]) -> markdown.Page:
     """Return the page of a table with a `target`."""
     about = (
         f"Wall clock of training until the first evaluation with {table['metric']} >= {table['target']:g} on "

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from scripts import report, studies
-from scripts.reporting import markdown, pages
+from scripts.reporting import pages
 from scripts.reporting.html.chosen import chosen
 from scripts.reporting.html.others import others
 from scripts.reporting.provenance import command
@@ -123,8 +123,8 @@ def test_every_table_is_that_of_the_rendered_pages(reader):
     for study in map(studies.load, studies.names()):
         cells = [
             plain(cell)
-            for text in pages.of(study).values()
-            for table in markdown.tables(text)
+            for page in pages.of(study).values()
+            for table in page.tables
             for row in (table.heads, *table.rows)
             for cell in row
         ]

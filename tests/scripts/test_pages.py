@@ -74,15 +74,17 @@ def test_a_table_is_written_as_markdown_reads_it():
         markdown.table(["a", "b"], [["x"]])
 
 
-def test_tables_of_a_page_are_read_back_as_they_were_written():
-    one, two = (["row", "n"], [["a | b", "1"], ["", ""]]), (["x"], [["**no**"]])
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in one[1]]
-    text = markdown.page("# T", markdown.table(one[0], escaped, "lr"), "and | no table", markdown.table(*two))
-    assert markdown.tables(text) == [markdown.Table(*one, "lr"), markdown.Table(["x"], [["no"]], "l")]
-    files = markdown.files(text, "t")
+def test_a_page_writes_its_tables_as_csv_and_latex():
+    one = markdown.table(["row", "n"], [["a | b", "1"], ["", ""]], "lr")
+    two = markdown.table(["x"], [["**no**"], ["`k=3`"]])
+    page = markdown.page("# T", one, "| and | no table |", two)
+    assert "\n| a \\| b | 1 |\n" in page and "\n| **no** |\n" in page and page.tables == [one, two]
+    files = page.files("t")
     assert set(files) == {"t.tex", "t-1.csv", "t-2.csv"}
     assert list(csv.reader(io.StringIO(files["t-1.csv"]))) == [["row", "n"], ["a | b", "1"], ["", ""]]
-    assert files["t.tex"].count(r"\begin{tabular}") == 2 and markdown.files("# T\n", "t") == {}
+    assert files["t-2.csv"] == "x\nno\nk=3\n", "without the marks of Markdown"
+    assert files["t.tex"].count(r"\begin{tabular}") == 2 and "{lr}\n" in files["t.tex"]
+    assert set(markdown.page("# T", one).files("t")) == {"t.tex", "t.csv"} and markdown.page("# T").files("t") == {}
 
 
 def test_latex_reads_every_cell_as_text():

@@ -10,13 +10,13 @@ from scripts.reporting import markdown, plots, tables
 from scripts.reporting.grids.runs import Runs, mean_curve, source
 
 
-def page(grid: dict[str, Any], runs: Runs) -> str:
+def page(grid: dict[str, Any], runs: Runs) -> markdown.Page:
     """Return the page: best and last accuracy, and the radius; a row per estimator and lam, a column per k."""
     axes = grid["grid"].get(runs.scale, grid["grid"]["paper"])
     heads = ["estimator", "lam", *(f"k = {k}" for k in axes["k"])]
     metric, split = grid["metric"], grid["split"]
 
-    def table(show: Any) -> str:
+    def table(show: Any) -> markdown.Table:
         rows = [
             [name, str(lam), *(show(runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"])]
             for name in grid["experiments"]

@@ -13,7 +13,7 @@ WINDOWS = 10
 PREFIX = "gradient_cosine/"
 
 
-def page(grid: dict[str, Any], runs: Runs) -> str:
+def page(grid: dict[str, Any], runs: Runs) -> markdown.Page:
     """Return the page: median and spread of cosine and norm ratio in every tenth of the training."""
     names = _names(runs)
     heads = ["steps", "batches", *(f"cosine of {name.upper()}" for name in names)]

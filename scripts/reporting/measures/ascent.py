@@ -15,7 +15,7 @@ FAMILIES = {
 LOW, HIGH = 1e-4, 1e2  # what lies outside is drawn on the edge
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> markdown.Page:
     """Return the page."""
     counts = record["counts"]
     ks = sorted({row["k"] for row in record["rows"]})

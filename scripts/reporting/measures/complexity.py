@@ -19,7 +19,7 @@ PAPER = {
 PEAKS = {"Implicit, Broyden": "implicit_protocol", "UPG": "upg", "NPG": "npg"}
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> markdown.Page:
     """Return the page."""
     settings, fits, peaks = record["settings"], record["fits"], record["protocols"]
     k = settings["protocol_k"]

@@ -12,7 +12,7 @@ FLOOR = 1e-16
 SHOWN = (1, 2, 4, 8, 16, 30, 100, 200)
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> markdown.Page:
     """Return the page."""
     settings = record["settings"]
     lams, ks = settings["lams"], settings["ks"]

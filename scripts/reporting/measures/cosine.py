@@ -12,7 +12,7 @@ SHOWN = (1, 2, 3, 5, 9, 12)
 NAMES = {"NPG": "(a) Neumann series, NPG", "UPG": "(b) unrolling, UPG"}
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> markdown.Page:
     """Return the page."""
     rows = record["rows"]
     longest = len(rows[0]["cosine"])

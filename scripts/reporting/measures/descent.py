@@ -10,7 +10,7 @@ from typing import Any
 from scripts.reporting import claims, markdown, plots
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> markdown.Page:
     """Return the page."""
     settings = record["settings"]
     rows = []
