@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import config as functorch_config
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
 
-from phantom import DEQ, Rollout, Solver
-from phantom.deq import deqs_of
+from phantom import DEQ, Rollout
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.artifacts.weights import LoadReference, load_initial, locate_weights
 from phantom.engine.config.instantiate import instantiate
-from phantom.engine.config.values import obstacles_to_graphs
 from phantom.engine.continuation import check_budget, check_continued
 from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine import distributed, precision
-from phantom.engine.machine.compiler import can_compile, check_compiler
 from phantom.engine.machine.memory import begin_peak
-from phantom.engine.machine.speed import Speed, choose_speed
-from phantom.engine.model import check_model, find_cell
+from phantom.engine.model import check_model
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.speed import check_speed, choose_speed, speed_up
 from phantom.engine.training.loop import Trainer
-from phantom.engine.training.rules import Rules
-from phantom.validate import check_triton
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +34,6 @@ def build_model(plan: Plan, spec: Spec) -> nn.Module:
         ConfigError: the constructor refuses an argument, or what it makes is no `Model`.
     """
     return check_model(instantiate(plan.model_config, "model", **spec.inputs, deq=plan.deq), plan.deq)
-
-
-def compile_cell(model: nn.Module) -> None:
-    """Compile f: torch compiles the module `cell` to one graph; its `forward` takes everything that varies as argument.
-
-    Changes two settings of torch for the whole process, `donated_buffer` and `recompile_limit`.
-
-    Raises:
-        ConfigError: the model has no such module.
-    """
-    cell = find_cell(model)
-    # adjoint estimators and diagnostics run the backward of one evaluation of f several times
-    functorch_config.donated_buffer = False
-    # torch.compile makes one graph per shape and grad mode. Text needs many: the memory grows and the last segment is
-    # short
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    cell.compile(fullgraph=True, dynamic=False)
 
 
 def build_source(plan: Plan) -> Source:
@@ -81,74 +56,9 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
         return distributed.start(plan.config["device"])
 
 
-def _check_compiler(config: dict[str, Any], device: torch.device) -> None:
-    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
-    solvers["eval_solver"] = config["eval_solver"]
-    names = [f"{name}.compile" for name, solver in solvers.items() if solver is not None and solver.get("compile")]
-    if config["compile"]:
-        names.insert(0, "compile")
-    if names:
-        with as_config_error():
-            check_compiler(device, names[0])
-
-
-def _check_machine(config: dict[str, Any], device: torch.device, world_size: int) -> None:
-    if config["cuda_graph"] and (device.type != "cuda" or world_size > 1):
-        raise ConfigError("cuda_graph=true needs a GPU and one process; leave it out here")
-    if config["speed"] in ("kernels", "padded") and device.type != "cuda":
-        raise ConfigError(f"speed={config['speed']} needs a GPU: use speed=auto here")
-    if config["speed"] == "kernels":
-        with as_config_error(prefix="speed=kernels: "):
-            check_triton()
-
-
 def _say(line: str) -> None:
     if distributed.is_first():
         log.info("%s", line)
-
-
-def _choose_speed(plan: Plan, source: Source, model: nn.Module, device: torch.device, world_size: int) -> Speed:
-    with as_config_error():
-        return choose_speed(
-            plan.config,
-            on_gpu=device.type == "cuda",
-            world_size=world_size,
-            steps=plan.budget.total(source),
-            cell=getattr(model, "cell", None),
-            solver_has_kernels=hasattr(plan.deq.solver, "kernels"),
-            obstacles=obstacles_to_graphs(plan.config, plan.task),
-            can_compile=lambda: can_compile(device),
-        )
-
-
-def _speed_up_solvers(model: nn.Module, rules: Rules, speed: Speed) -> Rules:
-    """Let the solvers of the config fuse their arithmetic, or use the kernels that they have, as `speed` says.
-
-    Return the rules, which go on to share their solver and estimator with the layers that they govern.
-    """
-    chosen = [name for name in ("compile", "kernels") if getattr(speed, name)]
-
-    def fast(solver: Any) -> Any:
-        names = [name for name in chosen if hasattr(solver, name)] if isinstance(solver, Solver) else []
-        return replace(solver, **dict.fromkeys(names, True)) if names else solver
-
-    def with_fast(grad: Any) -> Any:
-        return replace(grad, solver=fast(grad.solver)) if chosen and hasattr(grad, "solver") else grad
-
-    faster = replace(rules, solver=fast(rules.solver), grad=with_fast(rules.grad))
-    for deq in filter(rules.govern, deqs_of(model)):
-        deq.solver, deq.eval_solver, deq.grad = faster.solver, fast(deq.eval_solver), faster.grad
-    return faster
-
-
-def _speed_up_cell(model: nn.Module, speed: Speed) -> None:
-    cell: Any = getattr(model, "cell", None)
-    if speed.kernels and hasattr(cell, "fuse"):
-        cell.fuse()
-    if speed.padded:
-        cell.pad()
-    if speed.compile:
-        compile_cell(model)
 
 
 def _beginning(plan: Plan) -> tuple[str | None, dict[str, Any] | None]:
@@ -203,8 +113,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     config: dict[str, Any] = plan.config
     device, rank, world_size = set_up_machine(plan)
     begin_peak(device)
-    _check_machine(config, device, world_size)
-    _check_compiler(config, device)
+    check_speed(config, device, world_size)
     init, origin = _beginning(plan)
     source = build_source(plan)
     wanted = plan.budget.eval_splits
@@ -219,11 +128,10 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
     if init is not None:
         origin = load_initial(model, init, load_reference)
         _say("the run begins with the weights of " + ", ".join(f"{k} {v}" for k, v in origin.items()))
-    speed = _choose_speed(plan, source, model, device, world_size)
+    speed = choose_speed(plan, model, plan.budget.total(source), device, world_size)
     _say(str(speed))
     _say_how_deep(plan.deq)
-    _speed_up_cell(model, speed)
-    rules = _speed_up_solvers(model, plan.rules, speed)
+    rules = speed_up(model, plan.rules, speed)
     wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own
     return Trainer(

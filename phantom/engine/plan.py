@@ -21,10 +21,11 @@ from phantom.engine.config.configs import Configs
 from phantom.engine.config.instantiate import instantiate, parameters_of, unknown_keys
 from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
-from phantom.engine.config.values import check_cuda_graph, check_rates, check_root
+from phantom.engine.config.values import check_rates, check_root
 from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.precision import settle
 from phantom.engine.measure.monitor import Monitor
+from phantom.engine.speed import check_cuda_graph
 from phantom.engine.tasks import Task
 from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping

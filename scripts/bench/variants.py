@@ -13,7 +13,7 @@ from torch import nn
 
 from phantom import BPTT, UPG, GradientEstimator
 from phantom.deq import deqs_of
-from phantom.engine.build import build_model, compile_cell
+from phantom.engine.build import build_model
 from phantom.engine.config.compatibility import kinds_of_model
 from phantom.engine.config.compose import FILLS
 from phantom.engine.config.instantiate import parameters_of
@@ -23,6 +23,7 @@ from phantom.engine.machine import precision
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Spec
+from phantom.engine.speed import compile_cell
 from phantom.engine.tasks.base import Score
 from phantom.engine.training.cuda_graph import WARM_UP_STEPS
 from phantom.engine.training.step import Step

@@ -3,24 +3,35 @@
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models.mdeq.cell import ResidualBlock
 from models.mdeq.convolution import Padded
-from phantom import DEQ, FixedPoint, Implicit, OneStep
-from phantom.engine import build
+from phantom import DEQ, Broyden, FixedPoint, Implicit, OneStep
+from phantom.engine import build, speed
 from phantom.engine.build import build_trainer
-from phantom.engine.config.values import obstacles_to_graphs
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine.precision import settle
-from phantom.engine.machine.speed import COMPILE_PAYS, GRAPH_PAYS, Speed, choose_speed
+from phantom.engine.speed import (
+    COMPILE_PAYS,
+    GRAPH_PAYS,
+    Speed,
+    check_speed,
+    choose_speed,
+    obstacles_to_graphs,
+    speed_up,
+)
 from phantom.engine.training.rules import Rules
 from tests.engine import tiny
 from tests.plans import plan
 
-UNSET = {"speed": "auto", "compile": None, "cuda_graph": None}
+UNSET = {
+    **{"speed": "auto", "compile": None, "cuda_graph": None},
+    **{"penalty": None, "jitter": None, "course": None, "accumulate": 1},
+}
 
 
 class Fusible:
@@ -36,28 +47,26 @@ class Paddable:
 CELL = object()
 
 
-def choose(
-    *, on_gpu=True, world_size=1, steps=COMPILE_PAYS, cell=CELL, solver=False, obstacles=(), compiler=True, **keys
-):
-    found = choose_speed(
-        UNSET | keys,
-        on_gpu=on_gpu,
-        world_size=world_size,
-        steps=steps,
-        cell=cell,
-        solver_has_kernels=solver,
-        obstacles=obstacles,
-        can_compile=lambda: compiler,
-    )
-    return (found.compile, found.cuda_graph, found.kernels), str(found)
+@pytest.fixture
+def choose(monkeypatch):
+    """Return the choice for a plan of these keys: whether f is compiled, steps are graphs, and kernels serve."""
+
+    def choice(*, device="cuda", world_size=1, steps=COMPILE_PAYS, cell=CELL, solver=None, compiler=True, **keys):
+        monkeypatch.setattr(speed, "can_compile", lambda device: compiler)
+        task = SimpleNamespace(fixed_shapes=True)
+        made = SimpleNamespace(config=UNSET | keys, task=task, deq=SimpleNamespace(solver=solver))
+        found = choose_speed(made, SimpleNamespace(cell=cell), steps, torch.device(device), world_size)
+        return (found.compile, found.cuda_graph, found.kernels), str(found)
+
+    return choice
 
 
 @pytest.mark.parametrize(
     ("given", "expected", "sentence"),
     [
         ({}, (True, True, False), "f is compiled, steps are CUDA graphs"),
-        ({"on_gpu": False}, (False, False, False), "f runs as written .there is nothing to choose on a CPU"),
-        ({"on_gpu": False, "compile": True}, (True, False, False), "f is compiled"),
+        ({"device": "cpu"}, (False, False, False), "f runs as written .there is nothing to choose on a CPU"),
+        ({"device": "cpu", "compile": True}, (True, False, False), "f is compiled"),
         ({"speed": "off"}, (False, False, False), "speed=off"),
         (
             {"speed": "off", "cuda_graph": True},
@@ -69,34 +78,38 @@ def choose(
         ({"steps": 3, "compile": True, "cuda_graph": True}, (True, True, False), "f is compiled, steps are CUDA"),
         ({"compile": False}, (False, True, False), "steps are CUDA graphs"),
         ({"world_size": 8}, (True, False, False), "CUDA graphs take one process"),
-        ({"obstacles": ["penalty=null"]}, (True, False, False), "CUDA graphs need penalty=null"),
+        ({"penalty": {}}, (True, False, False), "CUDA graphs need penalty=null"),
         ({"compiler": False}, (False, True, False), "torch cannot compile here"),
         ({"cell": None}, (False, True, False), "the model has no module `cell`"),
         ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
         ({"speed": "kernels", "cell": Fusible(), "compile": True}, (True, True, True), "f is compiled"),
-        ({"speed": "kernels", "solver": True}, (True, True, True), "f is compiled, .* max_steps, own kernels"),
-        ({"speed": "kernels", "solver": True, "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
+        ({"speed": "kernels", "solver": Broyden()}, (True, True, True), "f is compiled, .* max_steps, own kernels"),
+        (
+            {"speed": "kernels", "solver": Broyden(), "cell": Fusible()},
+            (False, True, True),
+            "own kernels .speed=kernels",
+        ),
     ],
     ids=lambda value: None if isinstance(value, tuple | str) else "-".join(value) or "default",
 )
-def test_the_choice(given, expected, sentence):
+def test_the_choice(given, expected, sentence, choose):
     found, text = choose(**given)
     assert found == expected
     assert re.search(sentence, text), text
 
 
-def test_padding_is_as_auto_and_needs_a_cell_that_pads():
+def test_padding_is_as_auto_and_needs_a_cell_that_pads(choose):
     for steps, on in ((COMPILE_PAYS, True), (GRAPH_PAYS - 1, False)):
         found, text = choose(speed="padded", cell=Paddable(), steps=steps)
         assert found == (on, on, False) and "padded channels (" in text
     for cell in (CELL, None):
-        with pytest.raises(ValueError, match="speed=padded needs a model whose cell pads its channels"):
+        with pytest.raises(ConfigError, match="speed=padded needs a model whose cell pads its channels"):
             choose(speed="padded", cell=cell)
 
 
-def test_kernels_need_a_cell_or_a_solver_that_has_them():
+def test_kernels_need_a_cell_or_a_solver_that_has_them(choose):
     with pytest.raises(
-        ValueError, match=r"speed=kernels needs a model whose cell has kernels.*, or solver=broyden: use"
+        ConfigError, match=r"speed=kernels needs a model whose cell has kernels.*, or solver=broyden: use"
     ):
         choose(speed="kernels")
 
@@ -112,16 +125,16 @@ def test_on_a_cpu_it_is_one_line_and_nothing_else(tmp_path, caplog):
     assert trainers[0].folder == trainers[1].folder, "how fast a run is does not make it another one"
 
 
-@pytest.mark.parametrize("speed", ["kernels", "padded"])
-def test_what_needs_a_gpu_is_refused_on_a_cpu_before_the_data_are_read(speed, tmp_path):
-    with pytest.raises(ConfigError, match=f"speed={speed} needs a GPU"):
-        build_trainer(plan(["data=cifar10", "data.root=nowhere", f"speed={speed}", f"runs={tmp_path}", "device=cpu"]))
+@pytest.mark.parametrize("asked", ["kernels", "padded"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu_before_the_data_are_read(asked, tmp_path):
+    with pytest.raises(ConfigError, match=f"speed={asked} needs a GPU"):
+        build_trainer(plan(["data=cifar10", "data.root=nowhere", f"speed={asked}", f"runs={tmp_path}", "device=cpu"]))
 
 
 def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="speed=kernels: the kernels need Triton"):
-        build._check_machine({"cuda_graph": None, "speed": "kernels"}, torch.device("cuda"), 1)
+        check_speed({"cuda_graph": None, "speed": "kernels"}, torch.device("cuda"), 1)
 
 
 @pytest.mark.parametrize("tol", ["1e-3", "null"])
@@ -144,7 +157,7 @@ def test_precision_is_settled_by_the_machine(monkeypatch, tmp_path):
 def test_a_run_that_compiles_f_compiles_its_solvers(monkeypatch, tmp_path):
     chosen = Speed(compile=True, cuda_graph=False, kernels=False, padded=False, reason="a test")
     monkeypatch.setattr(build, "choose_speed", lambda *_, **__: chosen)
-    monkeypatch.setattr(build, "compile_cell", lambda model: None)
+    monkeypatch.setattr(speed, "compile_cell", lambda model: None)
     trainer = build_trainer(plan(["grad=implicit", "subset=32", "steps=1", f"runs={tmp_path}", "device=cpu"]))
     deq = trainer.unwrapped.deq
     assert deq.solver.compile and deq.grad.solver.compile
@@ -175,13 +188,14 @@ def test_a_run_that_pads_has_a_cell_that_pads(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "grad", [tiny.GRAD, Implicit(solver=FixedPoint(max_steps=4, tol=None))], ids=["tiny", "implicit"]
 )
-def test_the_layers_of_the_config_are_sped_up_and_go_on_to_be_governed(grad):
+def test_the_layers_of_the_config_are_sped_up_and_go_on_to_be_governed(grad, monkeypatch):
     model = tiny.Classifier()
     model.deq = DEQ(solver=tiny.SOLVER, grad=grad, eval_solver=FixedPoint(max_steps=9), confirm=False)
     model.inner = DEQ(solver=FixedPoint(max_steps=3, tol=None), grad=OneStep())
     own = (model.inner.solver, model.inner.grad)
-    speed = Speed(compile=True, cuda_graph=False, kernels=False, padded=False, reason="a test")
-    rules = build._speed_up_solvers(model, Rules(solver=tiny.SOLVER, grad=grad, seed=0), speed)
+    chosen = Speed(compile=True, cuda_graph=False, kernels=False, padded=False, reason="a test")
+    monkeypatch.setattr(speed, "compile_cell", lambda model: None)
+    rules = speed_up(model, Rules(solver=tiny.SOLVER, grad=grad, seed=0), chosen)
     assert rules.govern(model.deq) and model.deq.solver is rules.solver and model.deq.grad is rules.grad
     assert model.deq.solver.compile and model.deq.eval_solver.compile
     assert not hasattr(grad, "solver") or model.deq.grad.solver.compile

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from phantom import DEQ, UPG, FixedPoint, Solution
 from phantom.engine.artifacts.tracking import Tracker
-from phantom.engine.machine.speed import Speed
 from phantom.engine.source import Shard, Source, Spec
+from phantom.engine.speed import Speed
 from phantom.engine.tasks.base import Score, Tally, Task
 from phantom.engine.tasks.images import ImageClassification
 from phantom.engine.training.budget import Budget

@@ -12,7 +12,7 @@ from models.deq_transformer.cell import CellMasks, TransformerCell
 from models.deq_transformer.model import DEQTransformer
 from phantom import BPTT, DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, JacobianRegularizer
 from phantom.diagnostics import cosine
-from phantom.engine.build import compile_cell
+from phantom.engine.speed import compile_cell
 from tests.models.transformers import V, make, tokens, written_out
 from tests.phantom.attentions import Attentions
 

@@ -10,7 +10,7 @@ from models.mdeq.model import MDEQ
 from models.synthetic import SyntheticMap
 from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import cosine, norm_ratio
-from phantom.engine.build import compile_cell
+from phantom.engine.speed import compile_cell
 from phantom.solve import replace_rows, solve
 from tests.phantom.problems import linear_nonsymmetric, randn, tanh_contraction
 from tests.phantom.solvers import FEW_STEPS, each

@@ -11,8 +11,7 @@ from phantom.engine.artifacts import tracking
 from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.distributed import DEVICES
 from phantom.engine.machine.precision import PRECISIONS
-from phantom.engine.machine.speed import SPEEDS
-from phantom.engine.tasks import Task
+from phantom.engine.speed import SPEEDS
 from phantom.report import CHOICES as ON_FAILURE
 from phantom.validate import ANY, check_choice, check_count, check_flag, check_number
 
@@ -78,23 +77,6 @@ def check_root(config: dict[str, Any]) -> None:
         raise ConfigError(
             "init and continue_from exclude each other: the run that continue_from names has weights of its own"
         )
-
-
-def obstacles_to_graphs(config: dict[str, Any], task: Task) -> list[str]:
-    """Return what the config would have to say for steps of a fixed shape that never wait for the host, in words."""
-    found = [f"{name}=null" for name in ("penalty", "jitter", "course") if config[name] is not None]
-    found += ["accumulate=1"] if config["accumulate"] != 1 else []
-    return found + ([] if task.fixed_shapes else [f"batches of a fixed shape, which {task.kind} does not have"])
-
-
-def check_cuda_graph(config: dict[str, Any], task: Task) -> None:
-    """Check that a training step can be a CUDA graph, where the config asks for one.
-
-    Raises:
-        ConfigError: names what to change.
-    """
-    if config["cuda_graph"] and (found := obstacles_to_graphs(config, task)):
-        raise ConfigError(f"cuda_graph=true replays one fixed sequence of kernels: it needs {', '.join(found)}")
 
 
 def check_rates(settings: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ from phantom.engine.machine import distributed
 from phantom.engine.machine.lateness import LateRanks
 from phantom.engine.machine.memory import peak_memory
 from phantom.engine.machine.signals import Interrupted, Interruption, name_of
-from phantom.engine.machine.speed import Speed
 from phantom.engine.measure.monitor import Monitor
 from phantom.engine.measure.timing import StepTimer
 from phantom.engine.source import Shard, Source, dead_worker, training_steps
+from phantom.engine.speed import Speed
 from phantom.engine.tasks import Task
 from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping
