@@ -29,7 +29,7 @@ from pathlib import Path
 
 try:
     from models.official.load import load_reference
-    from phantom.engine.artifacts import records
+    from phantom.engine.artifacts import identity, provenance
     from phantom.engine.errors import UserError
     from phantom.engine.rebuild import begin_run, rebuild_run
     from scripts import arguments
@@ -65,9 +65,9 @@ def main(items: Sequence[str]) -> None:
     shown = [f"{key}={own[key]}" for key in ("checkpoint", "cosine", "batches") if key in own]
     # <folder> stays without quotes: it is to be filled in
     begin = "python scripts/explore.py" + " run=<folder>" * ("run" in own)
-    line = " ".join([begin, *map(shlex.quote, [*shown, *records.meaningful(others)])])
+    line = " ".join([begin, *map(shlex.quote, [*shown, *identity.meaningful(others)])])
     title = own.get("title", "Gradient estimators and solvers on a model")
-    about = {"title": title, "command": line, "wanted": wanted, **run.about, **records.environment(run.device)}
+    about = {"title": title, "command": line, "wanted": wanted, **run.about, **provenance.environment(run.device)}
     found = about | measured
     print(page.render(found))
     if out is not None:

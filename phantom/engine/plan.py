@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phantom import DEQ, SHINE, Broyden, Solver
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity
 from phantom.engine.config import compose
 from phantom.engine.config.compatibility import find_task, model_config
 from phantom.engine.config.configs import Configs
@@ -67,7 +67,7 @@ class Plan:
     @property
     def folder(self) -> Path:
         """The run folder, a pure function of label, overrides and seed."""
-        return records.run_folder(self.root, self.label, self.overrides, self.config["seed"])
+        return identity.run_folder(self.root, self.label, self.overrides, self.config["seed"])
 
     @property
     def recipe(self) -> str | None:
@@ -87,14 +87,14 @@ class Plan:
 
     def differences_to_resume(self, text: str) -> list[str]:
         """Return those of `differences` that forbid to go on: of a run that continues another one, the budget may."""
-        free = () if self.config["continue_from"] is None else records.BUDGET
+        free = () if self.config["continue_from"] is None else identity.BUDGET
         return [key for key in self.differences(text) if key not in free]
 
     def differences(self, text: str) -> list[str]:
-        """Return the root keys that say another run than the config saved as `text`; see `records.CIRCUMSTANCES`."""
+        """Return the root keys that say another run than the config saved as `text`; see `identity.CIRCUMSTANCES`."""
         # both, as a leaf need not write every argument of a nested part
         now, then = (upgrade(config, self.defaults) for config in (self.config, yaml.safe_load(text)))
-        return records.differences(now, then)
+        return identity.differences(now, then)
 
 
 def make_plan(overrides: Sequence[str], configs: Configs) -> Plan:

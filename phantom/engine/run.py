@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phantom.engine.artifacts import lock, records
+from phantom.engine.artifacts import identity, lock, provenance, records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
@@ -77,7 +77,7 @@ def _train(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any]:
         if trainer.origin is not None and "continue_from" in trainer.origin and not any(folder.glob("last*.pt")):
             copy_continued(plan)
         launcher.note_begun(folder)
-    started = records.now()
+    started = provenance.now()
     # a run that continues another one has that one's checkpoint in its own folder by now
     trainer.fit(resume=not anew or plan.config["continue_from"] is not None)
     record = asdict(_record(trainer, plan, started))
@@ -130,10 +130,10 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         experiment=plan.choices.get("experiment"),
         recipe=plan.recipe,
         choices=plan.choices,
-        overrides=records.meaningful(plan.overrides),
+        overrides=identity.meaningful(plan.overrides),
         scale=config["scale"],
         seed=config["seed"],
-        config_hash=records.config_hash(config),
+        config_hash=identity.config_hash(config),
         kind=trainer.task.kind,
         metric=trainer.task.metric,
         baseline=spec.baseline,
@@ -149,9 +149,9 @@ def _record(trainer: Trainer, plan: Plan, started: str) -> Record:
         compile=trainer.speed.compile,
         cuda_graph=trainer.speed.cuda_graph,
         folder=str(plan.folder.relative_to(plan.root)),
-        **(records.environment(trainer.device) | trainer.measured),
+        **(provenance.environment(trainer.device) | trainer.measured),
         started=started,
-        finished=records.now(),
+        finished=provenance.now(),
         wall_seconds=round(trainer.stopwatch.total, 1),
         training_seconds=round(trainer.stopwatch.training, 3),
         steps=trainer.step,

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity, records
 from phantom.engine.config.overrides import expand, parse
 from phantom.engine.machine import launcher
 from phantom.engine.plan import Plan
@@ -136,7 +136,7 @@ def _folder(items: Sequence[str], plans: Sequence[Plan]) -> Path:
     shared = labels.pop() if len(labels) == 1 else ""
     # the label names one experiment, but not several
     named = [item.replace("experiment=", "experiments=", 1) if "," in item else item for item in items]
-    return records.run_folder(plans[0].root / "sweeps", shared or "several", named, 0).parent
+    return identity.run_folder(plans[0].root / "sweeps", shared or "several", named, 0).parent
 
 
 def _cosine(folder: Path) -> float | None:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from phantom.engine.artifacts.files import whole
-from phantom.engine.artifacts.records import environment, to_json
+from phantom.engine.artifacts.provenance import environment
+from phantom.engine.artifacts.records import to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
 from scripts.bench import measure, pipeline, ratios, small, variants

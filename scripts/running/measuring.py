@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from phantom.engine.artifacts import files, records
+from phantom.engine.artifacts import files, provenance, records
 from phantom.engine.config.overrides import parse
 from phantom.engine.errors import ConfigError
 from scripts.running.process import Run, Work
@@ -56,13 +56,13 @@ def record(measure: Callable[..., dict[str, Any]], settings: dict[str, Any]) -> 
     """Return what a measure found on one thread, with its settings, circumstances and CPU seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same numbers on every machine of a kind, and an honest CPU time
-    about = records.environment(torch.device("cpu"))
-    started, begun = records.now(), time.process_time()
+    about = provenance.environment(torch.device("cpu"))
+    started, begun = provenance.now(), time.process_time()
     try:
         found = measure(**settings)
     finally:
         torch.set_num_threads(threads)
-    times = {"started": started, "finished": records.now(), "cpu_seconds": round(time.process_time() - begun, 1)}
+    times = {"started": started, "finished": provenance.now(), "cpu_seconds": round(time.process_time() - begun, 1)}
     return {"settings": settings, **about, **times, **found}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity, records
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.build import build_source
 from phantom.engine.config.recipes import canonical
@@ -104,13 +104,13 @@ def plan(overrides: Sequence[str]) -> Plan:
 def folder_of(made: Plan, overrides: Sequence[str], seed: int) -> Path:
     """Return the folder of a run that has the plan's label, and `overrides` for its command line."""
     root = studies.ROOT / Path(made.config["runs"]).expanduser()
-    return records.run_folder(root, made.label, canonical(overrides, CONFIGS), seed)
+    return identity.run_folder(root, made.label, canonical(overrides, CONFIGS), seed)
 
 
 def variant_of(overrides: Sequence[str]) -> str:
     """Return what the overrides make of a row, as `@k=3`: empty where it stays the row that a table shows."""
     other = [item for item in overrides if item.split("=")[0] not in SAME_ROW]
-    name = records.run_folder(Path(), "label", other, 0).parent.name
+    name = identity.run_folder(Path(), "label", other, 0).parent.name
     return "" if name == "default" else f"@{name}"
 
 

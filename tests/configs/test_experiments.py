@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from phantom import UPG
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity
 from phantom.engine.build import build_model, build_trainer
 from phantom.engine.run import run
 from tests.configs.tiny_data import spec, tiny
@@ -101,7 +101,7 @@ def test_scale_changes_the_budget_alone(name, scale):
     other = smaller.config
     assert other["scale"] == scale and smaller.label == f"{name}@{scale}"
     budget = {"epochs", "steps", "repeats", "subset", "test_subset", "scale"}
-    assert {"scale", "epochs", "steps"} <= set(records.differences(paper, other)) <= budget | {"data"}
+    assert {"scale", "epochs", "steps"} <= set(identity.differences(paper, other)) <= budget | {"data"}
     without = [{k: v for k, v in c["data"].items() if k not in ("subset", "test_subset")} for c in (paper, other)]
     assert without[0] == without[1]
 
@@ -115,7 +115,7 @@ def test_null_leaves_a_group_out():
     config, _ = composed(["experiment=table1/implicit", "pretraining=null", "clipping=null"])
     assert config["pretraining"] is None and config["clipping"] is None
     plain, _ = composed(["experiment=table1/implicit_no_pretraining"])
-    assert not records.differences(config, plain)
+    assert not identity.differences(config, plain)
     assert plan(["experiment=null"]).label == "mdeq_tiny-digits-upg"
 
 

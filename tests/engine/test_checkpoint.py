@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import nn
 
-from phantom.engine.artifacts import checkpoint, records
+from phantom.engine.artifacts import checkpoint, identity
 from phantom.engine.errors import CheckpointError
 from tests.engine import tiny
 
@@ -148,7 +148,7 @@ def resumed_under(folder, config: str):
     tiny.trainer(folder, config="seed: 0\nk: 5\nwandb: auto\ndata: {root: a, size: 3}\n").fit(resume=False)
 
     def differences(text: str) -> list[str]:
-        return records.differences(yaml.safe_load(config), yaml.safe_load(text))
+        return identity.differences(yaml.safe_load(config), yaml.safe_load(text))
 
     tiny.trainer(folder, config=config, differences=differences).fit(resume=True)
 

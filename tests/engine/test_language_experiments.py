@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phantom import NPG, UPG, Anderson, Broyden, Implicit
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity
 from phantom.engine.build import build_model
 from phantom.engine.plan import Plan
 from phantom.engine.source import Spec
@@ -89,7 +89,7 @@ def test_what_tells_the_rows_apart(row, solver, evals, grad, mem_len):
 def test_the_small_rows_differ_in_the_gradient_alone(grad, estimator):
     made = plan([f"experiment=language/wikitext_test_split_{grad}"])
     config, other = made.config, plan(["experiment=language/wikitext_test_split_upg"]).config
-    assert set(records.differences(config, other)) <= {"grad", "k", "lam"}
+    assert set(identity.differences(config, other)) <= {"grad", "k", "lam"}
     assert type(made.deq.grad) is estimator
     assert config["data"]["files"] == {"train": "wiki.test.tokens", "valid": "wiki.valid.tokens", "test": None}
 

@@ -15,7 +15,7 @@ from data.text.pydocs import PyDocs
 from models.deq_transformer.model import DEQTransformer
 from phantom import DEQ, UPG, Broyden
 from phantom.engine import rebuild
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity
 from phantom.engine.build import build_trainer
 from phantom.engine.source import Shard
 from phantom.engine.tasks.base import Tally
@@ -292,6 +292,6 @@ def test_pretraining_penalty_and_jitter_reach_the_model(tmp_path):
 
 def test_where_prepared_files_lie_is_not_what_is_run():
     here, there = ({"data": {"oov": "unk", "cache": cache}, "seed": 0} for cache in (None, "/fast/disk"))
-    assert records.config_hash(here) == records.config_hash(there)
-    folders = [records.run_folder("runs", "x", items, 0) for items in ([], ["data.cache=/fast/disk"])]
+    assert identity.config_hash(here) == identity.config_hash(there)
+    folders = [identity.run_folder("runs", "x", items, 0) for items in ([], ["data.cache=/fast/disk"])]
     assert folders[0] == folders[1]

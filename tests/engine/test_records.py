@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from phantom.engine.artifacts import lock, records, shipped
+from phantom.engine.artifacts import lock, provenance, records, shipped
+from phantom.engine.artifacts.identity import CIRCUMSTANCES, config_hash, differences, run_folder
 from phantom.engine.artifacts.journal import MetricsLog
-from phantom.engine.artifacts.records import CIRCUMSTANCES, config_hash, differences, run_folder
 from phantom.engine.errors import LockedError
 from tests.plans import trained
 
@@ -139,7 +139,7 @@ def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
 def repository(tmp_path, monkeypatch):
     """Make the program believe that it lives in a fresh repository."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.delenv("PHANTOM_COMMIT", raising=False)
     return tmp_path
 
@@ -152,7 +152,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def state() -> tuple:
-    found = records.environment(torch.device("cpu"))
+    found = provenance.environment(torch.device("cpu"))
     return found["commit"], found["dirty"]
 
 
@@ -182,12 +182,12 @@ def test_a_repository_around_the_code_is_not_its_own(repository, monkeypatch, tm
     (repository / "other.py").write_text("one")
     git(repository, "add", ".")
     git(repository, "commit", "-qm", "Another project")
-    monkeypatch.setattr(records, "ROOT", repository / "inside")
-    records.ROOT.mkdir()
+    monkeypatch.setattr(provenance, "ROOT", repository / "inside")
+    provenance.ROOT.mkdir()
     assert state() == (None, None)
-    monkeypatch.setattr(records, "ROOT", tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path_factory.mktemp("elsewhere"))
     monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(records.ROOT.parent))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(provenance.ROOT.parent))
     assert state() == (None, None)
 
 
@@ -260,9 +260,9 @@ def test_a_record_that_is_written_again_leaves_the_code_clean(repository):
     git(repository, "add", ".")
     git(repository, "commit", "-qm", "x")
     (repository / "results/a.json").write_text("2")
-    assert records.environment(torch.device("cpu"))["dirty"] is False
+    assert provenance.environment(torch.device("cpu"))["dirty"] is False
     (repository / "records.py").write_text("2")
-    assert records.environment(torch.device("cpu"))["dirty"] is True
+    assert provenance.environment(torch.device("cpu"))["dirty"] is True
 
 
 def test_what_says_only_where_and_how_a_run_runs():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phantom.engine.artifacts import records
+from phantom.engine.artifacts import identity
 from phantom.engine.errors import ConfigError
 from scripts.running import rehearsal
 from tests.plans import plan
@@ -28,7 +28,7 @@ def test_a_row_stays_the_row(name, there, home):
     if there:
         (home / rehearsal.REHEARSALS[pair].folder).mkdir()
     cut = plan([f"experiment={name}", "scale=smoke", *rehearsal.items(*pair, [])])
-    changed = set(records.differences(row.config, cut.config)) - BUDGET
+    changed = set(identity.differences(row.config, cut.config)) - BUDGET
     assert changed <= ({"model"} if pair[0] == "deq_transformer" else set())
     memory = ("mem_len", "eval_mem_len")
     models = [{key: value for key, value in made.config["model"].items() if key not in memory} for made in (row, cut)]

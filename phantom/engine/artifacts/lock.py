@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from phantom.engine.artifacts.records import now
+from phantom.engine.artifacts.provenance import now
 from phantom.engine.errors import LockedError
 
 NAME = "run.lock"

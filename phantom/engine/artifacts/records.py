@@ -1,65 +1,18 @@
-"""The folder of a run, its hash, and the final record.json that says what ran where."""
+"""The final record.json of a run, which says what ran where and what came of it, and its JSON."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import json
 import logging
 import math
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from phantom.engine.artifacts import files
 
 log = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[3]  # of the code that runs
-# what a hook or a tool may have set: git looks there, and not where it is started
-OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
-
-# Keys that say where or how to run, not what to train: they change neither a run's folder nor, beyond rounding, its
-# results.
-CIRCUMSTANCES = (
-    *("seed", "device", "speed", "compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("runs", "resume", "progress", "on_failure", "wandb", "wandb_project"),
-    *("data.root", "data.download", "data.cache", "data.workers"),
-)
-# keys that came later: a run that does not use them is the run that it was before
-LATER = ("init", "continue_from", "target")
-# keys that may change where a run goes on from another one, see `continue_from`
-BUDGET = ("epochs", "steps", "smoke_steps", "schedule", "eval_every", "eval_splits", "scale", "repeats", *LATER)
-LIBRARIES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "torch_geometric", "numpy")
-
-
-def run_folder(root: Path | str, label: str, overrides: Sequence[str], seed: int) -> Path:
-    """Return the folder of a run: a pure function of the experiment, the overrides and the seed.
-
-    Args:
-        root: folder of all runs.
-        label: the experiment's name, or model-data-gradient for a run without one.
-        overrides: the command line's `key=value` items.
-    """
-    kept = [item for item in meaningful(overrides) if item.split("=")[0] not in ("experiment", "scale")]
-    slug = ",".join(re.sub(r"[^\w=.,+-]+", "-", item) for item in kept) or "default"
-    # too long, or with characters that a folder's name may not have
-    if len(slug) > 80 or slug not in ("default", ",".join(kept)):
-        slug = f"{slug[:64]}-{hashlib.sha256(','.join(kept).encode()).hexdigest()[:10]}"
-    return Path(root) / label / slug / f"seed{seed}"
-
-
-def meaningful(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that change the result of a run, sorted."""
-    return sorted(item for item in overrides if item.lstrip("+~").split("=")[0] not in CIRCUMSTANCES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,82 +115,3 @@ def read(folder: Path) -> tuple[dict[str, Any], str] | None:
         return None
     whole = isinstance(record, dict) and {"seed", "final", "best"} <= record.keys()
     return (record, config) if whole else None
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a short hash of what was run: the resolved config without the keys that only say where or how."""
-    return hashlib.sha256(json.dumps(_what(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the root keys in which two configs differ, those that only say where or how left out."""
-    a, b = _what(config), _what(other)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
-
-
-def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in CIRCUMSTANCES or key == "seed"}
-    kept = {key: value for key, value in kept.items() if key not in LATER or value is not None}
-    if isinstance(kept.get("data"), dict):
-        kept["data"] = {key: value for key, value in kept["data"].items() if f"data.{key}" not in CIRCUMSTANCES}
-    return _without(kept, "compile")  # solvers have the key, too
-
-
-def _without(node: Any, name: str) -> Any:
-    if not isinstance(node, dict):
-        return node
-    return {key: _without(value, name) for key, value in node.items() if key != name}
-
-
-def now() -> str:
-    """Return the current UTC time in ISO format."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or the kind of the CPU and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the circumstances of a run: device, versions, commit."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    commit, status = None, None
-    if _is_of_git():
-        commit = _git("rev-parse", "HEAD")
-        # a record that is written again leaves the code as it is: results/ does not count as a change
-        status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
-    # code that runs without its repository, as in a container, can be told its commit
-    commit = commit or os.environ.get("PHANTOM_COMMIT")
-    if commit is None:
-        log.warning("the record names no commit: git knows none of %s, and PHANTOM_COMMIT is not set", ROOT)
-    return {
-        "device": device_name(device),
-        "versions": versions,
-        "commit": commit,
-        "dirty": None if status is None else bool(status),
-    }
-
-
-def _is_of_git() -> bool:
-    """Return whether this code is a repository's own: one in which it merely lies has commits of something else."""
-    top = _git("rev-parse", "--show-toplevel")
-    return top is not None and Path(top).resolve() == ROOT
-
-
-def _git(*arguments: str) -> str | None:
-    # a tree of another user, as on a mounted volume, is refused without safe.directory
-    environment = {key: value for key, value in os.environ.items() if key not in OTHER_REPOSITORY}
-    line = ["git", "-c", "safe.directory=*", *arguments]
-    try:
-        result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None

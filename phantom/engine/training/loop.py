@@ -21,7 +21,7 @@ from phantom.engine.artifacts import checkpoint as checkpoints
 from phantom.engine.artifacts import files
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.journal import Journal
-from phantom.engine.artifacts.records import device_name
+from phantom.engine.artifacts.provenance import device_name
 from phantom.engine.artifacts.redistribution import carries_to_resume, newest_of_all
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.machine import distributed
