@@ -10,9 +10,9 @@ from typing import Any
 
 from phantom.engine.artifacts import identity, lock, provenance, records
 from phantom.engine.artifacts.identity import Data, check_same_data
-from phantom.engine.artifacts.progress import summary_table
 from phantom.engine.artifacts.records import Record
 from phantom.engine.continuation import copy_continued
+from phantom.engine.display import summary_table
 from phantom.engine.machine import distributed, launcher
 from phantom.engine.machine.signals import Interrupted
 from phantom.engine.model import official_parameter_count, parameter_counts

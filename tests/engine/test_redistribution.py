@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from phantom.engine.artifacts.redistribution import carries_of, carries_to_resume
 from phantom.engine.errors import CheckpointError
 from phantom.engine.source import Shard
+from phantom.engine.training.redistribution import carries_of, carries_to_resume
 
 ROWS = 11
 

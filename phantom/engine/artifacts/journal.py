@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from phantom.engine.artifacts import files
-from phantom.engine.artifacts.progress import Progress
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.artifacts.tracking import Tracker
+from phantom.engine.display import Progress
 
 log = logging.getLogger(__name__)
 

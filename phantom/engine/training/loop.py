@@ -22,7 +22,6 @@ from phantom.engine.artifacts import files
 from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.journal import Journal
 from phantom.engine.artifacts.provenance import device_name
-from phantom.engine.artifacts.redistribution import carries_to_resume, newest_of_all
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.machine import distributed
 from phantom.engine.machine.lateness import LateRanks
@@ -36,6 +35,7 @@ from phantom.engine.tasks import Task
 from phantom.engine.training.budget import Budget
 from phantom.engine.training.clipping import Clipping
 from phantom.engine.training.evaluation import StoppedError, batch_to, evaluate
+from phantom.engine.training.redistribution import carries_to_resume, newest_of_all
 from phantom.engine.training.rules import Rules
 from phantom.engine.training.schedule import Schedule
 from phantom.engine.training.step import Step

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from phantom.engine.artifacts.progress import Progress, summary_table
+from phantom.engine.display import Progress, summary_table
 from tests.engine import tiny
 
 ROW = {"split": "test", "epoch": 1, "step": 6, "loss": 0.12345, "accuracy": 50.0, "num_evals": 7.5, "hidden": 1.0}
