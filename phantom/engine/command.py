@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from phantom.engine.config.configs import Configs
-from phantom.engine.config.overrides import expand, from_hydra, to_hydra
+from phantom.engine.config.overrides import expand, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError, as_config_error
 from phantom.engine.machine import launcher, signals, slurm
 from phantom.engine.plan import Plan, make_plan
@@ -30,7 +30,9 @@ from phantom.report import SolveError
 Job = Callable[[Plan], Any]
 
 SWEEP = {"-m", "--multirun"}
-SHOW = {"-c", "--cfg", "--cfg=job", "--resolve"}
+# flags of Hydra that show something and start no job: one of these, and with the config what goes with it
+CFG, OF_CFG = {"-c", "--cfg"}, {"--resolve", "-p", "--package"}
+SHOW = CFG | {"-h", "--help", "--hydra-help", "-i", "--info", "--version"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
 PATIENCE = 20.0  # seconds in which another rank may tell of a mistake that all of them find
@@ -45,9 +47,10 @@ DISK = (
 def run(job: Job, configs: Configs) -> None:
     """Run `job` on the plan of the command line, or with -m on every plan of its sweep; exit 1 where one failed.
 
-    All plans are made before the first one runs. `--cfg job` prints the config of the plan. Hydra's other flags and
-    keys (`--info`, `hydra/launcher=...`) go to Hydra, whose launcher makes each plan again where it runs the job. A
-    sweep ends with its table; a job that fails does not stop the others, whatever the reason.
+    All plans are made before the first one runs. `--cfg job` prints the config of the plan. Hydra's other flags that
+    show something (`--info`, `--help`) go to Hydra, and so do its keys (`hydra/launcher=...`): its launcher makes each
+    plan again where it runs the job. A sweep ends with its table; a job that fails does not stop the others, whatever
+    the reason.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a table has characters that ASCII lacks
@@ -66,31 +69,49 @@ def _run(job: Job, configs: Configs) -> None:
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     items = [argument for argument in arguments if argument not in flags]
-    if flags and flags <= SHOW and "job" in (*items, *(flag.removeprefix("--cfg=") for flag in flags)):
-        _show([item for item in items if item != "job"], configs)
-        return
-    sweep, group, plans = None, "", []
-    if flags <= SWEEP:
-        try:
-            if flags:
-                _check_alone()
-            hydras = [item for item in items if HYDRA_KEY.match(item)]
-            own = [item for item in items if item not in hydras]
-            plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
-            for plan in plans:
-                _make_folder(plan.root)
-            if flags:
-                _check_apart(plans)
-                sweep = Sweep.of(own, plans)
-                group = sweep.folder.relative_to(plans[0].root / "sweeps").as_posix()
-                plans = [replace(plan, group=group) for plan in plans]
-            sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
-        except (ConfigError, OSError) as error:
-            refuse(error)
-        if not hydras:
-            _run_here(job, plans, sweep)
+    sweep, group = None, ""
+    try:
+        _check_flags(flags)
+        if not flags <= SWEEP:
+            _show(flags, items, configs)
             return
-    _run_by_hydra(job, configs, sweep, group, [list(plan.overrides) for plan in plans])
+        if flags:
+            _check_alone()
+        hydras = [item for item in items if HYDRA_KEY.match(item)]
+        own = [item for item in items if item not in hydras]
+        plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
+        for plan in plans:
+            _make_folder(plan.root)
+        if flags:
+            _check_apart(plans)
+            sweep = Sweep.of(own, plans)
+            group = sweep.folder.relative_to(plans[0].root / "sweeps").as_posix()
+            plans = [replace(plan, group=group) for plan in plans]
+        sys.argv[1:] = [*flags, *hydras, *to_hydra([*own, *_recipe(plans, own)], configs)]
+    except (ConfigError, OSError) as error:
+        refuse(error)
+    if hydras:
+        _run_by_hydra(job, configs, sweep, group, [list(plan.overrides) for plan in plans])
+    else:
+        _run_here(job, plans, sweep)
+
+
+def _check_flags(flags: set[str]) -> None:
+    """Refuse the flags of Hydra that change how it composes and runs: our plans come from elsewhere.
+
+    Raises:
+        ConfigError: names the flags, and what there is.
+    """
+    names = {flag.partition("=")[0] for flag in flags}
+    shown = names & SHOW
+    if names <= SWEEP or (len(shown) == 1 and names <= shown | (OF_CFG if shown & CFG else set())):
+        return
+    # flags that are known do not go together
+    wrong = names - SWEEP - SHOW - OF_CFG or names
+    raise ConfigError(
+        f"{' '.join(sorted(wrong))} is not understood here: write settings as key=value, start a sweep by -m, look by "
+        "one of --cfg job, --info and --help, and put a leaf of your own into configs/<group>/"
+    )
 
 
 def _check_apart(plans: list[Plan]) -> None:
@@ -133,12 +154,15 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(f"error: {message_of(error)}")
 
 
-def _show(items: list[str], configs: Configs) -> None:
-    """Print the config that a run would have: Hydra, asked for it, does not know the recipe of a pair."""
-    try:
-        print(make_plan(items, configs).text, end="")
-    except ConfigError as error:
-        refuse(error)
+def _show(flags: set[str], items: list[str], configs: Configs) -> None:
+    """Show what is asked for.
+
+    Hydra does so, but for the config that a run would have: it does not know the recipe of a pair.
+    """
+    if flags <= {*CFG, "--cfg=job", "--resolve"} and ("job" in items or "--cfg=job" in flags):
+        print(make_plan([item for item in items if item != "job"], configs).text, end="")
+    else:
+        _start_hydra(configs, lambda: None)
 
 
 def _run_here(job: Job, plans: list[Plan], sweep: Sweep | None) -> None:
@@ -175,22 +199,30 @@ def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None, group: str, t
 
     Args:
         typed: the items of every job as they were typed, which name its folder: Hydra spells some otherwise, such as
-            1e-3. Empty where its flags alone are asked for.
+            1e-3.
     """
     reasons: dict[int, str | None] = {}
+
+    def start() -> None:
+        number = HydraConfig.get().job.num if sweep is not None else 0
+        # made again from the command line, because a recipe follows from the job's own model and data
+        reasons[number] = _attempt(
+            lambda: job(replace(make_plan(typed[number], configs), group=group)), one_of_many=sweep is not None
+        )
+
+    _start_hydra(configs, start)
+    _end(reasons, sweep)
+
+
+def _start_hydra(configs: Configs, start: Callable[[], None]) -> None:
+    """Let Hydra read `sys.argv`: it shows what that asks for, or calls `start` in every job."""
     configs.mount()
 
     @hydra.main(version_base="1.3", config_path=str(configs.folder), config_name="train")
     def main(_: DictConfig) -> None:
-        number = HydraConfig.get().job.num if sweep is not None else 0
-        overrides = typed[number] if typed else from_hydra(HydraConfig.get().overrides.task)
-        # made again from the command line, because a recipe follows from the job's own model and data
-        reasons[number] = _attempt(
-            lambda: job(replace(make_plan(overrides, configs), group=group)), one_of_many=sweep is not None
-        )
+        start()
 
     main()
-    _end(reasons, sweep)
 
 
 def _attempt(job: Callable[..., Any], *arguments: Any, one_of_many: bool) -> str | None:

@@ -285,3 +285,52 @@ def test_a_machine_without_a_compiler_is_one_line(key, tmp_path, monkeypatch):
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: {key}=true needs a C++ compiler") and f"leave {key}=false" in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--run k=3", "--run"),
+        ("-r", "-r"),
+        ("--config-dir=elsewhere grad=mine", "--config-dir"),
+        ("-cd elsewhere", "-cd"),
+        ("--config-name=other", "--config-name"),
+        ("--experimental-rerun=config.pickle", "--experimental-rerun"),
+        ("--shell-completion install=bash", "--shell-completion"),
+        ("--epochs=3", "--epochs"),
+        ("-m --run k=1,2", "--run"),
+        ("-m --info k=1,2", "--info -m"),
+        ("--resolve", "--resolve"),
+        ("--info --package=optimizer", "--info --package"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_before_any_work(flags, named, monkeypatch, capsys, tmp_path):
+    for name in ("make_plan", "_start_hydra"):
+        monkeypatch.setattr(command, name, lambda *_: pytest.fail("no work is to be done"))
+    assert run(monkeypatch, lambda plan: pytest.fail("no job is to run"), *flags.split()) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: {named} is not understood here: write settings as key=value, ")
+    assert "configs/<group>/" in said and len(said.splitlines()) == 1 and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--info searchpath", str(CONFIGS.folder)),
+        ("--cfg hydra --package hydra.launcher", "BasicLauncher"),
+        ("--cfg job --resolve k=3", "\n  k: 3\n"),
+        ("--hydra-help", "--cfg hydra"),
+    ],
+)
+def test_flags_that_show_something_do(flags, expected, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, lambda plan: pytest.fail("no job is to run"), *flags.split()) == 0
+    assert expected in capsys.readouterr().out and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]], ids=["one run", "a sweep"])
+def test_keys_of_hydra_go_to_hydra(flags, monkeypatch, tmp_path):
+    seen = []
+    line = [*flags, "hydra/launcher=basic", "hydra.job.name=mine", "k=3", "lam=1e-1", f"runs={tmp_path}"]
+    assert run(monkeypatch, seen.append, *line) == 0
+    (made,) = seen
+    assert made.overrides == ("k=3", "lam=1e-1", f"runs={tmp_path}") and bool(made.group) == bool(flags)

@@ -122,18 +122,6 @@ def to_hydra(overrides: Sequence[str], configs: Configs) -> list[str]:
     return items
 
 
-def from_hydra(overrides: Sequence[str]) -> list[str]:
-    """Undo `to_hydra`: `~group` becomes `group=null` again, and `++k=3` becomes `k=3`."""
-    found = []
-    for item in overrides:
-        bare = item.removeprefix(ANY)
-        if item.startswith("~"):
-            found.append(f"{item[1:]}=null")
-        else:
-            found.append(bare if bare.split("=")[0] in ESTIMATOR_KEYS else item)
-    return found
-
-
 def _is_null(item: Override) -> bool:
     return not item.is_sweep_override() and not item.is_delete() and item.value() is None
 
