@@ -30,7 +30,7 @@ from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
-from phantom.engine.machine import distributed, signals
+from phantom.engine.machine import distributed, launcher, signals
 from phantom.engine.rebuild import evaluate_rebuilt, load_shipped, rebuild_official, rebuild_run, rebuild_shipped
 from train import CONFIGS
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         if not command.is_user_error(error):
             raise
         command.refuse(error)
-    if distributed.is_first():
+    if launcher.rank() == 0:
         print(to_json(found if len(jobs) > 1 else found[0], indent=2))
 
 

@@ -16,7 +16,7 @@ from phantom.engine.artifacts.weights import LoadReference, load_initial, locate
 from phantom.engine.config.instantiate import instantiate
 from phantom.engine.continuation import check_budget, check_continued
 from phantom.engine.errors import ConfigError, as_config_error
-from phantom.engine.machine import distributed, precision
+from phantom.engine.machine import distributed, launcher, precision
 from phantom.engine.machine.memory import begin_peak
 from phantom.engine.model import check_model
 from phantom.engine.plan import Plan
@@ -57,7 +57,7 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
 
 
 def _say(line: str) -> None:
-    if distributed.is_first():
+    if launcher.rank() == 0:
         log.info("%s", line)
 
 

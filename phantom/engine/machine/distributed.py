@@ -125,11 +125,6 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def is_first() -> bool:
-    """Return whether this process is the one of all that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def barrier() -> None:
     """Wait for all processes (a no-op for one)."""
     if dist.is_initialized():

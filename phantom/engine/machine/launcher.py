@@ -45,7 +45,10 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Return which of them this one is. One process is the first, whatever an old $RANK says."""
+    """Return which of them this one is: the first, 0, prints and writes. One process is it, whatever an old $RANK says.
+
+    A trainer has its rank in its `Shard`, which is this one.
+    """
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() and world() > 1 else 0
 
