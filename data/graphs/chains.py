@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.digests import digest_of_tensors
-from data.graphs.graph import RADIUS_MARGIN, Graph, check_parts, normalized_adjacency, spectral_radius
+from data.graphs.graph import RADIUS_MARGIN, Graph, normalized_adjacency, spectral_radius
 from phantom.engine.source import Shard, Source, Spec, share
 from phantom.validate import check_counts
 
@@ -89,7 +89,8 @@ class Chains(Source):
 
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
         graph, labels, nodes = self.data
-        parts = check_parts(shard, self.spec.sizes["train"])
+        count = self.spec.sizes["train"]
+        parts = shard.parts_of_all(count, f"a batch of {count} nodes")
         if start == 0:
             yield [(graph, labels, nodes["train"][list(part)]) for part in parts]
 

@@ -5,9 +5,7 @@ N nodes, p features, G graphs. `adjacency[i, j]` is the weight of the edge from 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from phantom.engine.errors import DataError
-from phantom.engine.source import Shard
 from phantom.validate import check_choice
 
 Scaling = Literal["symmetric", "doubled"]
@@ -100,24 +97,6 @@ class Graph:
             pooling=None if self.pooling is None else self.pooling.to(device, non_blocking),
             multiplicity=None if self.multiplicity is None else self.multiplicity.to(device, non_blocking=non_blocking),
         )
-
-
-@contextmanager
-def without_deprecations() -> Iterator[None]:
-    """Hide torch's deprecation warnings, which importing torch_geometric triggers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def check_parts(shard: Shard, count: int) -> list[range]:
-    """Return this rank's index ranges of a batch of `count` graphs or nodes; raise DataError if a rank gets none."""
-    parts = shard.parts(count)
-    if not parts:
-        raise DataError(
-            f"a batch of {count} cannot be shared by {shard.world} processes: use a larger batch or fewer processes"
-        )
-    return parts
 
 
 def sparse_matrix(edges: Tensor, weights: Tensor, shape: tuple[int, int]) -> SparseMatrix:

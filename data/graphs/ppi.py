@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from data.digests import digest_of_files
+from data.graphs.geometric import without_deprecations
 from data.graphs.graph import (
     RADIUS_MARGIN,
     Graph,
-    check_parts,
     sparse_matrix,
     spectral_radius,
     union,
-    without_deprecations,
 )
 from data.paths import cache_folder, data_root, root_hint
 from data.seeding import generator, seed_of
@@ -98,7 +97,7 @@ class LabelledGraphs(Source):
         order = torch.randperm(len(graphs), generator=generator(f"order/{self.seed}/{epoch}")).tolist()
         for step in range(start, self.steps(epoch)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            parts = check_parts(shard, len(chosen))
+            parts = shard.parts_of_all(len(chosen), f"a batch of {len(chosen)} graphs")
             yield [_join([graphs[i] for i in chosen], part) for part in parts]
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:

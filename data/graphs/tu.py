@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.digests import digest_of_files
 from data.graphs.folds import Folds, check_fold, fold_size, official_fold, official_names, stratified_fold
-from data.graphs.graph import Graph, Scaling, check_parts, union
+from data.graphs.graph import Graph, Scaling, union
 from data.graphs.refinement import merge_nodes
 from data.graphs.tu_files import METADATA, Raw, read_tu
 from data.paths import data_root
@@ -152,7 +152,7 @@ class TUGraphs(Source):
             ids = [ids[i] for i in order.tolist()]
         for step in range(start, self.steps(epoch)):
             chosen = ids[step * self.batch_size : (step + 1) * self.batch_size]
-            parts = check_parts(shard, len(chosen))
+            parts = shard.parts_of_all(len(chosen), f"a batch of {len(chosen)} graphs")
             yield [self._batch([chosen[i] for i in part], "train", keep=not self.shuffle) for part in parts]
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[Batch]:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.graphs.graph import Graph, Scaling, normalized_adjacency, without_deprecations
+from data.graphs.geometric import without_deprecations
+from data.graphs.graph import Graph, Scaling, normalized_adjacency
 from data.paths import root_hint
 from phantom.engine.errors import DataError
 

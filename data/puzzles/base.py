@@ -128,12 +128,7 @@ class Puzzles(Source):
         return self.spec.sizes["train"] * self.passes // self.batch_size
 
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
-        parts = shard.parts(self.batch_size)
-        if not parts:
-            raise DataError(
-                f"{shard.world} processes cannot share batch_size={self.batch_size}: use fewer processes or a greater "
-                "data.batch_size"
-            )
+        parts = shard.parts_of_all(self.batch_size, f"batch_size={self.batch_size}")
         stream = self._stream(epoch, start * self.batch_size)
         for _ in range(start, self.steps(epoch)):
             batch = next(stream)

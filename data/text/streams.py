@@ -90,11 +90,7 @@ class TokenStreams(Source):
         return len(self._starts(self._train))
 
     def train(self, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Batch]]:
-        parts = shard.parts(self.streams)
-        if not parts:
-            raise DataError(
-                f"{shard.world} processes cannot share streams={self.streams}: use fewer processes or more data.streams"
-            )
+        parts = shard.parts_of_all(self.streams, f"streams={self.streams}")
         for begin in self._starts(self._train)[start:]:
             yield [self._segment(self._train[part.start : part.stop], begin) for part in parts]
 

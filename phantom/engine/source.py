@@ -63,6 +63,20 @@ class Shard:
         cuts = [count * i // micro for i in range(micro + 1)]
         return [share(range(a, b), self.rank, self.world) for a, b in pairwise(cuts)]
 
+    def parts_of_all(self, count: int, what: str) -> list[range]:
+        """Return `parts` of a batch that no rank may go without.
+
+        Args:
+            what: the batch in words, or the argument that says how large it is.
+
+        Raises:
+            DataError: there are more processes than examples.
+        """
+        parts = self.parts(count)
+        if not parts:
+            raise DataError(f"{self.world} processes cannot share {what}: use fewer processes or a larger batch")
+        return parts
+
     def shares(self, count: int, size: int) -> Iterator[range]:
         """Yield this rank's index ranges of every batch of `size` of `count` examples, those that are not empty."""
         for start in range(0, count, size):

@@ -116,9 +116,7 @@ def test_bad_edges_are_named_before_normalising():
 
 
 def test_shards_cover_every_item_once():
-    from data.graphs.graph import check_parts
-
-    ranks = [check_parts(Shard(rank=rank, world=3, micro=2), 7) for rank in range(3)]
+    ranks = [Shard(rank=rank, world=3, micro=2).parts_of_all(7, "7 graphs") for rank in range(3)]
     assert [i for micro in zip(*ranks, strict=True) for part in micro for i in part] == list(range(7))
-    with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3"):
-        check_parts(Shard(rank=0, world=3), 2)
+    with pytest.raises(ValueError, match="3 processes cannot share 2 graphs: use fewer processes or a larger batch"):
+        Shard(rank=0, world=3).parts_of_all(2, "2 graphs")

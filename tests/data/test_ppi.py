@@ -135,7 +135,7 @@ def test_an_epoch_shuffles_all_graphs_and_resumes():
     assert sum(sum(parts) for parts in whole) == sum(nodes)
     halves = [sizes(0, shard=Shard(rank=rank, world=2)) for rank in range(2)]
     assert [sum(a) + sum(b) for a, b in zip(*halves, strict=True)] == [sum(parts) for parts in whole]
-    with pytest.raises(DataError, match="cannot be shared by 4"):
+    with pytest.raises(DataError, match="4 processes cannot share a batch of 3 graphs"):
         sizes(0, shard=Shard(rank=0, world=4))
 
 
