@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data.images.base import ImageSet, InMemoryImages
-from data.images.folder import read_split
+from data.images.decoded_cache import read_split
 from data.paths import data_root, root_hint
 from phantom.engine.errors import DataError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from data.puzzles.base import PuzzleSet
 from data.puzzles.generated import GeneratedPuzzles, check_range
-from data.puzzles.grid import in_blocks, mix
+from data.puzzles.orbits import in_blocks, mix
 
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 VOCABULARY = 6

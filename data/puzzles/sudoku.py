@@ -12,8 +12,8 @@ import numpy as np
 
 from data.puzzles.base import Puzzles, PuzzleSet
 from data.puzzles.generated import GeneratedPuzzles, check_range
-from data.puzzles.grid import check_size, orbit_keys, random_symmetries, transform
-from data.puzzles.solver import random_grids, remove_clues
+from data.puzzles.sudoku_grid import check_size, orbit_keys, random_symmetries, transform
+from data.puzzles.sudoku_search import random_grids, remove_clues
 
 MADE_AT_ONCE = 256
 
@@ -39,8 +39,8 @@ class Sudoku(SudokuTokens, GeneratedPuzzles):
 
     Clues are removed from a random full grid in a random order as long as the solution stays unique. Whether a puzzle
     belongs to training or to a held-out split is decided by its orbit, puzzle and solution together, under all
-    symmetries of the grid (`data.puzzles.grid.orbit_keys`): no test puzzle is a disguised training puzzle. There are
-    288 full grids of 4 x 4 in two orbits only, so that a split by solution does not exist there.
+    symmetries of the grid (`sudoku_grid.orbit_keys`): no test puzzle is a disguised training puzzle. There are 288 full
+    grids of 4 x 4 in two orbits only, so that a split by solution does not exist there.
 
     Args:
         size: digits, 4, 6 or 9.

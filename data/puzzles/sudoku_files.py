@@ -11,9 +11,10 @@ import numpy as np
 
 from data.paths import data_root, root_hint
 from data.puzzles.base import PuzzleSet, split_of
-from data.puzzles.grid import check_size, is_solution, mix
-from data.puzzles.solver import candidates_of, count_solutions
+from data.puzzles.orbits import mix
 from data.puzzles.sudoku import SudokuTokens
+from data.puzzles.sudoku_grid import check_size, is_solution
+from data.puzzles.sudoku_search import candidates_of, count_solutions
 from phantom.engine.errors import DataError
 from phantom.validate import check_count
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data.puzzles import maze
-from data.puzzles.grid import BOXES, orbit_keys, random_symmetries, transform
-from data.puzzles.solver import candidates_of, count_solutions, random_grids
 from data.puzzles.sudoku import Sudoku
+from data.puzzles.sudoku_grid import BOXES, orbit_keys, random_symmetries, transform
+from data.puzzles.sudoku_search import candidates_of, count_solutions, random_grids
 from phantom.engine.errors import DataError
 from phantom.engine.source import Shard
 
@@ -209,7 +209,7 @@ def test_keys_do_not_depend_on_how_many_are_computed_at_a_time(monkeypatch):
     puzzles, answers = grids(source, "train")
     mazes = np.random.default_rng(0).integers(0, 4, (30, 25)).astype(np.uint8)
     whole = orbit_keys(puzzles, answers, 4), maze.orbit_keys(mazes, 5)
-    monkeypatch.setattr("data.puzzles.grid.BLOCK", 7)
+    monkeypatch.setattr("data.puzzles.orbits.BLOCK", 7)
     for found, expected in zip((orbit_keys(puzzles, answers, 4), maze.orbit_keys(mazes, 5)), whole, strict=True):
         assert (found == expected).all()
     assert orbit_keys(puzzles[:0], answers[:0], 4).shape == (0,)

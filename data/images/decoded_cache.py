@@ -1,4 +1,4 @@
-"""An image-folder tree of small pictures, decoded once and kept as arrays."""
+"""An image-folder tree of small pictures, decoded once and kept as arrays in the cache folder."""
 
 from __future__ import annotations
 

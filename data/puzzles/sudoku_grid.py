@@ -5,14 +5,14 @@ N puzzles, n digits, n * n cells in reading order. A puzzle is (N, n * n) uint8 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 
 import numpy as np
 
+from data.puzzles.orbits import in_blocks, mix
+
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box, by n
 ROUNDS = 6  # of colour refinement
-BLOCK = 2048  # puzzles whose keys are computed at a time
 
 
 @cache
@@ -95,12 +95,6 @@ def orbit_keys(puzzles: np.ndarray, solutions: np.ndarray, size: int) -> np.ndar
     return in_blocks(partial(_orbit_keys, size=size), puzzles, solutions)
 
 
-def in_blocks(keys: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """Return the key of every row of some arrays, for a few rows at a time: a puzzle takes 60 kB of memory."""
-    starts = range(0, max(1, len(arrays[0])), BLOCK)
-    return np.concatenate([keys(*(array[start : start + BLOCK] for array in arrays)) for start in starts])
-
-
 def _orbit_keys(puzzles: np.ndarray, solutions: np.ndarray, size: int) -> np.ndarray:
     row, column, box = units_of_cells(size)
     members = units(size)
@@ -112,11 +106,3 @@ def _orbit_keys(puzzles: np.ndarray, solutions: np.ndarray, size: int) -> np.nda
         lines = mix(mix(sums[:, row]) + mix(sums[:, column]))
         colours = mix(3 * colours + 5 * lines + 7 * mix(sums[:, box] + 11) + 13 * digit)
     return mix(colours.sum(axis=1, dtype=np.uint64))
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Return the splitmix64 finaliser of uint64 numbers: sums of its values tell multisets apart."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

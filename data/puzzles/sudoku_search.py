@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.puzzles.grid import units, units_of_cells
+from data.puzzles.sudoku_grid import units, units_of_cells
 
 WIDTH = 4096  # states that are propagated together
 POPULATION = np.array([bin(i).count("1") for i in range(512)], dtype=np.uint8)
