@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from phantom.engine.artifacts import identity, records
+from phantom.engine.artifacts import identity, journal, records
 from phantom.engine.config.overrides import expand, parse
 from phantom.engine.machine import launcher
 from phantom.engine.plan import Plan
@@ -141,9 +141,8 @@ def _folder(items: Sequence[str], plans: Sequence[Plan]) -> Path:
 
 def _cosine(folder: Path) -> float | None:
     """Return the mean cosine of the run's own gradient to the exact one, where its monitor measured that."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    measured = [row.get("gradient_cosine") for row in rows if row["kind"] == "monitor"]
+    rows = journal.rows(folder / "metrics.jsonl")
+    measured = [row.get("gradient_cosine") for row in rows if row.get("kind") == "monitor"]
     values = [cosine for cosine in measured if cosine is not None]  # null is one that is not finite
     return fmean(values) if values else None
 

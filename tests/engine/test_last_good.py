@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phantom.engine.artifacts import checkpoint, records
-from phantom.engine.artifacts.journal import MetricsLog
+from phantom.engine.artifacts.journal import MetricsLog, rows
 from phantom.engine.errors import CheckpointError
 from tests.engine import tiny
 
@@ -117,9 +117,10 @@ def test_a_damaged_line_of_the_log_costs_that_line_alone(tmp_path, caplog, line)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with caplog.at_level(logging.WARNING):
+        assert rows(path) == [{"step": 1}, {"step": 2}]
         MetricsLog(path, keep_until=2).close()
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert "damaged lines are left out (1)" in caplog.text
+    assert caplog.text.count("damaged lines are left out (1)") == 2 and rows(tmp_path / "none") == []
 
 
 def test_half_a_record_is_none(tmp_path, caplog):

@@ -235,3 +235,11 @@ def test_the_best_of_a_job_and_its_last_are_two_numbers(tmp_path):
         "times": {},
     }
     assert sweep._measured(record, tmp_path / "nowhere") == {"best": 3.0, "last": 2.0, "seconds": 1.0}
+
+
+def test_a_damaged_line_of_a_job_costs_the_answer_that_line_alone(tmp_path):
+    whole = [
+        f'{{"kind": "monitor", "step": {step}, "gradient_cosine": {cosine}}}' for step, cosine in ((1, 0.5), (3, 1))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([whole[0], '{"kind": "mon', whole[1], '{"kind": "tra']))
+    assert sweeps._cosine(tmp_path) == 0.75 and sweeps._cosine(tmp_path / "nowhere") is None

@@ -88,14 +88,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, keep_until: int) -> None:
         """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
-        lines = path.read_bytes().splitlines() if path.exists() and keep_until > 0 else []
-        steps = [_step_of(line) for line in lines]
-        if None in steps[:-1]:  # the last line of a killed run may be cut short
-            log.warning("%s: damaged lines are left out (%d)", path, steps[:-1].count(None))
+        found = _whole_lines(path) if keep_until > 0 else []
         with files.whole(path) as file:
-            file.writelines(
-                line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= keep_until
-            )
+            file.writelines(line + b"\n" for line, row in found if row["step"] <= keep_until)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -109,10 +104,24 @@ class MetricsLog:
         self._file.close()
 
 
-def _step_of(line: bytes) -> int | None:
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl, none where there is no file; damaged lines are left out, and said."""
+    return [row for _, row in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines that are whole, each with its row."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    found = [(line, _row_of(line)) for line in lines]
+    damaged = sum(row is None for _, row in found[:-1])  # the last line of a killed run may be cut short
+    if damaged:
+        log.warning("%s: damaged lines are left out (%d)", path, damaged)
+    return [(line, row) for line, row in found if row is not None]
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:  # neither JSON nor UTF-8
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

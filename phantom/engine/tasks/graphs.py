@@ -24,36 +24,36 @@ from phantom.engine.tasks.base import (
 SQUARES, ENTRIES = "squares", "entries"
 
 
-class GraphClassification(Task):
+class _Classification(Task):
+    """One class each, of graphs or of nodes; what is reported is the same."""
+
+    metric = "accuracy"
+    mode = "max"
+
+    def report(self, tally: Tally) -> dict[str, float]:
+        return classification_report(tally) | _state_sizes(tally)
+
+
+class GraphClassification(_Classification):
     """Score (graphs, labels (G,)) by the cross entropy of `model(graphs)`; counts graphs."""
 
     kind = "graph_classification"
-    metric = "accuracy"
-    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch
         logits, solutions = model(graph)
         return Score(_with_states(classification_tally(logits, labels), solutions), solutions, None)
 
-    def report(self, tally: Tally) -> dict[str, float]:
-        return classification_report(tally) | _state_sizes(tally)
 
-
-class NodeClassification(Task):
+class NodeClassification(_Classification):
     """Score (graph, labels (N,), nodes (S,)) by the cross entropy of `model(graph)` on those nodes; counts nodes."""
 
     kind = "node_classification"
-    metric = "accuracy"
-    mode = "max"
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels, nodes = batch
         logits, solutions = model(graph)
         return Score(_with_states(classification_tally(logits[nodes], labels[nodes]), solutions), solutions, None)
-
-    def report(self, tally: Tally) -> dict[str, float]:
-        return classification_report(tally) | _state_sizes(tally)
 
 
 class NodeLabelling(Task):
