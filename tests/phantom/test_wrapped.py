@@ -26,8 +26,9 @@ def test_static_graph_serves_every_estimator(tmp_path):
     check(tmp_path, "static_graph", GRADS)
 
 
-def test_accumulation_serves_every_estimator(tmp_path):
-    check(tmp_path, "plain", GRADS)
+@pytest.mark.parametrize("kind", ["plain", "find_unused"])
+def test_accumulation_serves_every_estimator(tmp_path, kind):
+    check(tmp_path, kind, GRADS)
 
 
 @pytest.mark.slow  # half a minute of compiling on each rank

@@ -79,7 +79,9 @@ def main(rank: int, world: int, folder: Path, kind: str) -> None:
         alone = copy.deepcopy(model)
         if kind == "compiled":
             model.cell.compile(dynamic=False)
-        wrapped = DistributedDataParallel(model, static_graph=kind == "static_graph")
+        wrapped = DistributedDataParallel(
+            model, static_graph=kind == "static_graph", find_unused_parameters=kind == "find_unused"
+        )
         found[name] = (gradients(wrapped, own, world=world), gradients(alone, [x], world=1))
     torch.save(found, folder / f"{rank}.pt")
     leave()
