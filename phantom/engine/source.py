@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from phantom.engine.errors import DataError, first_line
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,32 @@ class Source(ABC):
             raise ValueError(f"split={split!r} does not exist here; choose one of {', '.join(self.splits)}")
 
 
+def drawn_apart(begin: Callable[[], Iterable[Any]], name: str) -> Iterator[Any]:
+    """Yield what `begin()` yields, and give it a stream of its own in the place of torch's global generator.
+
+    A DataLoader draws a seed there whenever it begins. A run that is resumed begins once more: without this, the model
+    would find other numbers there than in the unbroken run, and draw other dropout masks.
+
+    Args:
+        name: the stream is a function of this name and of the seed of the global generator.
+    """
+
+    def whole() -> Iterator[Any]:  # what `begin` itself draws is of the first `next`, too
+        yield from begin()
+
+    seed = random.Random(f"{name}/{torch.initial_seed()}").getrandbits(63)
+    state = torch.Generator().manual_seed(seed).get_state()
+    batches, end = whole(), object()
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            batch = next(batches, end)
+            state = torch.get_rng_state()
+        if batch is end:
+            return
+        yield batch
+
+
 def training_steps(source: Source, *, epoch: int, start: int, shard: Shard) -> Iterator[list[Any]]:
     """Yield what `source.train` yields: as many steps as `steps` says, for the length of the run rests on that.
 
@@ -142,7 +169,8 @@ def training_steps(source: Source, *, epoch: int, start: int, shard: Shard) -> I
     expected = source.steps(epoch) - start
     names = f"{type(source).__name__}.train(epoch={epoch}, start={start})"
     found = 0
-    for micro_batches in source.train(epoch=epoch, start=start, shard=shard):
+    begin = partial(source.train, epoch=epoch, start=start, shard=shard)
+    for micro_batches in drawn_apart(begin, f"train/{epoch}"):
         found += 1
         if found > expected:
             break

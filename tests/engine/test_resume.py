@@ -4,15 +4,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from phantom import JacobianRegularizer
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.source import drawn_apart
 from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Jitter, Penalty, Rules
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing
 
 STEPS = 9  # three epochs of three
+
+
+class Stream(IterableDataset):
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Loading(Killing):
+    """The same vectors by torch's DataLoader, which draws from the global generator whenever it begins."""
+
+    def train(self, **where):
+        return DataLoader(Stream(super().train(**where)), batch_size=None)
+
+    def evaluate(self, split, **where):
+        yield from DataLoader(Stream(super().evaluate(split, **where)), batch_size=None)
 
 
 def fit(folder: Path, *, source=None, log_every: int = 1) -> Trainer:
@@ -152,3 +172,29 @@ def test_a_finished_run_is_not_trained_further(tmp_path, whole):
     before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "last.pt").read_bytes()
     fit(tmp_path, source=Killing(step=0))
     assert before == ((tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "last.pt").read_bytes())
+
+
+@pytest.mark.parametrize("step", [None, 4, 7])
+def test_a_source_moves_no_number_of_the_model(tmp_path, whole, step):
+    """Neither where it draws from torch's global generator, nor where it does so once more after a stop."""
+    if step is not None:
+        with pytest.raises(Killed):
+            fit(tmp_path, source=Loading(step=step))
+    fit(tmp_path, source=Loading())
+    assert_same_run(tmp_path, whole)
+
+
+def test_the_draws_of_a_source_are_its_own_in_every_epoch():
+    """A model that draws nothing leaves the global generator where it is: the order changes all the same."""
+
+    def order(epoch: int) -> list[int]:
+        return list(drawn_apart(lambda: DataLoader(range(20), batch_size=None, shuffle=True), f"train/{epoch}"))
+
+    torch.manual_seed(3)
+    first, second = order(0), order(1)
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second and order(0) == first
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), drawn)
+    torch.manual_seed(4)
+    assert order(0) != first

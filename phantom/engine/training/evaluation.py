@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
 from phantom.engine.machine.precision import autocast
 from phantom.engine.measure.solves import SolveMeter
-from phantom.engine.source import Shard, Source
+from phantom.engine.source import Shard, Source, drawn_apart
 from phantom.engine.tasks.base import Tally, Task
 
 
@@ -56,7 +57,7 @@ def evaluate(
     stopped = False
     try:
         with distributed.stopping_apart(model):
-            for batch in source.evaluate(split, shard=shard):
+            for batch in drawn_apart(partial(source.evaluate, split, shard=shard), f"evaluate/{split}"):
                 with autocast(precision, device):
                     score = task.score(model, batch_to(batch, device), carry)
                 carry = score.carry
