@@ -136,6 +136,15 @@ def test_the_data_is_shared_exactly_and_resumes(configs):
     assert torch.equal((columns > rows).long(), labels), "a horizontal bar is the brightest row"
 
 
+def test_an_empty_split_is_refused_before_the_first_step(tmp_path, configs, monkeypatch, capsys):
+    words = [*(item for item in SHORT if "subset" not in item), "data=bars", "data.num_test=0"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *MODEL, *words, f"runs={tmp_path}"])
+    with pytest.raises(SystemExit):
+        command.run(train.job, configs)
+    assert "error: the split 'test' is empty: leave it out of eval_splits" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_the_model_is_an_equilibrium_and_every_parameter_learns(configs):
     from phantom import DEQ, UPG
 

@@ -121,6 +121,9 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         raise ConfigError(
             f"eval_splits={list(wanted)} must name splits of the data, which has {', '.join(source.splits)}"
         )
+    for split in wanted:
+        if source.spec.sizes.get(split) == 0:
+            raise ConfigError(f"the split {split!r} is empty: leave it out of eval_splits, or give it examples")
     check_budget(origin, plan.budget.total(source))
     source.to(device)
     torch.manual_seed(config["seed"])  # the same initial weights on every rank

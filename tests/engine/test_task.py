@@ -135,10 +135,13 @@ def test_the_carry_goes_from_batch_to_batch_and_starts_empty():
     assert given[1] is returned[0] and given[2] is returned[1]
 
 
-def test_a_split_without_a_batch_is_an_error():
+@pytest.mark.parametrize("batches", [(), [(torch.zeros(0, 3, dtype=DTYPE), torch.zeros(0, dtype=torch.int64))]])
+def test_a_split_without_a_batch_is_an_error(batches):
+    """An empty tensor that is cut into batches is one batch, of nothing."""
+
     class Empty(tiny.Vectors):
         def evaluate(self, split, *, shard):
-            return iter(())
+            return iter(batches)
 
     with pytest.raises(ValueError, match="'test' has no batch: use another split, or more data"):
         evaluate(tiny.Classifier(), ImageClassification(), Empty(), "test", **OPTIONS)

@@ -47,7 +47,7 @@ def evaluate(
         stop: asked after every batch; where it says yes on any rank, all ranks raise StoppedError.
 
     Raises:
-        ConfigError: the split has no batch; every rank raises.
+        ConfigError: the split has no batch, or empty ones alone; every rank raises.
     """
     was_training = model.training
     model.eval()
@@ -73,9 +73,11 @@ def evaluate(
     if any(stops):
         raise StoppedError
     names = [own for own in sums if own is not None]
-    if not names:
+    if names:
+        if total is None:  # a split with fewer examples than there are ranks
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            total = Tally(zero, 0, {name: zero.expand(shape) for name, shape in names[0].items()})
+        total = total.all_reduce()
+    if total is None or total.count == 0:  # an empty tensor, cut into batches, is one batch of nothing
         raise ConfigError(f"the split {split!r} has no batch: use another split, or more data")
-    if total is None:  # a split with fewer examples than there are ranks
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        total = Tally(zero, 0, {name: zero.expand(shape) for name, shape in names[0].items()})
-    return {**task.metrics(total.all_reduce()), **meter.report()}
+    return {**task.metrics(total), **meter.report()}
