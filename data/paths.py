@@ -35,11 +35,16 @@ def root_hint(name: str) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: no reader sees a partial file."""
+    """Let `write` fill a temporary file beside `path`, then rename it: no reader sees a partial file.
+
+    Its content is on the disk before it has its name, so that a power cut leaves no partial file either.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.arrays import load_array, save_array
 from data.images.base import ImageSet
 from data.images.decoding import decode
 from data.images.tree import list_classes, list_pictures, read_picture
-from data.paths import cache_folder, write_atomically
+from data.paths import cache_folder
 from phantom.engine.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -24,7 +25,7 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
     """Read `folder`/<class>/*.{jpg,jpeg,png}, colour pictures of `size` (H, W), with labels by position in `classes`.
 
     The loader keeps the decoded array in the cache folder, under a fingerprint of the paths, sizes and times of all
-    files: it decodes a changed tree again.
+    files: it decodes a changed tree again, and so it does where the kept array is damaged.
 
     Raises:
         DataError: a class folder is missing, unknown or empty; a picture is damaged or of another size.
@@ -43,8 +44,8 @@ def read_split(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> I
         files += pictures
         labels += [label] * len(pictures)
     cached = cache_folder() / "decoded" / f"{_fingerprint(files)}.npy"
-    if cached.exists():
-        images = np.load(cached, allow_pickle=False)
+    if (kept := load_array(cached)) is not None:
+        images = np.array(kept)
     else:
         log.info("decoding %d pictures in %s; later runs read the cached copy", len(files), folder)
         images = np.stack([_decode(path, size) for path in files])
@@ -76,6 +77,6 @@ def _save(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
 
     try:
-        write_atomically(path, fill)
+        save_array(path, fill)
     except OSError as error:
         log.warning("cannot cache the decoded pictures: %s", error)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.arrays import load_array, save_array
 from data.digests import LENGTH
 from data.paths import cache_folder, data_root, root_hint, write_atomically
 from data.text.streams import Corpus, TokenStreams
@@ -45,8 +46,8 @@ class WikiText103(TokenStreams):
         streams, eval_streams, segment: see `TokenStreams`. The official code uses 56, 16 and 150.
 
     Raises:
-        DataError: a file is missing, empty or not UTF-8, a word is unknown, a count is wrong, or a cached file is
-            damaged or of another corpus.
+        DataError: a file is missing, empty or not UTF-8, a word is unknown, a count is wrong, or the cached vocabulary
+            is damaged or of another corpus.
 
     Source: Merity et al., *Pointer Sentinel Mixture Models* (2017).
     """
@@ -142,31 +143,26 @@ def fingerprint_of(path: Path) -> str:
 
 
 def load_indices(text: Path, vocabulary: Vocabulary, oov: OOV, path: Path) -> np.ndarray:
-    """Return the (N,) int32 indices of a text file, memory-mapped from `path`; write `path` if it is missing.
+    """Return the (N,) int32 indices of a text file, memory-mapped from `path`; write it if it is missing or damaged.
 
     Raises:
-        DataError: the text cannot be read, has unknown words under `oov="error"`, or `path` is damaged.
+        DataError: the text cannot be read, or has unknown words under `oov="error"`.
     """
-    if not path.is_file():
-        log.info("encoding %s", text)
-        count = sum(len(words) + 1 for words in read_words(text))
+    if (kept := load_array(path)) is not None:
+        return kept
+    log.info("encoding %s", text)
+    count = sum(len(words) + 1 for words in read_words(text))
 
-        def fill(part: Path) -> None:
-            array = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(count,))
-            position = 0
-            for line in vocabulary.encode(read_words(text), oov=oov, source=str(text)):
-                array[position : position + len(line)] = line
-                position += len(line)
-            array.flush()
+    def fill(part: Path) -> None:
+        array = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(count,))
+        position = 0
+        for line in vocabulary.encode(read_words(text), oov=oov, source=str(text)):
+            array[position : position + len(line)] = line
+            position += len(line)
+        array.flush()
 
-        write_atomically(path, fill)
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it to build it again") from error
-    if array.ndim != 1 or array.dtype != np.int32 or len(array) == 0:
-        raise DataError(f"{path} does not hold the indices of a text: delete it to build it again")
-    return array
+    save_array(path, fill)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def download(paths: Mapping[str, Path]) -> None:

@@ -113,6 +113,16 @@ def test_decoded_pictures_are_kept_until_the_tree_changes(tree, cache):
     assert images[3, 0, 0, 0] == pytest.approx((1 - 0.4914) / 0.2023, abs=1e-5)
 
 
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:200], lambda content: b"garbage"])
+def test_damaged_copies_are_decoded_again(tree, cache, damage):
+    before = make(tree).spec.digests
+    kept = {path: path.read_bytes() for path in cache.rglob("*.npy")}
+    for path, content in kept.items():
+        path.write_bytes(damage(content))
+    assert make(tree).spec.digests == before
+    assert {path: path.read_bytes() for path in cache.rglob("*.npy")} == kept
+
+
 def test_canonical_files_are_read_by_torchvision(canonical, caplog):
     with caplog.at_level("INFO"):
         source = make(canonical)
