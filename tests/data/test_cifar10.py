@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import pickle
 from urllib.error import URLError
 
@@ -121,6 +122,13 @@ def test_damaged_copies_are_decoded_again(tree, cache, damage):
         path.write_bytes(damage(content))
     assert make(tree).spec.digests == before
     assert {path: path.read_bytes() for path in cache.rglob("*.npy")} == kept
+
+
+def test_a_file_name_that_is_not_utf8(tree):
+    before = make(tree).spec.digests
+    folder = os.fsencode(tree / "train" / "cat")
+    os.rename(folder + b"/0001.png", folder + b"/caf\xe9.png")
+    assert make(tree).spec.digests == before
 
 
 def test_canonical_files_are_read_by_torchvision(canonical, caplog):
