@@ -39,6 +39,8 @@ class Example(NamedTuple):
 def decode(encoded: bytes, name: str) -> Tensor:
     """Return the pixels (3, H, W) uint8 of a picture in colours; a grey one has three equal channels.
 
+    Of an animation it is the first frame.
+
     torchvision decodes straight into a tensor, in three quarters of Pillow's time. With a torchvision that has no
     decoders any more, this takes torchcodec's. Pillow decodes the formats of `FOR_PILLOW`. Of 16 bits 8 are kept.
 
@@ -52,7 +54,8 @@ def decode(encoded: bytes, name: str) -> Tensor:
         with warnings.catch_warnings():
             # torchvision 0.29 says at every call that torchcodec takes over
             warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
-            return _decoder()(buffer)
+            pixels = _decoder()(buffer)
+        return pixels if pixels.dim() == 3 else pixels[0]
     except (RuntimeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = first_line(error)
         raise DataError(

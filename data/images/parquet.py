@@ -38,7 +38,8 @@ class Parquet:
         streaming: read the files where they are, in one pass; otherwise `datasets` keeps an indexed copy in its cache.
 
     Raises:
-        DataError: there is no such data set or split, it is not Parquet, or it has no pictures with a class each.
+        DataError: there is no such data set or split, it is not Parquet, or it has no pictures with a class each. A row
+            without either is found at once where the files have statistics, as most have, and else when it is read.
     """
 
     def __init__(self, path: str, split: str, *, streaming: bool) -> None:
@@ -46,6 +47,7 @@ class Parquet:
             from datasets import ClassLabel, Features, Image, load_dataset_builder
         except ImportError as error:
             raise DataError("data.root=hf:... needs Hugging Face `datasets`: pip install datasets") from error
+        self.path, self.split = path, split
         try:
             builder: Any = load_dataset_builder(path)
             found = builder.config.data_files
@@ -56,7 +58,7 @@ class Parquet:
                     f"{path} has no Parquet files of the split {split}; it has {there}. Expected files such as "
                     f"{split}-00000-of-00001.parquet"
                 )
-            self.groups, sizes, schema = _groups(files)
+            self.groups, metadata, schema = _groups(files)
             features = Features.from_arrow_schema(schema)
             if not isinstance(features.get("image"), Image) or not isinstance(features.get("label"), ClassLabel):
                 raise DataError(
@@ -64,17 +66,22 @@ class Parquet:
                     "`label` (datasets.ClassLabel)"
                 )
             self.classes: list[str] = features["label"].names
+            for group, found in zip(self.groups, metadata, strict=True):
+                if _doubtful(found, len(self.classes)):
+                    for _ in self.read([group], frozenset(range(group.first, group.first + group.count))):
+                        pass  # until the row that it refuses by name
             self.rows: Any = None
             if not streaming:
                 builder.download_and_prepare()
                 self.rows = builder.as_dataset(split).select_columns(COLUMNS).cast_column("image", Image(decode=False))
+        except DataError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{path} could not be read by Hugging Face `datasets` ({str(error).partition(chr(10))[0]}): name a "
                 "folder of Parquet files, or a data set of the hub that you may read (`hf auth login`)"
             ) from error
-        self.path, self.split = path, split
-        self.digest = digest(f"{rows} {size}\n".encode() for rows, size in sizes)
+        self.digest = digest(f"{group.num_rows} {group.total_byte_size}\n".encode() for group in metadata)
 
     def __len__(self) -> int:
         return sum(group.count for group in self.groups)
@@ -102,8 +109,16 @@ class Parquet:
                     yield group.first + i, self._example(row, group.first + i)
 
     def _example(self, row: dict[str, Any], index: int) -> Example:
-        name = f"{row['image']['path'] or ''} (row {index} of {self.split} in {self.path})".strip()
-        return Example(row["image"]["bytes"], row["label"], name)
+        image, label = row["image"] or {}, row["label"]
+        name = f"{image.get('path') or ''} (row {index} of {self.split} in {self.path})".strip()
+        if not image.get("bytes"):
+            raise DataError(f"the picture {name} has no bytes: leave the row out, or embed the picture's file in it")
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(
+                f"the picture {name} has the label {label}, which must be in 0..{len(self.classes) - 1} (-1 stands for "
+                "a hidden one): leave the row out, or use a copy with its label"
+            )
+        return Example(image["bytes"], label, name)
 
 
 def through_buffer(indices: Sequence[int], buffer: int, key: str) -> list[int]:
@@ -123,12 +138,12 @@ def through_buffer(indices: Sequence[int], buffer: int, key: str) -> list[int]:
     return order
 
 
-def _groups(files: Sequence[str]) -> tuple[list[Group], list[tuple[int, int]], Any]:
-    """Return the row groups of some files, (rows, bytes) of each, and the schema of the first file."""
+def _groups(files: Sequence[str]) -> tuple[list[Group], list[Any], Any]:
+    """Return the row groups of some files, what pyarrow says of each, and the schema of the first file."""
     import fsspec
     import pyarrow.parquet as pq
 
-    groups, sizes, first, schema = [], [], 0, None
+    groups, metadata, first, schema = [], [], 0, None
     for name in files:
         with fsspec.open(name, "rb") as file:
             opened = pq.ParquetFile(file)
@@ -136,6 +151,16 @@ def _groups(files: Sequence[str]) -> tuple[list[Group], list[tuple[int, int]], A
             for number in range(opened.metadata.num_row_groups):
                 group = opened.metadata.row_group(number)
                 groups.append(Group(name, number, first, group.num_rows))
-                sizes.append((group.num_rows, group.total_byte_size))
+                metadata.append(group)
                 first += group.num_rows
-    return groups, sizes, schema
+    return groups, metadata, schema
+
+
+def _doubtful(metadata: Any, classes: int) -> bool:
+    """Return whether the statistics of a row group tell of a row without a picture, or without one of the classes."""
+    columns = map(metadata.column, range(metadata.num_columns))
+    found = {column.path_in_schema: column.statistics for column in columns if column.statistics is not None}
+    if any(found[name].null_count for name in ("image.bytes", "label") if name in found):
+        return True
+    label = found.get("label")
+    return label is not None and label.has_min_max and not 0 <= label.min <= label.max < classes

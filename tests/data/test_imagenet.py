@@ -176,6 +176,14 @@ def stored(picture: Image.Image, kind: str) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    first, second = (Image.new("RGB", (5, 4), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    file = io.BytesIO()
+    first.save(file, format=kind, save_all=True, append_images=[second, first])
+    assert torch.equal(decode(file.getvalue(), "moving"), torch.tensor([255, 0, 0]).view(3, 1, 1).expand(3, 4, 5))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("value", [0, 30000, 65535])
 def test_of_16_bits_8_are_kept(kind, value):

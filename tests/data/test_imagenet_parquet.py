@@ -13,6 +13,8 @@ from phantom.engine.source import Shard
 from tests.data.test_imagenet import epoch_of, make
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 COUNTS = {"train": (7, 6), "validation": (4,)}  # rows of every file
 
 
@@ -144,6 +146,34 @@ def test_what_is_missing_or_damaged_is_named(folder, tmp_path, streaming):
     words.to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
     with pytest.raises(DataError, match=r"expected a picture `image` .* and a class `label`"):
         make(tmp_path, streaming=streaming)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["statistics", "no statistics"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": -1}, r"label -1, which must be in 0\.\.2 .*: leave the row out"),
+        ({"label": None}, "label None"),
+        ({"label": 3}, "label 3"),
+        ({"image": None}, "no bytes: leave the row out"),
+        ({"image": {"bytes": None, "path": "a.JPEG"}}, "no bytes"),
+    ],
+    ids=["hidden", "no label", "unknown", "no picture", "a path alone"],
+)
+def test_a_row_without_a_picture_or_a_class_is_named(folder, tmp_path, change, message, streaming, told):
+    """Before the first step, where the file has statistics: the epoch before an evaluation can last for hours."""
+    generator = np.random.default_rng(0)
+    rows = [{"image": picture(generator), "label": i % 3} for i in range(5)]
+    rows[3] |= change
+    first = folder / "train-00000-of-00002.parquet"
+    table = pyarrow.Table.from_pylist(rows, schema=pq.read_schema(first))
+    pq.write_table(table, tmp_path / "validation-00000-of-00001.parquet", row_group_size=2, write_statistics=told)
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(first.read_bytes())
+    with pytest.raises(DataError, match=rf"^the picture .*\(row 3 of validation in .*\) has (the )?{message}"):
+        source = make(tmp_path, streaming=streaming)
+        assert not told
+        list(source.evaluate("test", shard=Shard()))
 
 
 def test_a_tree_is_no_stream(tmp_path):
