@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +74,17 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     # torch_geometric's reader silently drops a last line without a newline
     parts = (*parts, "node_labels", "node_attributes", "edge_labels", "edge_attributes", "graph_attributes")
     for path in (folder / f"{name}_{part}.txt" for part in parts):
-        text = path.read_bytes() if path.is_file() else b""
-        if text and not text.endswith(b"\n"):
+        if not path.is_file():
+            continue
+        text = path.read_bytes()
+        if not text.strip():
+            raise DataError(f"{path} is empty: copy or download it again, or remove it if the set needs no such file")
+        if not text.endswith(b"\n"):
             raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
     # and such an edge
     if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
         raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
+    num_nodes = _count_nodes(needed[1])
     try:
         read: Any = read_tu_data(os.fspath(folder), name)
         data, slices, sizes = read
@@ -88,6 +94,11 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     if not bool(features.isfinite().all()):
         raise DataError(
             f"{folder / f'{name}_node_attributes.txt'} holds NaN or infinite entries: every one must be finite"
+        )
+    if features.shape[0] != num_nodes:
+        raise DataError(
+            f"{folder} describes {num_nodes} nodes by graph and {features.shape[0]} by labels or attributes: "
+            "every node needs all"
         )
     arcs = slices["edge_index"]
     # the reader's offsets end at the last graph that has edges: extend them to the last graph
@@ -111,6 +122,24 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         arcs=arcs,
         labels=data.y,
     )
+
+
+def _count_nodes(path: Path) -> int:
+    """Return the number of nodes of a graph indicator, which names the graph of every node.
+
+    Raises:
+        DataError: it does not list them graph by graph: torch_geometric's reader takes that for granted, and would give
+            features to the nodes of other graphs.
+    """
+    graphs = path.read_text().split()
+    due = [str(number) for number, (_, run) in enumerate(groupby(graphs), start=1) for _ in run]
+    for node, (graph, expected) in enumerate(zip(graphs, due, strict=True), start=1):
+        if graph != expected:
+            raise DataError(
+                f"{path} puts node {node} into graph {graph}, where graph {expected} is due: list the nodes graph by "
+                "graph, from 1, at least one for every graph"
+            )
+    return len(graphs)
 
 
 def _features(data: Any, slices: Any, num_attributes: int) -> tuple[Tensor, Tensor]:

@@ -312,6 +312,40 @@ def test_a_last_line_without_a_newline_is_refused(toy):
         next(iter(toy_source(toy).evaluate("test", shard=Shard())))
 
 
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([2, 2, 2, 1, 1, 1, 3], "puts node 1 into graph 2, where graph 1 is due"),
+        ([1, 1, 3, 3], "puts node 3 into graph 3, where graph 2 is due"),
+        ([0, 0, 1], "puts node 1 into graph 0, where graph 1 is due"),
+        ([1, 2, 1], "puts node 3 into graph 1, where graph 3 is due"),
+    ],
+    ids=["swapped", "a graph without nodes", "from zero", "mixed"],
+)
+def test_nodes_that_are_not_listed_graph_by_graph_are_named(toy, order, message):
+    """Where graphs have no edges, nothing else would show that they have the features of others."""
+    path = toy / "raw" / "TOY_graph_indicator.txt"
+    path.write_text("".join(f"{graph}\n" for graph in order))
+    with pytest.raises(DataError, match=rf"TOY_graph_indicator\.txt {message}: list the nodes"):
+        toy_source(toy)
+
+
+@pytest.mark.parametrize("name", ["A", "graph_indicator", "graph_labels", "node_labels", "node_attributes"])
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_an_empty_file_is_named(toy, name, text):
+    (toy / "raw" / f"TOY_{name}.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"TOY_{name}\.txt is empty"):
+        toy_source(toy)
+
+
+def test_a_node_without_a_label_is_an_error(toy):
+    path = toy / "raw" / "TOY_node_labels.txt"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:-2]))
+    (toy / "raw" / "TOY_node_attributes.txt").unlink()
+    with pytest.raises(DataError, match="describes 180 nodes by graph and 178 by labels or attributes"):
+        toy_source(toy)
+
+
 def test_shares_too_small_for_every_class_are_sentences(toy):
     with pytest.raises(DataError, match=r"validation=0\.03 of 36 training graphs cannot have graphs of every class"):
         next(iter(toy_source(toy, validation=0.03).train(epoch=0, start=0, shard=Shard())))
