@@ -67,11 +67,13 @@ class WikiText103(TokenStreams):
         segment: int,
     ) -> None:
         self._root = data_root(root, "wikitext103")
-        self._files = {split: name for split, name in files.items() if name is not None}
-        unknown = [split for split in self._files if split not in TOKENS]
-        if unknown or "train" not in self._files:
+        named = files.items() if isinstance(files, Mapping) else ()
+        self._files = {split: name for split, name in named if name is not None}
+        known = all(split in TOKENS and isinstance(name, str) for split, name in self._files.items())
+        if not known or "train" not in self._files:
             raise ValueError(
-                f"files={dict(files)} must name a file for train; valid and test are optional, no other is known"
+                f"files={files!r} must name a file for train; valid and test are optional, no other is known, and each "
+                "is one file, as in {train: wiki.train.tokens, valid: null, test: null}"
             )
         if eval_tokens is not None:
             check_count("eval_tokens", eval_tokens, least=2, also=", or null for all")
@@ -82,6 +84,9 @@ class WikiText103(TokenStreams):
 
     def load(self) -> Corpus:
         paths = {split: self._root / name for split, name in self._files.items()}
+        for path in paths.values():
+            if path.is_dir():
+                raise DataError(f"{path} is a folder, and a split is one file: join its files, one after the other")
         if self._download:
             download(paths)
         missing = [path.name for path in paths.values() if not path.is_file()]

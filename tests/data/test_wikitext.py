@@ -181,9 +181,16 @@ def test_missing_files_and_splits(root):
     with pytest.raises(DataError, match=r"wiki\.test\.tokens missing.*data\.root=.*data\.download=true"):
         make(root, files=FILES | {"test": "wiki.test.tokens"})
     assert make(root, files=FILES | {"test": None}).splits == ("train", "valid")
-    for files in ({"valid": "wiki.valid.tokens"}, FILES | {"dev": "wiki.valid.tokens"}):
+    wrong = ({"valid": "wiki.valid.tokens"}, FILES | {"dev": "wiki.valid.tokens"})
+    for files in (*wrong, FILES | {"train": ["a.txt", "b.txt"]}, FILES | {"valid": 3}, "wiki.train.tokens"):
         with pytest.raises(ValueError, match="must name a file for train"):
             make(root, files=files)
+
+
+def test_a_folder_of_texts(root):
+    (root / "texts").mkdir()
+    with pytest.raises(DataError, match="texts is a folder, and a split is one file: join its files"):
+        make(root, files=FILES | {"train": "texts"})
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("\n \n", "no words")])
