@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from phantom.validate import check_counts
 Batch = tuple[Graph, Tensor]  # a union of graphs, labels (N, 121) of zeros and ones
 
 NUM_FEATURES, NUM_LABELS = 50, 121
+UNREADABLE = (KeyError, IndexError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 FILES = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
 # number of nodes of every graph, in file order
 NODES = {
@@ -152,9 +154,13 @@ class PPI(LabelledGraphs):
             raw_dir = property(lambda _: os.fspath(raw))
             processed_dir = property(lambda _: os.fspath(converted))
 
+        name = "val" if split == "valid" else split
         try:
-            data: Any = Converted(os.fspath(self.root), "val" if split == "valid" else split)
-        except (KeyError, IndexError, OSError, RuntimeError, ValueError) as error:
+            try:
+                data: Any = Converted(os.fspath(self.root), name)
+            except UNREADABLE:  # what was converted before may be damaged, by a power cut for one
+                data = Converted(os.fspath(self.root), name, force_reload=True)
+        except UNREADABLE as error:
             raise DataError(f"{raw} cannot be downloaded or read as PPI: {error}") from error
         shape = (len(data), data.num_features, data[0].y.shape[1])
         if shape != (len(NODES[split]), NUM_FEATURES, NUM_LABELS):

@@ -67,6 +67,23 @@ def test_a_split_has_its_own_features_and_labels(files, split):
         assert (sorted(found.tolist()) if split == "train" else found.tolist()) == expected
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: content[:3000] + bytes(3000)],
+    ids=["empty", "half", "zeros"],
+)
+def test_a_damaged_copy_is_converted_again(files, damage):
+    def read() -> torch.Tensor:
+        return torch.cat([graph.features for graph, _ in PPI(root=str(files), download=False, **BATCHES).load("train")])
+
+    before = read()
+    copies = list((files.parent / "cache").rglob("*.pt"))
+    assert copies
+    for path in copies:
+        path.write_bytes(damage(path.read_bytes()))
+    assert torch.equal(read(), before)
+
+
 def test_missing_and_damaged_files_are_named(files):
     np.save(files / "raw" / "test_labels.npy", np.zeros((8, 7)))
     with pytest.raises(DataError, match="7 labels, but PPI has"):
