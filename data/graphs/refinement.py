@@ -24,7 +24,7 @@ def merge_nodes(graph: Graph) -> Graph:
 
     Entry (c, d) is the total weight from the nodes of colour c to any one node of colour d.
     """
-    colors = torch.tensor(refine_colors(graph))
+    colors = torch.tensor(refine_colors(graph), dtype=torch.int64)  # which a graph without nodes has to be told
     sizes = torch.bincount(colors)
     count = sizes.numel()
     if count == graph.num_nodes:
