@@ -32,7 +32,7 @@ def load_array(path: Path) -> np.ndarray | None:
         return None
     try:
         content = np.memmap(path, dtype=np.uint8, mode="r")
-        if hashlib.sha256(content[:-HASH]).digest() == content[-HASH:].tobytes():
+        if hashlib.sha256(content[:-HASH].data).digest() == content[-HASH:].tobytes():
             return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):  # not readable, or empty
         pass

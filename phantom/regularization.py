@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class JacobianRegularizer:
         with torch.enable_grad(), twice_differentiable():
             z = packing.pack(z).detach()
             if transforms.are_active():
-                fz, pull = torch.func.vjp(lambda z: flat_f(z.clone()), z)  # f may write to its argument
+                linear: Any = torch.func.vjp(lambda z: flat_f(z.clone()), z)  # f may write to its argument
+                fz, pull = linear
                 products = (pull(torch.randn_like(fz))[0] for _ in range(self.num_probes))
             else:
                 z.requires_grad_()

@@ -49,7 +49,7 @@ def sheets(study: dict[str, Any]) -> dict[Path, str]:
     }
 
 
-def write(study: dict[str, Any]) -> dict[Path, str]:
+def write(study: dict[str, Any]) -> dict[Path, markdown.Page]:
     """Write the pages of a study with their tables, and its figures once there is something to draw; return the pages.
 
     A figure is a PNG and a PDF.

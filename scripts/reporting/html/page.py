@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,6 @@ def _table_open(_: Any, tokens: Sequence[Token], place: int, *__: Any) -> str:
     return f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table>\n'
 
 
-def _title(found: dict[Path, str], name: str) -> str:
+def _title(found: Mapping[Path, str], name: str) -> str:
     (text,) = [text for path, text in found.items() if path.stem == name]
     return text.splitlines()[0].lstrip("# ")
