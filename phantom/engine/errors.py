@@ -5,8 +5,13 @@ from contextlib import contextmanager
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or the name of its class where it has none.
+
+    Where torch refuses to unpickle a file, it gives advice first, and then the reason: that is the line.
+    """
+    advice, found, reason = str(error).partition("WeightsUnpickler error: ")
+    text = reason.partition(". ")[0] if found else advice
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(ValueError):

@@ -1,7 +1,11 @@
 """Checkpoints: whole or absent, checked before they are believed, and each refusal says what to do."""
 
 import zipfile
+from collections import OrderedDict
+from enum import Enum
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +27,62 @@ def path(tmp_path):
 def test_what_was_saved_is_read_without_executing_anything(path):
     assert tiny.same(checkpoint.load(path), {"format": checkpoint.FORMAT, **STATE})
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_what_numpy_made_is_written_as_plain_values(tmp_path):
+    weights = nn.BatchNorm1d(2).state_dict()
+    made = {
+        "step": np.int64(3),
+        "best": {np.str_("test"): {"loss": np.float64(0.5), "better": np.bool_(True)}},
+        "ranks": [{"carries": (np.arange(4)[::-1], None)}],
+        "model": weights,
+    }
+    checkpoint.save(tmp_path / "last.pt", made)
+    found = checkpoint.load(tmp_path / "last.pt")
+    carries = (torch.tensor([3, 2, 1, 0]), None)
+    plain = {"step": 3, "best": {"test": {"loss": 0.5, "better": True}}, "ranks": [{"carries": carries}]}
+    assert tiny.same(found, {"format": checkpoint.FORMAT, "model": weights, **plain})
+    loss = found["best"]["test"]["loss"]
+    assert [type(value) for value in (found["step"], loss)] == [int, float]
+    assert type(found["model"]) is OrderedDict and found["model"]._metadata == weights._metadata
+    assert type(made["step"]) is np.int64
+
+
+class Colour(Enum):
+    RED = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (Colour.RED, "Colour"),
+        (Path("a"), "PosixPath"),
+        (lambda: 0, "function"),
+        (range(3), "range"),
+        (np.array(["a"]), "ndarray"),
+        (np.longdouble(1), "longdouble"),
+    ],
+    ids=["enum", "path", "function", "range", "text", "long"],
+)
+def test_what_could_not_be_read_is_not_written(path, value, kind):
+    with pytest.raises(CheckpointError, match=rf"last\.pt cannot be written: best\.test\.0 is a .*{kind}, and a check"):
+        checkpoint.save(path, {"best": {"test": [value]}})
+    assert checkpoint.load(path)["step"] == 3
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_sets_and_sizes_are_kept_as_torch_reads_them(tmp_path):
+    state = {"model": {"extra": {1, 2}, "shape": torch.Size([1]), "dtype": torch.float32, "bytes": b"1"}}
+    checkpoint.save(tmp_path / "last.pt", state)
+    assert checkpoint.load(tmp_path / "last.pt")["model"] == state["model"]
+
+
+def test_a_file_that_torch_refuses_says_why(path):
+    torch.save({"format": checkpoint.FORMAT, "step": np.float64(3)}, path)
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(path)
+    assert "(Unsupported global: GLOBAL numpy._core.multiarray.scalar was not an allowed" in str(refused.value)
+    assert "\x1b" not in str(refused.value) and "Weights only" not in str(refused.value)
 
 
 class Malicious:

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from phantom import JacobianRegularizer
-from phantom.engine.artifacts import checkpoint
+from phantom.engine.artifacts import checkpoint, records
 from phantom.engine.source import drawn_apart
+from phantom.engine.tasks.base import Score, Tally
 from phantom.engine.training.loop import Trainer
 from phantom.engine.training.rules import Jitter, Penalty, Rules
+from phantom.engine.training.schedule import Schedule
 from tests.engine import tiny
 from tests.engine.tiny import Killed, Killing
 
@@ -198,3 +201,40 @@ def test_the_draws_of_a_source_are_its_own_in_every_epoch():
     assert torch.equal(torch.rand(2), drawn)
     torch.manual_seed(4)
     assert order(0) != first
+
+
+class NumpySource(Killing):
+    def digests(self):
+        return {"train": np.uint64(7)}
+
+
+class NumpySchedule(Schedule):
+    def rate(self, t, *, base, total, epoch):
+        return base * np.cos(np.float32(t / total))
+
+
+class NumpyTask(tiny.WarmStart):
+    def score(self, model, batch, carry):
+        found = super().score(model, batch, carry)
+        return Score(Tally(found.tally.loss_sum, np.int64(found.tally.count)), found.solutions, found.carry)
+
+    def report(self, tally):
+        return {"loss": np.sqrt(float(tally.loss_sum) / tally.count), "error": np.float32(0.5)}
+
+
+def test_numbers_of_numpy_reach_neither_checkpoints_nor_records(tmp_path):
+    def run(step):
+        parts = {"source": NumpySource(step=step), "schedule": NumpySchedule(), "task": NumpyTask()}
+        trainer = tiny.trainer(tmp_path, **parts, budget=tiny.budget(checkpoint_every=1, log_every=2))
+        trainer.fit(resume=True)
+        return trainer
+
+    with pytest.raises(Killed):
+        run(step=5)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 5
+    trainer = run(step=None)
+    assert trainer.step == 6
+    assert {type(value) for found in trainer.final.values() for value in found.values()} <= {bool, int, float}
+    assert records.to_json({"digests": trainer.data.digests, "rate": np.float32(0.5)}) == (
+        '{"digests": {"train": 7}, "rate": 0.5}'
+    )

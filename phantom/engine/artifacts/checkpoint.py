@@ -7,16 +7,20 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import logging
 import os
 import pickle
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -29,6 +33,8 @@ FORMAT = 3
 LAST = "last.pt"
 # the bit of a zip entry's attributes that marks a folder
 FOLDER = 0x10
+# every one of these can be read; of other types, torch is asked
+LEAVES = (torch.Tensor, nn.Parameter, bool, int, float, str, type(None))
 log = logging.getLogger(__name__)
 
 # exceptions that a corrupt checkpoint can raise in zipfile, pickle and torch
@@ -43,9 +49,52 @@ class DamagedError(CheckpointError):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one."""
+    """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one.
+
+    Numbers of numpy are written as Python's, and its arrays as tensors.
+
+    Raises:
+        CheckpointError: `state` holds what `load` could not read; nothing is written.
+    """
+    readable = _readable({"format": FORMAT, **state}, path, ())
     with files.whole(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        torch.save(readable, file)
+
+
+def _readable(node: Any, path: Path, place: tuple[Any, ...]) -> Any:
+    """Return `node`, which is at the keys `place` of the state, with what numpy made as plain values."""
+    node = _plain(node)
+    kind = type(node)
+    if kind in LEAVES:
+        return node
+    if kind in (list, tuple):
+        return kind(_readable(item, path, (*place, i)) for i, item in enumerate(node))
+    if kind in (dict, OrderedDict):
+        items = [(_readable(key, path, place), _readable(item, path, (*place, key))) for key, item in node.items()]
+        found = copy.copy(node)  # a state_dict has attributes of its own
+        found.clear()
+        found.update(items)
+        return found
+    try:
+        file = io.BytesIO()
+        torch.save(node, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises what it likes
+        raise CheckpointError(
+            f"{path} cannot be written: {'.'.join(map(str, place))} is a {kind.__module__}.{kind.__qualname__}, and a "
+            "checkpoint holds tensors, numbers, strings, lists and dictionaries. Give it as one of these"
+        ) from error
+    return node
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        with contextlib.suppress(TypeError, ValueError):  # of text, of objects
+            return torch.from_numpy(value.copy())
+    return value
 
 
 def shift(folder: Path, count: int) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phantom.engine.artifacts import files
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,8 @@ def _finite(node: Any) -> Any:
         return {key: _finite(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return [_finite(value) for value in node]
+    if isinstance(node, np.generic):
+        node = node.item()
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 

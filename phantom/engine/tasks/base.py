@@ -125,7 +125,7 @@ class Task(ABC):
         found: dict[str, float] = {}
         for key, value in report.items():
             try:
-                found[key] = value if isinstance(value, (int, float)) else float(value)
+                found[key] = value if type(value) in (bool, int, float) else float(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"{name}.report must give numbers, got {key}={value!r}") from error
         return found
