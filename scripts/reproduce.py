@@ -132,7 +132,8 @@ def _run(parts: Sequence[Part], stop: Stop, *, others_go_on: bool) -> None:
                 print(f"error: {study}: {error}", file=sys.stderr, flush=True)
                 failed.append(study)
     if left:
-        print(f"left: {len(left)}, which the same command runs or resumes:", file=sys.stderr)
+        never = " without resume=never" * any("resume=never" in run.overrides for run in left)
+        print(f"left: {len(left)}, which the same command{never} runs or resumes:", file=sys.stderr)
         print(*(f"  {run.name}" for run in left), sep="\n", file=sys.stderr)
     if failed:
         arguments.fail(f"runs failed in {', '.join(dict.fromkeys(failed))}: see above; the others are done")

@@ -182,12 +182,16 @@ def training_steps(source: Source, *, epoch: int, start: int, shard: Shard) -> I
         )
 
 
-def dead_worker(error: BaseException, step: int) -> DataError | None:
-    """Return the sentence for a process of torch's DataLoader that has died before `step`; None for other errors."""
+def dead_worker(error: BaseException, step: int, command: str = "the same command") -> DataError | None:
+    """Return the sentence for a process of torch's DataLoader that has died before `step`; None for other errors.
+
+    Args:
+        command: that goes on from the last checkpoint, in words.
+    """
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
         return None
     return DataError(
         f"a process that loads data died before step {step} ({first_line(error)}): most often the memory is "
-        "full. Use a smaller data.workers, or data.workers=0, which shows an error of the data itself; the same "
-        "command goes on from the last checkpoint"
+        "full. Use a smaller data.workers, or data.workers=0, which shows an error of the data itself; "
+        f"{command} goes on from the last checkpoint"
     )

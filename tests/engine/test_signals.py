@@ -91,6 +91,17 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, whole, caplog,
     assert tiny.rows(tmp_path) == tiny.rows(whole)
 
 
+@pytest.mark.parametrize(
+    ("resume", "command"),
+    [("auto", "; the same command goes on"), ("never", "; the same command without resume=never goes on")],
+)
+def test_the_sentence_names_a_command_that_goes_on(tmp_path, caplog, resume, command):
+    """Under resume=never the same command would remove what was saved."""
+    with pytest.raises(Interrupted):
+        tiny.trainer(tmp_path, source=Signalled(signal.SIGTERM, step=1), config=f"resume: {resume}\n").fit(resume=False)
+    assert f"stopped after step 2 of 6{command} from there" in caplog.text
+
+
 def test_outside_the_main_thread_nothing_is_caught(tmp_path):
     errors = []
 

@@ -248,6 +248,12 @@ def beginning_of(
     return True, state.get("origin") or origin
 
 
+def command_to_go_on(config: str) -> str:
+    """Return the words for the command that goes on from a checkpoint of `config`: resume=never would remove it."""
+    never = (yaml.safe_load(config) or {}).get("resume") == "never"
+    return "the same command without resume=never" if never else "the same command"
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the state of torch's generators that a run draws from."""
     state = {"cpu": torch.get_rng_state()}

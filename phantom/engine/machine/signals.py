@@ -39,7 +39,10 @@ def end_at_once() -> Iterator[None]:
     """Let a signal end this process with one sentence during the body: before and after training nothing is to save."""
 
     def end(number: int, frame: Any) -> None:
-        _say(f"{name_of(number)}: the run ends; what was saved before is kept, and the same command goes on from there")
+        _say(
+            f"{name_of(number)}: the run ends; what was saved before is kept, and the same command goes on from there, "
+            "unless it says resume=never"
+        )
         raise Interrupted(number)
 
     before = _handle(end)

@@ -161,7 +161,7 @@ class Trainer:
                 self._epochs()
         except BaseException as error:
             self._journal.abort()
-            if (dead := dead_worker(error, self.step + 1)) is not None:
+            if (dead := dead_worker(error, self.step + 1, checkpoints.command_to_go_on(self.config))) is not None:
                 raise dead from error
             raise
         finally:
@@ -274,11 +274,9 @@ class Trainer:
         distributed.barrier()
         if self.shard.rank == 0:
             log.warning(
-                "%s: stopped after step %d of %d. The same command goes on from there, as if nothing had happened: %s",
-                name_of(number),
-                self.step,
-                self.total,
-                self.folder / checkpoints.LAST,
+                "%s: stopped after step %d of %d; %s goes on from there, as if nothing had happened: %s",
+                *(name_of(number), self.step, self.total),
+                *(checkpoints.command_to_go_on(self.config), self.folder / checkpoints.LAST),
             )
         raise Interrupted(number)
 
