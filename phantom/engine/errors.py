@@ -35,7 +35,7 @@ class DivergenceError(UserError):
 
 
 class LockedError(UserError):
-    """A run folder that another process writes to."""
+    """A run folder that another process writes to, or that is no longer where it was."""
 
 
 @contextmanager

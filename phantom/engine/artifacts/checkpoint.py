@@ -51,13 +51,13 @@ class DamagedError(CheckpointError):
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a reader sees the old file or the new one, never half of one.
 
-    Numbers of numpy are written as Python's, and its arrays as tensors.
+    The folder must exist. Numbers of numpy are written as Python's, and its arrays as tensors.
 
     Raises:
         CheckpointError: `state` holds what `load` could not read; nothing is written.
     """
     readable = _readable({"format": FORMAT, **state}, path, ())
-    with files.whole(path) as file:
+    with files.whole(path, parents=False) as file:  # a folder that was removed stays removed
         torch.save(readable, file)
 
 

@@ -10,12 +10,16 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path, *, parents: bool = True) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the body ends: a reader sees the old one or the new one.
 
     The new content is on the disk, and not only in the system's memory, before it replaces the old one.
+
+    Args:
+        parents: make the folders that are missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # always the same name, so that the next writer overwrites the file of a killed run
     temporary = path.with_suffix(".tmp")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from phantom.engine.artifacts import files
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.artifacts.tracking import Tracker
 from phantom.engine.display import Progress
+from phantom.engine.errors import LockedError
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, keep_until: int) -> None:
         """Open `path`, dropping rows after step `keep_until`: a resumed run writes those again."""
+        self._path = path
         found = _whole_lines(path) if keep_until > 0 else []
         with files.whole(path) as file:
             file.writelines(line + b"\n" for line, row in found if row["step"] <= keep_until)
@@ -97,7 +100,20 @@ class MetricsLog:
         self._file.write(to_json(row) + "\n")
 
     def sync(self) -> None:
-        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it."""
+        """Put the rows on the disk: a checkpoint must not survive a power cut without the rows before it.
+
+        Raises:
+            LockedError: the file is no longer at its path: what follows would be written to nowhere, or over another
+                run that began there, for the lock went with the folder.
+        """
+        in_place = False
+        with contextlib.suppress(OSError):
+            in_place = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        if not in_place:
+            raise LockedError(
+                f"{self._path} is no longer the file that this run writes: it or its folder was moved, removed or "
+                "replaced. The run ends without this checkpoint; the one before is where the folder is now"
+            )
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

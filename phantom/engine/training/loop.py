@@ -135,6 +135,7 @@ class Trainer:
             DivergenceError: the loss or the gradient stopped being finite; the last good checkpoint is kept.
             CheckpointError: no checkpoint to resume from is intact, or it is of another model or other data.
             DataError: a process that loads data has died.
+            LockedError: the folder was moved or removed, or another run writes there.
             Interrupted: a signal asked for the end; a SystemExit with status 128 + its number.
         """
         if self._opened is not None and self._ended:
