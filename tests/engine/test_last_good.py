@@ -62,6 +62,31 @@ def test_a_save_that_fails_leaves_the_ones_before(tmp_path, monkeypatch, links):
     assert checkpoint.load(tmp_path / checkpoint.newest(tmp_path))["step"] == 7
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_kills_in_the_middle_of_writing_cost_no_checkpoint(tmp_path, monkeypatch, count, links):
+    """Bits that flip in the newest one, under whatever names, cost that one alone."""
+    stopped(tmp_path, keep_checkpoints=count)
+
+    def killed(*_):
+        raise tiny.Killed
+
+    def refuse(*_):
+        raise OSError("not here")
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(tiny.Killed):
+            patch.setattr("phantom.engine.artifacts.checkpoint.torch.save", killed)
+            fit(tmp_path, keep_checkpoints=count)
+    assert set(steps(tmp_path).values()) == set(range(7, 7 - count, -1))
+    cut(tmp_path / checkpoint.newest(tmp_path))
+    assert checkpoint.load(tmp_path / checkpoint.newest(tmp_path))["step"] == 6
+    fit(tmp_path, keep_checkpoints=count)
+    assert steps(tmp_path) == dict(zip(["last.pt", "last-1.pt", "last-2.pt"], range(9, 9 - count, -1), strict=False))
+
+
 def delete(path):
     path.unlink()
 

@@ -98,11 +98,16 @@ def _plain(value: Any) -> Any:
 
 
 def shift(folder: Path, count: int) -> None:
-    """Make room for a new last.pt: the one there stays as last-1.pt, that one as last-2.pt, `count` files in all.
+    """Make room for a new last.pt: the one there stays as last-1.pt, that one as last-2.pt.
 
-    last.pt itself stays until `save` replaces it.
+    last.pt itself stays until `save` replaces it, and is last-1.pt as well meanwhile. So the oldest of `count` files
+    stays as one more until `trim`: a run that is killed between the two has as many checkpoints as before. The next one
+    finds last.pt kept already, and moves nothing.
     """
-    names = [_older(i) for i in range(count)]
+    last, before = folder / LAST, folder / _older(1)
+    if count == 1 or not last.exists() or (before.exists() and last.samefile(before)):
+        return
+    names = [_older(i) for i in range(count + 1)]
     for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
         if not (folder / newer).exists():
             continue
@@ -114,6 +119,12 @@ def shift(folder: Path, count: int) -> None:
             os.link(folder / newer, folder / older)
         except OSError:  # a file system without hard links
             os.replace(folder / newer, folder / older)
+
+
+def trim(folder: Path, count: int) -> None:
+    """Remove what `shift` keeps beyond `count` files, once `save` has replaced last.pt."""
+    if count > 1:
+        (folder / _older(count)).unlink(missing_ok=True)
 
 
 def _older(number: int) -> str:

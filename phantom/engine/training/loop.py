@@ -364,6 +364,8 @@ class Trainer:
         if name == checkpoints.LAST:
             checkpoints.shift(self.folder, self.budget.keep_checkpoints)
         checkpoints.save(self.folder / name, state)
+        if name == checkpoints.LAST:
+            checkpoints.trim(self.folder, self.budget.keep_checkpoints)
 
     def _resume(self) -> None:
         """Go on from the newest intact checkpoint, if there is one."""
