@@ -30,7 +30,7 @@ from phantom.engine import command
 from phantom.engine.artifacts.records import to_json
 from phantom.engine.config.overrides import expand
 from phantom.engine.errors import ConfigError
-from phantom.engine.machine import distributed, launcher, signals
+from phantom.engine.machine import distributed, launcher, signals, streams
 from phantom.engine.rebuild import evaluate_rebuilt, load_shipped, rebuild_official, rebuild_run, rebuild_shipped
 from train import CONFIGS
 
@@ -41,6 +41,7 @@ OWN = {"run": ("checkpoint", "split", "trust"), "weights": ("split", "trust"), "
 
 def main(arguments: list[str]) -> None:
     """Parse key=value items and print the metrics."""
+    streams.prepare()
     if any(item in ("-h", "--help") for item in arguments):
         print(__doc__)
         return

@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 try:
     from phantom.engine.errors import UserError
+    from phantom.engine.machine import streams
     from scripts import arguments, studies
     from scripts.running import process
     from scripts.running import study as running
@@ -66,6 +67,7 @@ class Part(NamedTuple):
 
 def main(items: Sequence[str]) -> None:
     """Run a study: its name first, then the items of this command, and overrides of train.py."""
+    streams.prepare()
     known = [name for name in studies.names() if running.rows_of(studies.load(name))]
     name = items[0] if items else ""
     own, words, overrides = arguments.split(

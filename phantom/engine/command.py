@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from omegaconf import DictConfig
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, to_hydra
 from phantom.engine.errors import ConfigError, DataError, UserError, as_config_error
-from phantom.engine.machine import launcher, signals, slurm
+from phantom.engine.machine import launcher, signals, slurm, streams
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.sweep import Sweep
 from phantom.report import SolveError
@@ -52,9 +51,7 @@ def run(job: Job, configs: Configs) -> None:
     plan again where it runs the job. A sweep ends with its table; a job that fails does not stop the others, whatever
     the reason.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a table has characters that ASCII lacks
-            stream.reconfigure(errors="replace")
+    streams.prepare()
     try:
         slurm.adopt()
         with as_config_error():
