@@ -51,6 +51,12 @@ def sigusr2(room: Room) -> None:
     _one_process(room, signal.SIGUSR2)
 
 
+@drill("sighup")
+def sighup(room: Room) -> None:
+    """SIGHUP, of a terminal that is closed: the same, with 129."""
+    _one_process(room, signal.SIGHUP)
+
+
 @drill("signal-twice")
 def twice(room: Room) -> None:
     """A second signal ends the run at once, also where no step ends: its own status, 130; what was saved goes on."""

@@ -63,6 +63,14 @@ def fit(folder: Path, source: tiny.Vectors) -> tiny.Trainer:
     return run
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Hear SIGHUP also where nohup started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -166,6 +174,45 @@ def test_a_forked_worker_hears_nothing_and_tells_nothing():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         time.sleep(0.1)
         assert interruption.number == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "later", "echo"),
+    [
+        (signal.SIGHUP, 0.0, True),  # of a session that ends
+        (signal.SIGHUP, 2 * ECHO, False),
+        (signal.SIGTERM, 0.0, True),
+        (signal.SIGTERM, 2 * ECHO, False),
+        (signal.SIGINT, 0.0, False),
+        (signal.SIGXCPU, 2 * ECHO, False),
+    ],
+)
+def test_what_counts_as_a_second_signal(monkeypatch, second, later, echo):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    interruption = Interruption()
+    interruption._hear(signal.SIGTERM)
+    assert interruption._is_echo(second, time.monotonic() + later) is echo
+
+
+def test_a_limit_on_cpu_time_is_told_every_second_and_is_one_signal(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    interruption = Interruption()
+    for _ in range(3):
+        interruption._hear(signal.SIGXCPU)
+        monkeypatch.setattr(interruption, "_first", interruption._first - 2 * ECHO)
+    assert interruption.number == signal.SIGXCPU
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert interruption.number == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_vote_passes_with_one_voice():

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: the first one is noted and answered at the next step boundary, a second one at once.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 do. SIGUSR1 does not: NCCL catches it.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR2, SIGHUP (the terminal is gone) and SIGXCPU (a limit on CPU time) do. SIGUSR1 does not:
+NCCL catches it. A SIGHUP that is ignored stays so: that is what nohup asks for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from phantom.engine.machine import launcher
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 # seconds in which a second signal counts as the first one, sent along by who started the run and heard it, too
 ECHO = 1.0
 
@@ -53,10 +54,12 @@ def end_at_once() -> Iterator[None]:
 
 
 def _handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Install a handler for all of `STOPPING`; return the handlers before. Only the main thread may."""
+    """Install a handler for `STOPPING`; return the handlers before. Only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in STOPPING}
+    detached = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in STOPPING if not (number == signal.SIGHUP and detached)]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 def _restore(handlers: dict[int, Any]) -> None:
@@ -131,15 +134,19 @@ class Interruption:
             os._exit(128 + number)
 
     def _is_echo(self, number: int, now: float) -> bool:
-        # of a terminal alone, the second Ctrl-C is always meant
-        sent_along = launcher.is_there() or number == self.number != signal.SIGINT
+        if number == self.number == signal.SIGXCPU:  # which comes again with every second of CPU time
+            return True
+        # a session that ends sends SIGHUP beside SIGTERM; of a terminal alone, the second Ctrl-C is always meant
+        of_session = signal.SIGHUP in (number, self.number)
+        sent_along = launcher.is_there() or of_session or number == self.number != signal.SIGINT
         return sent_along and now - self._first <= ECHO
 
 
 def _say(text: str) -> None:
     """Print a line for all ranks; print() itself may be what the signal interrupted."""
     if launcher.rank() == 0 and sys.stderr is not None:  # None where it was closed
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # the terminal is gone, or the pipe
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 if hasattr(os, "register_at_fork"):

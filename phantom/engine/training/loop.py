@@ -128,7 +128,7 @@ class Trainer:
     def fit(self, *, resume: bool) -> None:
         """Train to the end of the budget, or to its target. A second call finds that done, and does nothing.
 
-        SIGTERM, SIGINT and SIGUSR2 end it after the step, or in the evaluation, that they reach on any rank, with a
+        A signal of `signals.STOPPING` ends it after the step, or in the evaluation, that it reaches on any rank, with a
         checkpoint that continues to the same numbers.
 
         Raises:
