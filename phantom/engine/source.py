@@ -188,7 +188,8 @@ def dead_worker(error: BaseException, step: int, command: str = "the same comman
     Args:
         command: that goes on from the last checkpoint, in words.
     """
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+    # an exception of the data set itself names a worker, too: "Caught KeyError in DataLoader worker process 0"
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
         return None
     return DataError(
         f"a process that loads data died before step {step} ({first_line(error)}): most often the memory is "
