@@ -4,13 +4,13 @@
     python evaluate.py run=<folder> checkpoint=best split=test eval_solver.max_steps=40   # another solver budget
     python evaluate.py run=<folder> checkpoint=last-1                                     # the one before the last
     python evaluate.py run=<folder> data.root=/data/cifar10                               # the data moved
-    python evaluate.py run=<folder> trust=mypackage                                       # it may build classes of mine
+    python evaluate.py run=<folder> trust=mine,datasets                                   # what they define is admitted
     python evaluate.py run=<folder> eval_solver.max_steps=5,10,20 model.eval_mem_len=0,64 # every combination
     python evaluate.py weights=reasoner_sudoku4                                           # of weights/, or a folder
     python evaluate.py official=<file.pth> source=phantom_grad model=mdeq_large data=cifar10
 
-A run folder builds classes of this project alone, whatever its config says, and so do weights; `trust` adds a package
-of yours.
+A run folder builds classes of this project alone, whatever its config says, and so do weights; `trust` adds what
+packages of yours define.
 Further items of the form key=value change the saved config; with `official` they compose a config as for train.py.
 Prints the metrics, and the cost of the solves, as JSON; of several combinations a list, each with its overrides.
 """

@@ -8,7 +8,7 @@
 
     run=<folder>          of the model; without it, model= and data= as for train.py
     checkpoint=best       of the run (default: last)
-    trust=<package>       of yours, whose classes the run's config may build
+    trust=<package,...>   of yours; the run's config may build what they define
     grad=<leaf,...>       estimators; with k=, lam= and keys of adjoint_solver they are a grid, and lam=best is the
                           damping that the measured spectrum asks for
     cosine=0.9            the cosine that is wanted of the cheapest one

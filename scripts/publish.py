@@ -5,7 +5,7 @@
     python scripts/publish.py push name=<name> [repo=<user>/<repository>] [private=true]
 
     checkpoint=best|last  of the run (default: best)
-    trust=<package>       of yours, whose classes the run's config may build
+    trust=<package,...>   of yours; the run's config may build what they define
     repo=                 on the hub (default: phantom-<name> of who is logged in)
     private=true|false    of a repository that is new (default: false)
 

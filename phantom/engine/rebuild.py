@@ -58,7 +58,7 @@ def rebuild_run(
         which: `best`, `last`, or one that was kept before it: `last-1`, `last-2`.
         overrides: key=value items that change the run's config, such as `eval_solver.max_steps=40`. An `eval_solver`
             that the run does not have starts as a copy of its solver. They are the user's own, and trusted.
-        trust: a package of the user's own whose classes the saved config may build, too.
+        trust: packages of the user's own, separated by commas; the saved config may build what they define, too.
 
     Raises:
         CheckpointError: the folder or its checkpoint is missing, damaged, or of another model.

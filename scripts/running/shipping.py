@@ -20,7 +20,7 @@ def pack(run: Path, target: Path, *, which: str, configs: Configs, trust: str | 
 
     Args:
         which: the checkpoint, `last` or `best`.
-        trust: a package of the user's own whose classes the saved config may build, too.
+        trust: packages of the user's own, separated by commas; the saved config may build what they define, too.
 
     Raises:
         ConfigError: the run is not finished, its number does not come out again, or there are weights in `target`.

@@ -78,8 +78,30 @@ def test_a_package_of_the_user_is_admitted_by_name(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="trust=<package>"):
         check_trusted(config)
     check_trusted(config, trust="mine_of_test")
-    with pytest.raises(ConfigError, match=r"mine_of_test\.function"):
-        check_trusted(CONFIG | {"solver": {"_target_": "mine_of_test.function"}}, trust="mine_of_test")
+
+
+def test_what_a_named_package_defines_is_admitted_whatever_it_is(tmp_path, monkeypatch):
+    """A part of a part that only the user knows, and a function that makes one; but nothing that it imports."""
+    (tmp_path / "parts_of_test.py").write_text(
+        "from os import system\nfrom subprocess import Popen\nclass Flip:\n    pass\ndef make(**_):\n    pass\n"
+    )
+    (tmp_path / "other_of_test").mkdir()
+    (tmp_path / "other_of_test" / "deep.py").write_text("class Crop:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def check(*targets: str, trust: str) -> None:
+        parts = [{"_target_": target} for target in targets]
+        check_trusted(CONFIG | {"data": {**CONFIG["data"], "transform": parts}}, trust=trust)
+
+    check("parts_of_test.Flip", "parts_of_test.make", trust="parts_of_test")
+    for trust in ("parts_of_test,other_of_test", "parts_of_test, other_of_test.deep"):
+        check("parts_of_test.Flip", "other_of_test.deep.Crop", trust=trust)
+    for target in ("parts_of_test.system", "parts_of_test.Popen", "parts_of_test.Nothing", "other_of_test.deep.Crop"):
+        with pytest.raises(ConfigError, match=rf"transform\.0\._target_='{target}'.*what parts_of_test defines"):
+            check(target, trust="parts_of_test")
+    for name in ("parts", "parts_of_test.elsewhere", "", ","):
+        with pytest.raises(ConfigError, match="refused"):
+            check("parts_of_test.Flip", trust=name)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_by_the_evaluation(tmp_path):

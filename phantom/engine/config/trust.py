@@ -21,8 +21,9 @@ from phantom.engine.training.course import Course, Value
 from phantom.engine.training.rules import Jitter, Penalty, Pretraining
 from phantom.engine.training.schedule import Schedule
 
-# top-level packages whose classes a saved config may name
+# packages whose classes a saved config may name; beside them torch's optimisers
 PACKAGES = ("phantom", "models", "data")
+OPTIMIZERS = "torch.optim"
 # the only function: it chooses among timm's optimisers
 TIMM = "timm.optim.create_optimizer_v2"
 # the class that every group's constructor derives from
@@ -37,21 +38,21 @@ PARTS = (Solver, GradientEstimator, JacobianRegularizer, Value, nn.Module)
 
 
 def check_trusted(config: Mapping[str, Any], *, trust: str | None = None) -> None:
-    """Raise unless everything that a saved config builds is of this project; import nothing else to find out.
+    """Raise unless everything that a saved config builds is of this project, or trusted; import nothing else to see.
 
     Args:
-        trust: a further top-level package, the user's own.
+        trust: further packages, the user's own, separated by commas. What they define is admitted in any place.
 
     Raises:
         ConfigError: names the target and the way out.
     """
-    packages = (*PACKAGES, *([trust] if trust else []))
+    trusted = tuple(name for part in (trust or "").split(",") if (name := part.strip()))
     for path, node in _nodes(config, ()):
         if not isinstance(node, Mapping):
             if isinstance(node, str) and "${" in node:
                 raise ConfigError(f"{'.'.join(path)}={node!r} of the saved config is refused: a run saves plain values")
         elif "_target_" in node:
-            _check(str(node["_target_"]), path, packages)
+            _check(str(node["_target_"]), path, trusted)
 
 
 def _nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -61,25 +62,30 @@ def _nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
         yield from _nodes(value, (*path, str(key)))
 
 
-def _check(target: str, path: tuple[str, ...], packages: tuple[str, ...]) -> None:
+def _check(target: str, path: tuple[str, ...], trusted: tuple[str, ...]) -> None:
     if target == TIMM and path == ("optimizer",):
         return
     place = ".".join(path)
     wanted = PARTS if len(path) > 1 and path != ("model", path[-1]) else (KINDS.get(path[0]) if path else None,)
+    admitted = f", and what {', '.join(trusted)} defines" if trusted else ""
     refused = ConfigError(
         f"{place}._target_={target!r} of the saved config is refused: a run folder may build classes of "
-        f"{', '.join(packages)} and torch.optim that fit their place, and nothing else. If the folder is from a source "
-        "that you trust and names a package of your own, add trust=<package>"
+        f"{', '.join(PACKAGES)} and {OPTIMIZERS} that fit their place{admitted}, and nothing else. If the folder is "
+        "from a source that you trust and names a package of your own, add trust=<package>, or several with commas"
     )
-    if target.partition(".")[0] not in (*packages, "torch") or (
-        target[:6] == "torch." and target[:12] != "torch.optim."
-    ):
+    if not _inside(target, (*PACKAGES, OPTIMIZERS, *trusted)):
         raise refused
     found = _resolve(target)
     home = getattr(found, "__module__", "")
-    inside = home.partition(".")[0] in packages or home == "torch.optim" or home.startswith("torch.optim.")
+    if _inside(home, trusted):
+        return
+    inside = _inside(home, (*PACKAGES, OPTIMIZERS))
     if not (isinstance(found, type) and inside and any(kind and issubclass(found, kind) for kind in wanted)):
         raise refused
+
+
+def _inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
 def _resolve(target: str) -> Any:
