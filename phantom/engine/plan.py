@@ -18,7 +18,7 @@ from phantom.engine.artifacts import identity
 from phantom.engine.config import compose
 from phantom.engine.config.compatibility import find_task, model_config
 from phantom.engine.config.configs import Configs
-from phantom.engine.config.instantiate import instantiate, parameters_of, unknown_keys
+from phantom.engine.config.instantiate import instantiate, parameters_of, place_of, unknown_keys
 from phantom.engine.config.recipes import canonical
 from phantom.engine.config.upgrade import upgrade
 from phantom.engine.config.values import check_rates, check_root
@@ -213,7 +213,8 @@ def optimizer_factory(settings: dict[str, Any]) -> Callable[[Iterable[nn.Paramet
         try:
             return partial(list(parameters))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"optimizer: {unknown_keys(settings, {}, error) or error}") from error
+            reason = unknown_keys(settings, {}, error) or f"{error}{place_of(error)}"
+            raise ConfigError(f"optimizer: {reason}") from error
 
     tried = make([nn.Parameter(torch.zeros(2, 2))])
     closure = inspect.signature(tried.step).parameters.get("closure")
