@@ -206,6 +206,18 @@ def test_what_cannot_be_resumed_is_left_as_it_is(tmp_path, monkeypatch):
     assert saved(folder) == before and not (folder / "record.json").exists()
 
 
+def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    folder = tiny_run(tmp_path)["path"]
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, f"runs={tmp_path}"])
+    command.run(train.job, train.CONFIGS)
+    assert "test accuracy" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+    (folder / "record.json").unlink()
+    with pytest.raises(SystemExit, match=r"^error: .*Permission denied"):
+        command.run(train.job, train.CONFIGS)
+
+
 def test_divergence_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     job = ["optimizer=sgd", "optimizer.lr=1e20", "schedule=constant", "eval_every=1"]
     line = command_line(monkeypatch, *job, f"runs={tmp_path}")

@@ -78,7 +78,9 @@ def _run(job: Job, configs: Configs) -> None:
         own = [item for item in items if item not in hydras]
         plans = [make_plan(overrides, configs) for overrides in (expand(own) if flags else [own])]
         for plan in plans:
-            _make_folder(plan.root)
+            # a finished run may be shown where nothing can be written
+            if not (plan.folder / "record.json").exists():
+                _make_folder(plan.root)
         if flags:
             _check_apart(plans)
             sweep = Sweep.of(own, plans)
