@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -164,6 +165,32 @@ def test_a_run_from_the_start_has_a_curve_of_its_own(wandb, tmp_path):
         tracker(tmp_path, fresh=fresh)
     ids = [run.options["id"] for run in wandb.runs]
     assert ids[1] == ids[2] and ids[3] == ids[4] and len(set(ids)) == 3
+
+
+def test_a_copy_of_a_folder_has_a_curve_of_its_own_and_a_moved_one_keeps_it(wandb, tmp_path):
+    tracker(tmp_path / "a", fresh=True)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for name in ("copy", "copy", "a"):
+        tracker(tmp_path / name)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    tracker(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "a")
+    tracker(tmp_path / "a")
+    first, copy, again, own, moved, other = (run.options["id"] for run in wandb.runs)
+    assert copy == again and first == own == moved and len({first, copy, other}) == 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "found"), [("", None), ("abc", "abc"), ("abc\n", "abc")], ids=["cut", "early", "line"]
+)
+def test_what_is_kept_of_a_curve(wandb, tmp_path, kept, found):
+    """A write that a crash cut short is empty, which wandb refuses; early runs kept the name alone."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "id").write_text(kept)
+    for _ in range(2):
+        tracker(tmp_path)
+    first, second = (run.options["id"] for run in wandb.runs)
+    assert first == second and first and (found is None or first == found)
 
 
 @pytest.mark.parametrize(

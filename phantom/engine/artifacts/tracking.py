@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phantom.engine.artifacts import files
 from phantom.engine.errors import first_line
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -126,9 +127,18 @@ def _logged_in() -> bool:
 
 
 def _identifier(folder: Path, *, fresh: bool) -> str:
-    """Return the id of the folder's curve, which outlives a restart: a new one where the run begins anew."""
+    """Return the id of the folder's curve, which outlives a restart and a move of the folder.
+
+    Where the run begins anew, or the folder is a copy, it is a new one.
+    """
     kept = folder / "wandb" / "id"
-    if fresh:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(secrets.token_hex(6))
-    return kept.read_text() if kept.exists() else hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    # early ones have no home; one that was cut short by a crash is empty
+    identifier, home, *_ = [*(kept.read_text().splitlines() if kept.exists() else ()), "", ""]
+    original = Path(home) / "wandb" / "id"
+    is_copy = home != "" and original.exists() and not original.samefile(kept)
+    if fresh or is_copy:
+        identifier = secrets.token_hex(6)
+    identifier = identifier or hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    with files.whole(kept) as file:
+        file.write(f"{identifier}\n{folder}\n".encode())
+    return identifier
