@@ -60,7 +60,7 @@ def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
     along.set(xlabel="step of training", ylabel="cosine to the exact gradient", title="along the training")
     spread.set(xlabel="batches", title="over all steps")
     spread.xaxis.get_major_locator().set_params(integer=True)
-    along.legend(loc="lower left", frameon=False)
+    along.legend(loc="upper left", frameon=False)
     canvas.suptitle(f"MDEQ-Tiny trained by implicit differentiation{runs.label}", fontsize=10)
     plots.save(canvas, path)
 
