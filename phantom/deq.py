@@ -142,7 +142,7 @@ def fixed_point(
             "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
             "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
         )
-    if transforms.is_linearized():
+    if not torch.compiler.is_dynamo_compiling() and transforms.is_linearized():
         raise RuntimeError(
             "torch.func.linearize records operators, and a solve reads numbers: use torch.func.jvp, which does not"
         )

@@ -157,7 +157,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
         # Figure 2: k = 5 and lambda = 0.5; the measuring itself is ours
         "cosine": {
             **{"class": "Monitor", "every": 100, "radius_steps": 20, "lam": 0.5},
-            "exact_solver": {"class": "Broyden", "max_steps": 60, "tol": 1e-6},
+            "exact_solver": {"class": "Anderson", "max_steps": 200, "memory": 200, "tol": 1e-4},
             "compare": {"upg": {"class": "UPG", "k": 5, "lam": 0.5}, "npg": {"class": "NPG", "k": 5, "lam": 0.5}},
         },
         "radius": {"class": "Monitor", "every": 100, "radius_steps": 20, "lam": 0.5},
