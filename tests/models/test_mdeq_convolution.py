@@ -168,9 +168,7 @@ def test_second_derivatives_through_a_shared_weight_gradient(grad):
 
 def test_the_second_derivative_of_implicit_is_refused_where_weights_are_tied():
     model = changed(make(Implicit(solver=Broyden(max_steps=4, tol=None))), tie)
-    with pytest.raises(
-        RuntimeError, match="for its second derivative, Implicit evaluates f again"
-    ):
+    with pytest.raises(RuntimeError, match="for its second derivative, Implicit evaluates f again"):
         second_derivative(model)
 
 
