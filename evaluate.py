@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
         command.refuse(error)
     if launcher.rank() == 0:
         print(to_json(found if len(jobs) > 1 else found[0], indent=2))
+        streams.check_result()
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

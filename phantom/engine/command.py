@@ -31,7 +31,7 @@ Job = Callable[[Plan], Any]
 SWEEP = {"-m", "--multirun"}
 # flags of Hydra that show something and start no job: one of these, and with the config what goes with it
 CFG, OF_CFG = {"-c", "--cfg"}, {"--resolve", "-p", "--package"}
-SHOW = CFG | {"-h", "--help", "--hydra-help", "-i", "--info", "--version"}
+SHOW = CFG | {"-h", "--help", "--hydra-help", "-i", "--info", "--version", "-sc", "--shell-completion"}
 HYDRA_KEY = re.compile(r"[+~]*hydra[./]")
 
 PATIENCE = 20.0  # seconds in which another rank may tell of a mistake that all of them find

@@ -170,7 +170,7 @@ def training_steps(source: Source, *, epoch: int, start: int, shard: Shard) -> I
     names = f"{type(source).__name__}.train(epoch={epoch}, start={start})"
     found = 0
     begin = partial(source.train, epoch=epoch, start=start, shard=shard)
-    for micro_batches in drawn_apart(begin, f"train/{epoch}"):
+    for micro_batches in drawn_apart(begin, f"train/{epoch}/{start}"):
         found += 1
         if found > expected:
             break

@@ -157,6 +157,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
         fz, inputs = equilibrium.f(z), equilibrium.linear.inputs
     else:
         known = ctx.next_functions[1:]
+        torch.clear_autocast_cache()  # f shall read its weights, and not the casts of the first evaluation
         with twice_differentiable(), Readings(z, outside=(node for node, _ in known)) as readings:
             fz, inputs = equilibrium.f(z), readings.tensors
         if [*map(edge_of, inputs)] != [*known] or readings.missed(fz) or not equilibrium.is_value(fz, value):

@@ -13,25 +13,40 @@ from phantom.runtime.host import is_cheap_to_read
 from phantom.solver.base import Solver
 from phantom.validate import check_count, check_lam, check_number
 
+ROOM = 16  # iterates at first
+
 
 @dataclass
 class Window:
-    """The last n iterates of a solve in a ring, step axis first.
+    """The last iterates of a solve in a ring, step axis first. Room is made as steps are taken.
 
     Args:
-        z: (memory, B, D) iterates.
-        g: (memory, B, D) their f(z) - z.
-        gram: (B, memory, memory) inner products of the rows of g, in at least float32.
+        limit: most iterates to keep.
+        z: (room, B, D) iterates.
+        g: (room, B, D) their f(z) - z.
+        gram: (B, room, room) inner products of the rows of g, in at least float32.
         reads: whether the host looks at every step for systems that have no solution.
         count: iterates seen so far.
     """
 
+    limit: int
     z: Tensor
     g: Tensor
     gram: Tensor
     reads: bool
     count: int = 0
     _views: tuple[Any, ...] = (0,)
+
+    def make_room(self) -> None:
+        """Double the room where the next iterate finds none."""
+        room = len(self.z)
+        if self.count < room or room == self.limit:
+            return
+        more = min(room, self.limit - room)
+        self.z, self.g = (torch.cat([kept, kept.new_empty(more, *kept.shape[1:])]) for kept in (self.z, self.g))
+        gram, self._views = self.gram.new_zeros(len(self.gram), room + more, room + more), (0,)
+        gram[:, :room, :room] = self.gram
+        self.gram = gram
 
     def views(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return, of the first n iterates: z (B, n, D), g (B, n, D) and (B, D, n), gram (B, n, n), and its diagonal.
@@ -71,18 +86,19 @@ class Anderson(Solver):
         check_number("ridge", self.ridge, "[0, 1)", also=": it is relative to the squared residuals")
 
     def start(self, z: Tensor, g: Tensor) -> Window:
-        size = min(self.memory, self.max_steps)
-        shape = (size, *z.shape)
-        gram = g.new_zeros((z.shape[0], size, size))
-        return Window(g.new_empty(shape), g.new_empty(shape), gram, is_cheap_to_read(z))
+        limit = min(self.memory, self.max_steps)
+        room = min(limit, ROOM)
+        shape = (room, *z.shape)
+        gram = g.new_zeros((z.shape[0], room, room))
+        return Window(limit, g.new_empty(shape), g.new_empty(shape), gram, is_cheap_to_read(z))
 
     def propose(self, memory: Window, z: Tensor, g: Tensor) -> Tensor:
-        size = memory.z.shape[0]
-        position = memory.count % size
+        memory.make_room()
+        position = memory.count % memory.limit
         memory.z[position].copy_(z)
         memory.g[position].copy_(g)
         memory.count += 1
-        n = min(memory.count, size)
+        n = min(memory.count, memory.limit)
         stored_z, stored_g, columns, gram, diagonal = memory.views(n)
         products = torch.bmm(g.unsqueeze(1), columns).squeeze(1)
         gram.select(1, position).copy_(products)

@@ -62,7 +62,7 @@ def estimators(grid: dict[str, str], lam: float, solver: Solver) -> dict[str, Gr
     Raises:
         ConfigError: an unknown leaf or key, or an impossible value.
     """
-    typed = {key: value.replace("best", f"{lam:g}") for key, value in (GRID | grid).items()}
+    typed = {key: value.replace("best", str(float(f"{lam:g}"))) for key, value in (GRID | grid).items()}
     found: dict[str, dict[str, str]] = {}
     for job in expand([f"{key}={value}" for key, value in typed.items()]):
         overrides = variants.used(dict(item.split("=", 1) for item in job))

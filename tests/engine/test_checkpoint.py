@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, checked before they are believed, and each refusal says what to do."""
 
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from enum import Enum
 from pathlib import Path
 
@@ -61,14 +61,33 @@ class Colour(Enum):
         (range(3), "range"),
         (np.array(["a"]), "ndarray"),
         (np.longdouble(1), "longdouble"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), "MaskedArray"),
     ],
-    ids=["enum", "path", "function", "range", "text", "long"],
+    ids=["enum", "path", "function", "range", "text", "long", "masked"],
 )
 def test_what_could_not_be_read_is_not_written(path, value, kind):
     with pytest.raises(CheckpointError, match=rf"last\.pt cannot be written: best\.test\.0 is a .*{kind}, and a check"):
         checkpoint.save(path, {"best": {"test": [value]}})
     assert checkpoint.load(path)["step"] == 3
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_arrays_of_another_byte_order(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", {"h": np.arange(3).astype(">i4")})
+    assert checkpoint.load(tmp_path / "last.pt")["h"].tolist() == [0, 1, 2]
+
+
+def test_what_could_not_be_saved_is_told_after_the_first_step(tmp_path):
+    class Remembers(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state[self.param_groups[0]["params"][0]]["rates"] = deque([1.0])
+
+    model = tiny.Classifier()
+    run = tiny.trainer(tmp_path, unwrapped=model, optimizer=Remembers(model.parameters(), lr=0.1))
+    with pytest.raises(CheckpointError, match=r"optimizer\.state\.0\.rates is a collections\.deque"):
+        run.fit(resume=False)
+    assert run.step == 1
 
 
 def test_sets_and_sizes_are_kept_as_torch_reads_them(tmp_path):

@@ -296,7 +296,6 @@ def test_a_machine_without_a_compiler_is_one_line(key, tmp_path, monkeypatch):
         ("-cd elsewhere", "-cd"),
         ("--config-name=other", "--config-name"),
         ("--experimental-rerun=config.pickle", "--experimental-rerun"),
-        ("--shell-completion install=bash", "--shell-completion"),
         ("--epochs=3", "--epochs"),
         ("-m --run k=1,2", "--run"),
         ("-m --info k=1,2", "--info -m"),
@@ -318,6 +317,7 @@ def test_flags_that_would_do_nothing_are_refused_before_any_work(flags, named, m
     [
         ("--info searchpath", str(CONFIGS.folder)),
         ("--cfg hydra --package hydra.launcher", "BasicLauncher"),
+        ("-sc install=bash", "hydra_bash_completion"),
         ("--cfg job --resolve k=3", "\n  k: 3\n"),
         ("--hydra-help", "--cfg hydra"),
     ],

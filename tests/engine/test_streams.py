@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,37 @@ def test_a_run_and_its_evaluation_end_as_usual(tmp_path):
     told = call("evaluate.py", f"run={record.parent}", stdout=gone, stderr=subprocess.PIPE)
     os.close(gone)
     assert (told.returncode, told.stderr) == (0, b"")
+
+
+RESULT = """
+import sys
+from phantom.engine.machine import streams
+streams.prepare()
+for i in range(20000):
+    print("line", i)
+streams.check_result()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_result_that_is_lost_is_no_success():
+    full = full_disk()
+    done = call("-c", RESULT, stdout=full, stderr=subprocess.PIPE)
+    os.close(full)
+    assert done.returncode == 1
+    assert done.stderr.decode() == "error: stdout could not take the whole result: No space left on device\n"
+    gone = broken_pipe()
+    done = call("-c", RESULT, stdout=gone, stderr=subprocess.PIPE)
+    os.close(gone)
+    assert (done.returncode, done.stderr) == (0, b""), "its reader wanted no more"
+
+
+def test_a_slow_reader_is_waited_for():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen([sys.executable, "-c", RESULT], cwd=ROOT, stdout=writing) as process:
+        os.close(writing)
+        time.sleep(3)  # the pipe is full long before
+        with open(reading) as pipe:
+            lines = pipe.read().splitlines()
+    assert process.returncode == 0 and lines == [f"line {i}" for i in range(20000)]

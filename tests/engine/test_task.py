@@ -119,6 +119,14 @@ def test_the_mode_is_restored_after_a_failure():
     assert model.training
 
 
+class AttrDict(dict):
+    pass
+
+
+class Rows(list):
+    pass
+
+
 def test_the_carry_goes_from_batch_to_batch_and_starts_empty():
     seen = []
 
@@ -156,6 +164,9 @@ def test_batches_of_any_form_are_moved():
     moved = batch_to({"a": (tensor, [Graph()]), "b": 3}, torch.device("meta"))
     pair = namedtuple("Pair", "a b")(tensor, 3)
     assert batch_to(pair, torch.device("meta"))._fields == ("a", "b")
+    for kind, content in ((AttrDict, {"a": tensor}), (Rows, [tensor])):
+        found = batch_to(kind(content), torch.device("meta"))
+        assert type(found) is kind and next(iter(found.values() if kind is AttrDict else found)).is_meta
     assert moved["a"][0].device.type == "meta" and moved["a"][1] == [("moved", "meta")] and moved["b"] == 3
 
 

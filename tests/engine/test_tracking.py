@@ -180,6 +180,15 @@ def test_a_copy_of_a_folder_has_a_curve_of_its_own_and_a_moved_one_keeps_it(wand
     assert copy == again and first == own == moved and len({first, copy, other}) == 3
 
 
+def test_a_run_that_was_moved_keeps_its_curve_where_another_begins_at_its_place(wandb, tmp_path):
+    tracker(tmp_path / "a", fresh=True)
+    (tmp_path / "a").rename(tmp_path / "kept")
+    tracker(tmp_path / "a", fresh=True)
+    tracker(tmp_path / "kept")
+    first, new, kept = (run.options["id"] for run in wandb.runs)
+    assert first == kept != new
+
+
 @pytest.mark.parametrize(
     ("kept", "found"), [("", None), ("abc", "abc"), ("abc\n", "abc")], ids=["cut", "early", "line"]
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from phantom import Anderson, Broyden, FixedPoint
 from phantom.solve import solve
+from phantom.solver import anderson
 from phantom.solver.anderson import Window
 from tests.phantom.problems import DTYPE, affine, linear_nonsymmetric, randn, symmetric, tanh_contraction
 from tests.phantom.solvers import Recorded
@@ -108,3 +109,19 @@ def test_anderson_ring_keeps_the_true_products(memory):
     for age in range(memory):
         index = 6 - age  # seven proposals were made, from the iterates 0 to 6
         assert torch.equal(window.z[index % memory], f.calls[index])
+
+
+def test_room_is_made_as_steps_are_taken(monkeypatch):
+    """A long memory costs what the steps cost, and changes no number; 40 steps solve 40 unknowns, where f expands."""
+    matrix, c = randn(2, 40, 40, seed=3), randn(2, 40, seed=4)
+    matrix = 1.5 * matrix / torch.linalg.eigvals(matrix).abs().amax(dim=1)[:, None, None]
+    solver, found, room = Anderson(max_steps=60, memory=60, tol=1e-8, ridge=1e-14), [], []
+    assert len(solver.start(c, c).z) == 16
+    for first in (16, 60):
+        monkeypatch.setattr(anderson, "ROOM", first)
+        z, stats, memory = solve(lambda z: torch.einsum("bij,bj->bi", matrix, z) + c, torch.zeros_like(c), solver)
+        found.append((z, stats.trace))
+        room.append(len(memory.z))
+    assert room == [60, 60] and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    dense = torch.linalg.solve(torch.eye(40, dtype=DTYPE) - matrix, c)
+    torch.testing.assert_close(found[0][0], dense, rtol=1e-5, atol=1e-5)

@@ -310,3 +310,31 @@ def test_a_cell_of_modules():
     expected = torch.autograd.grad(exact[2].square().sum(), inputs)
     for a, b in zip(second, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+
+
+def test_under_autocast_the_second_evaluation_reads_the_weight_again():
+    weight, x = torch.eye(3).mul(0.3).requires_grad_(), randn(2, 3, seed=2).float()
+    value = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = fixed_point(lambda z: torch.tanh(z @ weight) + x, torch.zeros_like(x), grad=Implicit()).value
+        (inside,) = torch.autograd.grad(value.float().sum(), weight, create_graph=True)
+    (outside,) = torch.autograd.grad(value.float().sum(), weight, create_graph=True)
+    torch.testing.assert_close(inside, outside, rtol=0.05, atol=0.05)
+    assert torch.autograd.grad(inside.square().sum(), weight)[0].isfinite().all()
+
+
+def test_a_part_in_float32_rounds_more_than_the_state():
+    """Attention is fused in the forward pass, and not in the second evaluation: float32 apart, in a float64 state."""
+    torch.manual_seed(0)
+    attend = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    with torch.no_grad():
+        attend.in_proj_weight.mul_(3)
+    x = randn(2, 5, 8, seed=1).requires_grad_()
+
+    def f(z: Tensor) -> Tensor:
+        state = z.float()
+        return torch.tanh(0.5 * attend(state, state, state, need_weights=False)[0].double() + x)
+
+    value = fixed_point(f, torch.zeros_like(x), solver=SOLVE, grad=GRADS["broyden"], on_failure="ignore").value
+    (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), x)[0].isfinite().all()

@@ -147,6 +147,8 @@ def test_the_damping_of_the_spectrum_is_part_of_the_grid():
 def test_shine_needs_the_steps_of_broyden():
     run = layer_run(solver=FixedPoint(max_steps=60, tol=1e-12))
     assert "grad=shine" not in bench.estimators({"k": "1", "lam": "1.0"}, 0.5, run.plan.deq.solver)
+    once = bench.estimators({"grad": "upg", "k": "3", "lam": "best,1.0"}, 1.0, run.plan.deq.solver)
+    assert list(once) == ["grad=upg k=3 lam=1.0"]
     with pytest.raises(ConfigError, match="needs a run with solver=broyden"):
         bench.estimators({"grad": "shine"}, 0.5, run.plan.deq.solver)
 

@@ -61,6 +61,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save(readable, file)
 
 
+def save_last(folder: Path, state: dict[str, Any], count: int) -> None:
+    """Write `state` to last.pt, of which the newest `count` stay: last.pt itself, last-1.pt and so on."""
+    shift(folder, count)
+    save(folder / LAST, state)
+    trim(folder, count)
+
+
+def check(state: dict[str, Any], path: Path) -> None:
+    """Check that `save` could write `state` to `path`, so that nothing is lost when it comes to that.
+
+    Raises:
+        CheckpointError: names what it could not.
+    """
+    _readable(state, path, ())
+
+
 def _readable(node: Any, path: Path, place: tuple[Any, ...]) -> Any:
     """Return `node`, which is at the keys `place` of the state, with what numpy made as plain values."""
     node = _plain(node)
@@ -91,9 +107,9 @@ def _readable(node: Any, path: Path, place: tuple[Any, ...]) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
+    if type(value) is np.ndarray:  # a masked array would lose its mask
         with contextlib.suppress(TypeError, ValueError):  # of text, of objects
-            return torch.from_numpy(value.copy())
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
     return value
 
 

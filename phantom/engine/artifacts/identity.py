@@ -53,9 +53,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the root keys in which two configs differ, those that only say where or how left out."""
+    """Return the root keys in which two configs train differently; those that only say where or how are left out.
+
+    So is the monitor, which measures and disturbs nothing.
+    """
     a, b = _what(config), _what(other)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return sorted(key for key in (a.keys() | b.keys()) - {"monitor"} if a.get(key) != b.get(key))
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:

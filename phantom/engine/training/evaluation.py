@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed
@@ -20,7 +19,13 @@ from phantom.engine.tasks.base import Tally, Task
 
 def batch_to(batch: Any, device: torch.device) -> Any:
     """Move a batch (a tensor, a tuple, namedtuple, list or dict of such, or an object with `.to`) to `device`."""
-    return tree_map(lambda part: part.to(device, non_blocking=True) if hasattr(part, "to") else part, batch)
+    # by hand, as torch's pytree takes subclasses of list and dict for one leaf
+    if isinstance(batch, (tuple, list)):
+        items = [batch_to(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, dict):
+        return type(batch)({key: batch_to(item, device) for key, item in batch.items()})
+    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
 
 
 class StoppedError(Exception):

@@ -116,7 +116,7 @@ class Trainer:
         )
         for deq in self._deqs:  # now that the average has its copy, which evaluates unheard
             deq.clock = self.timer.phase
-        self._goes_on = False  # from a checkpoint of its own
+        self._goes_on = self._checked = False  # from a checkpoint of its own; that it can be saved
         self._measured_before: dict[str, Any] | None = None
         self._interruption = Interruption()
         self._late_ranks = LateRanks()
@@ -247,6 +247,10 @@ class Trainer:
 
     def _after_step(self, epoch: int, *, end_of_epoch: bool) -> None:
         budget, done = self.budget, self.step == self.total
+        if not self._checked:  # once, before an epoch is lost for it
+            own = {"optimizer": self.optimizer.state_dict(), "carries": self._take_step.carries}
+            checkpoints.check(own, self.folder / checkpoints.LAST)
+            self._checked = True
         self._journal.step(self.step, epoch)
         every = budget.eval_every
         evaluates = done or (end_of_epoch if every is None else self.step % every == 0)
@@ -280,8 +284,6 @@ class Trainer:
                 *(checkpoints.command_to_go_on(self.config), self.folder / checkpoints.LAST),
             )
         raise Interrupted(number)
-
-    # ------------------------------------------------------------------------------------------- rows and evaluations
 
     def _flush(self, epoch: int) -> None:
         self._take_step.check_finite(epoch, self.folder)
@@ -362,10 +364,9 @@ class Trainer:
             "config": self.config,
         }
         if name == checkpoints.LAST:
-            checkpoints.shift(self.folder, self.budget.keep_checkpoints)
-        checkpoints.save(self.folder / name, state)
-        if name == checkpoints.LAST:
-            checkpoints.trim(self.folder, self.budget.keep_checkpoints)
+            checkpoints.save_last(self.folder, state, self.budget.keep_checkpoints)
+        else:
+            checkpoints.save(self.folder / name, state)
 
     def _resume(self) -> None:
         """Go on from the newest intact checkpoint, if there is one."""
