@@ -90,8 +90,8 @@ def _about(result: dict[str, Any]) -> str:
         f"{examples}, weights of step {result['step']}, median forward residual {_number(result['residual'], '.1e')}. "
         f"Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} vjps, median backward "
         f"residual {_number(residual, '.1e')}{above}.{doubt} Milliseconds are those of attach and backward, the head "
-        f"included ({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The front is "
-        f"what no other estimator beats in both milliseconds and cosine. {provenance.commit_line([result])}"
+        f"included ({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The "
+        f"front is what no other estimator beats in both milliseconds and cosine. {provenance.commit_line([result])}"
     )
 
 
