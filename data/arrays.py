@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable
@@ -30,11 +31,9 @@ def load_array(path: Path) -> np.ndarray | None:
     """Return the array that `save_array` wrote, memory-mapped; None where there is none, or where it is damaged."""
     if not path.is_file():
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError):  # it cannot be read, or is empty
         content = np.memmap(path, dtype=np.uint8, mode="r")
         if hashlib.sha256(content[:-HASH].data).digest() == content[-HASH:].tobytes():
             return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):  # not readable, or empty
-        pass
     log.warning("%s is damaged, or of an earlier version: it is made again", path)
     return None

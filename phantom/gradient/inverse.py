@@ -41,7 +41,10 @@ class Operator:
     def __call__(self, v: Tensor, *, transposed: bool) -> Tensor:
         """Return the solution (K, R, D) for K right-hand sides `v` (K, R, D)."""
         if not transposed and not self.has_forward:
-            raise RuntimeError("SHINE has no forward mode: its inverse serves cotangents. Use NPG, Implicit or UPG")
+            raise RuntimeError(
+                "an estimator that uses the solver's memory, as SHINE does, has no forward mode: it serves cotangents "
+                "alone. Use NPG, Implicit or UPG"
+            )
         copies, shape = len(v), v.shape
         with torch.no_grad():
             product = self._products(transposed)

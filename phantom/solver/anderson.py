@@ -69,8 +69,9 @@ class Anderson(Solver):
     is therefore relative, and works at residual 1e-8 as at 1. A problem whose system has no finite solution takes
     the damped step z + lam g. Cost: one evaluation of f and one pass over the window a step; 2 * memory * D numbers.
 
-    With memory = max_steps and an affine f, as an adjoint equation has, it is GMRES (Walker and Ni, theorem 2.2): it
-    converges in D steps at most wherever I - J is regular, also where f expands; Broyden's method takes twice as many.
+    With memory = max_steps and an affine f, as an adjoint equation has, it is GMRES (Walker and Ni), until that
+    stagnates: its steps solve D unknowns in about D, where I - J is regular, also where f expands. Broyden's method may
+    take twice as many.
 
     Source: Walker and Ni, *Anderson acceleration for fixed-point iterations* (2011).
     """

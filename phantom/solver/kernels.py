@@ -1,8 +1,8 @@
 """Broyden's two passes over the stored steps as two Triton kernels, for states on a GPU.
 
-Their plain forms, `ring.project` and `broyden._combine`, stay the definition. Every program
-holds one block of one problem's state and walks the stored steps, so that a pass reads every number once. Sums over a
-problem are sums of those over its blocks, in a fixed order.
+Their plain forms, `ring.project` and `broyden._combine`, stay the definition. Every program holds one block of one
+problem's state and walks the stored steps, so that a pass reads every number once. Sums over a problem are sums of
+those over its blocks, in a fixed order.
 
 Shapes: B problems, D unknowns each, n stored steps; float32 or float64, in which everything is added up.
 """
