@@ -117,7 +117,15 @@ def test_a_record_that_cannot_be_kept_ends_it(tmp_path, monkeypatch):
     def keep(run, record):
         raise ValueError(f"{run.name} has no test split")
 
-    done, started, _ = work(tmp_path, monkeypatch)
+    started = []
+
+    def train(overrides, folder, **_):
+        started.append(folder)
+        time.sleep(0.1)  # all 50 would be over before the thread that keeps hears of the first one
+        return {}
+
+    done, _, _ = work(tmp_path, monkeypatch)
+    monkeypatch.setattr(process, "train", train)
     with pytest.raises(ValueError, match="has no test split"):
         process.execute(replace(done, runs=[done.runs[0]] * 50, keep=keep), 2, Stop())
     assert len(started) < 50
