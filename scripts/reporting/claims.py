@@ -7,13 +7,23 @@ from typing import Any
 from scripts.reporting import markdown, provenance
 
 
-def page(record: dict[str, Any], title: str, about: str, *blocks: str) -> markdown.Page:
-    """Return the page of a record; `about` says what was measured, `blocks` are its tables and remarks."""
+def page(
+    record: dict[str, Any],
+    title: str,
+    about: str,
+    *blocks: str,
+    heading: str = "What the paper says, and what was measured",
+) -> markdown.Page:
+    """Return the page of a record; `about` says what was measured, `blocks` are its tables and remarks.
+
+    Args:
+        heading: of the statements.
+    """
     return markdown.page(
         f"# {title}",
         f"`{record['command']}`",
         about,
-        "## What the paper says, and what was measured",
+        f"## {heading}",
         markdown.table(["statement", "measured", "needed", "holds"], [_row(one) for one in record["claims"]], "lrrl"),
         *blocks,
         source(record),

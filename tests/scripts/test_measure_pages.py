@@ -7,7 +7,7 @@ import pytest
 
 from scripts import report, studies
 from scripts.reporting import claims
-from scripts.reporting.measures import ascent, complexity, convergence, cosine, descent
+from scripts.reporting.measures import ascent, complexity, convergence, cosine, descent, reasoner
 
 ABOUT = {
     "command": "python scripts/reproduce.py study rows=one",
@@ -80,6 +80,17 @@ COMPLEXITY = ABOUT | {
     "fits": {method: FIT for method in complexity.PAPER},
     "protocols": {"pretraining": 9e6, "implicit": 7e6, "implicit_protocol": 9e6, "upg": 6e6, "npg": 4e6},
 }
+REASONER = ABOUT | {
+    "settings": {"experiment": "reasoners/one", "cycles": 3, "implicit_steps": 60},
+    "rows": [
+        {
+            **{"weights": name, "supervision_step": step, "spectral_radius": 3.456, "residual": 2.71e-16},
+            **{"cosine": {"last": -0.125, "implicit": 0.999}, "norm_ratio": {"last": 0.0812, "implicit": 1.0}},
+        }
+        for name in ("random", "shipped")
+        for step in (1, 4)
+    ],
+}
 PAGES = [
     (cosine, COSINE, ["| NPG lam=0.5 | 0.2500 ± 0.0000 | 0.3000 ± 0.0707 |", "took 30 to 40 steps"]),
     (ascent, ASCENT, ["| Neumann series of random matrices, lam=0.5 | 33% |  |", "cases: 6; condition holds: 3"]),
@@ -97,6 +108,15 @@ PAGES = [
             "| Implicit, Broyden | O(K) | 10 + 2.5 n ms | O(1) | 3.0 + 1.00 n MB | O(k) | 9.0 MB |",
             "| NPG | 2 | 3 | 5.0 | 2 | 0 |",
             "in CPU time",
+        ],
+    ),
+    (
+        reasoner,
+        REASONER,
+        [
+            "| shipped, 4 | -0.12 | 1.00 | 3.5 | 2.7e-16 |",
+            "| random, 1 | 0.081 | 1 |",
+            "backward by 60 Broyden steps",
         ],
     ),
 ]
