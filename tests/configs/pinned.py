@@ -149,7 +149,7 @@ PINNED: dict[str, dict[str, dict[str, Any]]] = {
         # one probe, as deq; weight and frequency 1 are ours, Table 3's rows have their own
         "jacobian": {
             **{"class": "Penalty", "regularizer": {"class": "JacobianRegularizer", "num_probes": 1}, "weight": 1.0},
-            **{"frequency": 1.0, "increment": 0.0, "increment_every": None, "stop_step": None},
+            **{"frequency": 1.0, "increment": 0.0, "increment_every": None, "stop_step": None, "of_steps": None},
         },
     },
     "jitter": {"below": {"class": "Jitter", "below": 2}},  # deq: rand_f_thres_delta 2

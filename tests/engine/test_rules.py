@@ -69,6 +69,15 @@ def test_the_penalty_grows_in_stages_and_stops():
     assert weights == pytest.approx(stages)
 
 
+def test_the_penalty_of_a_shorter_run_keeps_its_shares():
+    full = Penalty(regularizer=JacobianRegularizer(), weight=0.5, increment=0.1, increment_every=100, stop_step=350)
+    shared = replace(full, of_steps=400)
+    assert [shared.at(step, 0, 400) for step in range(400)] == [full.at(step, 0) for step in range(400)]
+    assert [shared.at(step, 0, 40) for step in range(40)] == [full.at(10 * step, 0) for step in range(40)]
+    assert shared.at(3, 0, 4) == full.at(300, 0) and shared.at(0, 0, 1) == 0.5
+    assert full.at(39, 0, 40) == 0.5, "without of_steps the steps are as they stand"
+
+
 def test_the_penalty_applies_to_its_share_of_the_steps():
     penalty = Penalty(regularizer=JacobianRegularizer(), weight=0.5, frequency=0.3)
     layer = DEQ(solver=SOLVER, grad=GRAD)
@@ -123,6 +132,7 @@ def test_a_shorter_run_keeps_the_share_of_pretraining():
         (lambda: Pretraining(steps=1, layers=0), r"pretraining\.layers"),
         (lambda: Penalty(regularizer=JacobianRegularizer(), weight=-1.0), r"weight=-1\.0 must be a number >= 0"),
         (lambda: Penalty(regularizer=JacobianRegularizer(), weight=1.0, frequency=0.0), r"frequency=0\.0 .*\(0, 1\]"),
+        (lambda: Penalty(regularizer=JacobianRegularizer(), weight=1.0, of_steps=0), r"penalty\.of_steps"),
     ],
 )
 def test_impossible_values(make, message):

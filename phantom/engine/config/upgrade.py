@@ -25,6 +25,7 @@ GAINED: dict[str, dict[str, Any]] = {
     "data.text.wikitext.WikiText103": {"eval_tokens": None},
     "data.images.imagenet.ImageNet": {"streaming": False, "shuffle_buffer": 1000},
     "phantom.Broyden": {"kernels": False},
+    "phantom.engine.training.rules.Penalty": {"of_steps": None},
 }
 
 

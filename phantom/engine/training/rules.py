@@ -50,6 +50,8 @@ class Penalty:
         regularizer: the differentiable penalty, such as `phantom.JacobianRegularizer`.
         weight: of the penalty of every solve in the mean loss.
         frequency: probability that a step is regularised.
+        increment_every, stop_step: in steps of a full run.
+        of_steps: length of that full run; a shorter run keeps the shares. None takes both as they are.
     """
 
     regularizer: Regularizer
@@ -58,6 +60,7 @@ class Penalty:
     increment: float = 0.0
     increment_every: int | None = None
     stop_step: int | None = None
+    of_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, ">= 0")
@@ -66,14 +69,21 @@ class Penalty:
             check_count("increment_every", self.increment_every, least=1)
         if self.stop_step is not None:
             check_count("stop_step", self.stop_step, least=0)
+        if self.of_steps is not None:
+            check_count("penalty.of_steps", self.of_steps, least=1)
         check_number("frequency", self.frequency, "(0, 1]", also=": the share of regularised steps")
 
-    def at(self, step: int, seed: int) -> float:
-        if self.stop_step is not None and step >= self.stop_step:
+    def at(self, step: int, seed: int, total: int | None = None) -> float:
+        """Return the weight of `step` in a run of `total` steps; None is a full run."""
+
+        def here(steps: int) -> int:
+            return steps if total is None else share_of_run(steps, self.of_steps, total)
+
+        if self.stop_step is not None and step >= here(self.stop_step):
             return 0.0
         if _draw("penalty", seed, step).random() >= self.frequency:
             return 0.0
-        stages = 0 if self.increment_every is None else step // self.increment_every
+        stages = 0 if self.increment_every is None else step // max(1, here(self.increment_every))
         return self.weight + self.increment * stages
 
 
@@ -121,7 +131,7 @@ class Rules:
             if self.jitter is not None:
                 solver = replace(solver, max_steps=max(1, solver.max_steps + self.jitter.at(step, self.seed)))
             if self.penalty is not None:
-                weight = self.penalty.at(step, self.seed)
+                weight = self.penalty.at(step, self.seed, total)
         for deq in deqs:
             deq.solver, deq.grad = solver, grad
             deq.regularizer = self.penalty.regularizer if self.penalty is not None and weight > 0 else None
