@@ -22,6 +22,7 @@ from phantom.engine.model import check_model
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.speed import check_speed, choose_speed, speed_up
+from phantom.engine.training.course import Course
 from phantom.engine.training.loop import Trainer
 
 log = logging.getLogger(__name__)
@@ -78,12 +79,16 @@ def _beginning(plan: Plan) -> tuple[str | None, dict[str, Any] | None]:
     return plan.config["init"], check_continued(plan)
 
 
-def _say_how_deep(deq: DEQ) -> None:
-    if deq.eval_solver is None and isinstance(deq.solver, Rollout) and deq.grad.needs_equilibrium:
+def _say_how_deep(deq: DEQ, course: Course | None) -> None:
+    if deq.eval_solver is not None or not isinstance(deq.solver, Rollout):
+        return
+    steps, own = f"solver.max_steps={deq.solver.max_steps}", "eval_solver=rollout eval_solver.max_steps=<n>"
+    if course is not None and course.depth is not None:
+        _say(f"rollout: training runs the steps of course.depth, evaluation {steps}; {own} sets its number")
+    elif deq.grad.needs_equilibrium:
         _say(
-            f"rollout: training runs solver.max_steps={deq.solver.max_steps} steps and those of "
-            f"{type(deq.grad).__name__}, evaluation the former alone; eval_solver=rollout eval_solver.max_steps=<n> "
-            "sets its number"
+            f"rollout: training runs {steps} steps and those of {type(deq.grad).__name__}, evaluation the former "
+            f"alone; {own} sets its number"
         )
 
 
@@ -133,7 +138,7 @@ def build_trainer(plan: Plan, load_reference: LoadReference | None = None) -> Tr
         _say("the run begins with the weights of " + ", ".join(f"{k} {v}" for k, v in origin.items()))
     speed = choose_speed(plan, model, plan.budget.total(source), device, world_size)
     _say(str(speed))
-    _say_how_deep(plan.deq)
+    _say_how_deep(plan.deq, plan.rules.course)
     rules = speed_up(model, plan.rules, speed)
     wrapped = distributed.wrap(model, device, world_size, sync_batchnorm=config["sync_batchnorm"])
     torch.manual_seed(config["seed"] + 1000003 * (rank + 1))  # but dropout masks of their own

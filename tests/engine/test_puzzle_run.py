@@ -229,3 +229,7 @@ def test_cycles_that_only_training_has_are_told(tmp_path, caplog):
     assert (
         "rollout: training runs solver.max_steps=2 steps and those of UPG, evaluation the former alone" in caplog.text
     )
+    for grad in (["grad=upg", "k=1", "lam=1"], ["grad=bptt"]):
+        caplog.clear()
+        build_trainer(plan([*TINY, *alike, "eval_solver=null", *grad, "course=random_depth"]))
+        assert "rollout: training runs the steps of course.depth, evaluation solver.max_steps=2;" in caplog.text
