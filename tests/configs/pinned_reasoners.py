@@ -64,10 +64,10 @@ DATA = {
     },
 }
 COURSES = {
-    # Huginn: 32 steps in the mean
+    # Huginn: 1 + Poisson(rate), log rate ~ N(log 32 - 1/8, 1/2)
     "random_depth": {
         **{"class": "Course", "k": None, "lam": None},
-        "depth": {"class": "RandomDepth", "mean": 32, "sigma": 0.5},
+        "depth": {"class": "RandomDepth", "mean": 33, "sigma": 0.5},
     },
     # HRM-Text: k from 2 to 5 over the first fifth
     "warm_up_k": {

@@ -3,12 +3,14 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from phantom import BPTT, DEQ, NPG, UPG, FixedPoint, Implicit, Rollout
 from phantom.engine.training.course import Course, Ramp, RandomDepth
 from phantom.engine.training.rules import Rules
 from tests.engine import tiny
+from train import CONFIGS
 
 SOLVER = Rollout(max_steps=7)
 WARM_UP = Ramp(first=2, last=5, steps=20, of_steps=100)
@@ -58,6 +60,18 @@ def test_a_random_depth_has_its_mean_and_spread_and_belongs_to_the_step():
     spread = math.sqrt(sum((d - 32) ** 2 for d in draws) / len(draws))
     assert spread == pytest.approx(deviation, rel=0.05)
     assert draws[:50] == [rule.at(step, 99, 0) for step in range(50)] != [rule.at(step, 1, 1) for step in range(50)]
+
+
+def test_the_leaf_draws_the_depths_of_huginn():
+    """1 + Poisson(rate), log rate ~ N(log 32 - 1/8, 1/2): Geiping et al. (2025)."""
+    leaf = CONFIGS.read("course", "random_depth")["depth"]
+    rule = RandomDepth(mean=leaf["mean"], sigma=leaf["sigma"])
+    published = np.random.default_rng(0)
+    expected = 1 + published.poisson(published.lognormal(np.log(32) - 1 / 8, 1 / 2, size=200_000))
+    draws = [rule.at(step, 1, 0) for step in range(20_000)]
+    # the standard error of the smaller sample is 0.12
+    assert np.mean(draws) == pytest.approx(expected.mean(), abs=0.5)
+    assert np.quantile(draws, [0.1, 0.5, 0.9]) == pytest.approx(np.quantile(expected, [0.1, 0.5, 0.9]), abs=1)
 
 
 def test_every_model_follows_the_course_in_training_and_not_in_evaluation(tmp_path):
