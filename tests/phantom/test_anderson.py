@@ -28,6 +28,27 @@ def test_anderson_minimises_the_mixed_residual():
         torch.testing.assert_close(z[3, i], expected, rtol=1e-7, atol=1e-9)
 
 
+def test_the_deq_code_counts_evaluations():
+    """Anderson(max_steps=f_thres - 1) is the Anderson of locuslab/deq, written out here without its absolute ridge."""
+    f_thres, memory = 8, 3
+    problem = tanh_contraction()
+    f = Recorded(problem.f)
+    solve(f, problem.z0, Anderson(max_steps=f_thres - 1, tol=None, memory=memory, ridge=0.0))
+    assert len(f.calls) == f_thres
+    x = [problem.z0, problem.f(problem.z0)]
+    for k in range(2, f_thres):
+        window = torch.stack(x[-min(k, memory) :], dim=1)  # (B, n, D)
+        images = torch.stack([problem.f(z) for z in window.unbind(1)], dim=1)
+        g = images - window
+        bordered = torch.ones(len(g), g.shape[1] + 1, g.shape[1] + 1, dtype=DTYPE)
+        bordered[:, 0, 0], bordered[:, 1:, 1:] = 0, g @ g.mT
+        right = torch.zeros_like(bordered[:, 0])
+        right[:, 0] = 1
+        alpha = torch.linalg.solve(bordered, right)[:, 1:]
+        x.append((alpha[:, :, None] * images).sum(dim=1))
+    torch.testing.assert_close(torch.stack(f.calls), torch.stack(x), rtol=1e-6, atol=1e-8)
+
+
 def test_with_all_its_steps_it_is_gmres_on_an_affine_map():
     """z_{n+1} = z' + g', where z' minimises |f(z') - z'| over the Krylov space: here by a dense least squares."""
     matrix, c = randn(2, 12, 12, seed=3), randn(2, 12, seed=4)
