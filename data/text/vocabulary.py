@@ -133,9 +133,10 @@ class Vocabulary:
 
 
 def read_words(path: Path) -> Iterator[list[str]]:
-    """Yield the words of every line of a UTF-8 text file; byte order marks are no part of a word.
+    """Yield the words of every line of a UTF-8 text file; a byte order mark at its beginning is no part of a word.
 
-    Files that were joined have such a mark in the middle, too.
+    Files that were joined have such a mark at the beginning of a line, too. Inside a line the same character is a part
+    of the text, as in the official code, whose counts of words are those published.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8; the message gives the line.
@@ -143,7 +144,7 @@ def read_words(path: Path) -> Iterator[list[str]]:
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
-                yield line.replace(BOM, "").split()
+                yield line.removeprefix(BOM).split()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {_first_bad_line(path)}") from error
     except OSError as error:

@@ -238,6 +238,10 @@ def test_byte_order_marks_are_no_letters(root):
     joined = root.parent / "joined"
     joined.write_bytes(2 * "the cat\n".encode("utf-8-sig"))
     assert list(read_words(joined)) == [["the", "cat"], ["the", "cat"]]
+    joined.write_text(" the \ufeff \ufeffcat \n", encoding="utf-8")
+    assert list(read_words(joined)) == [["the", "\ufeff", "\ufeffcat"]], (
+        "inside a line the counts are the published ones"
+    )
 
 
 def test_bytes_that_are_not_utf8(root):
