@@ -1,5 +1,8 @@
 """Every gradient estimator against an independent oracle: dense Jacobians, differences, steps unrolled by hand."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +203,23 @@ def test_eval_solver_is_chosen_by_training_alone():
     assert deq(lambda z: 0.5 * z + x, torch.zeros_like(x)).stats.num_evals == 4 + 1
     deq.eval()
     assert deq(lambda z: 0.5 * z + x, torch.zeros_like(x)).stats.num_evals == 8 + 1
+
+
+@each()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda deq: pickle.loads(pickle.dumps(deq))])
+def test_a_layer_that_was_used_is_copied_whole(grad, copied):
+    case = Case()
+    deq = DEQ(solver=FixedPoint(max_steps=5, tol=None), grad=grad)
+
+    def gradient(deq: DEQ) -> Tensor:
+        value = deq(case.map.bind(case.x), torch.zeros_like(case.x)).value
+        return torch.autograd.grad(value, case.x, case.cotangent)[0]
+
+    expected = gradient(deq)
+    twin = copied(deq)
+    assert torch.equal(gradient(twin), expected)
+    twin.solver = FixedPoint(max_steps=1, tol=None)
+    assert torch.equal(gradient(deq), expected), "they share no settings"
 
 
 @pytest.mark.parametrize("lam", [0.6, 1.0])
