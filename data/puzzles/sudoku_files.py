@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def _read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
                 f"{path} has the columns {', '.join(header) or 'of an empty file'}; known pairs are {known}"
             )
         at = [header.index(name) for name in pair]
-        lines, words = [], ([], [])
+        # a byte per cell: the public sets have millions of lines
+        lines, codes = array("q"), (bytearray(), bytearray())
         for row in reader:
             if not row:
                 continue
@@ -119,12 +121,13 @@ def _read_pairs(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
                         f"has {size * size}: choose data.size to fit the file"
                     )
             lines.append(reader.line_num)
-            for kept, grid in zip(words, grids, strict=True):
-                kept.append(grid)
+            for kept, grid in zip(codes, grids, strict=True):
+                kept += grid.encode("ascii", errors="replace")
     if not lines:
         raise DataError(f"{path} has a header and no puzzle")
-    questions, answers = (_digits(kept, size, path, lines) for kept in words)
-    return np.array(lines), questions, answers
+    numbers = np.frombuffer(lines, dtype=np.int64)
+    questions, answers = (_digits(np.frombuffer(kept, dtype=np.uint8), size, path, numbers) for kept in codes)
+    return numbers, questions, answers
 
 
 def check_pairs(puzzles: np.ndarray, solutions: np.ndarray, size: int, *, path: Path, lines: np.ndarray) -> None:
@@ -146,11 +149,12 @@ def check_pairs(puzzles: np.ndarray, solutions: np.ndarray, size: int, *, path: 
             raise DataError(f"{path}, line {first}: {text} ({int(wrong.sum())} such line(s)); remove or correct them")
 
 
-def _digits(words: list[str], size: int, path: Path, lines: list[int]) -> np.ndarray:
-    codes = np.array(words).view(np.uint32).reshape(len(words), size * size)
-    digits = np.where(codes == ord("."), 0, codes - ord("0"))  # unsigned: what lies below "0" becomes large
+def _digits(codes: np.ndarray, size: int, path: Path, lines: np.ndarray) -> np.ndarray:
+    codes = codes.reshape(len(lines), size * size)
+    digits = np.where(codes == ord("."), np.uint8(0), codes - np.uint8(ord("0")))  # what lies below "0" becomes large
     wrong = (digits > size).any(axis=1)
     if wrong.any():
         i = int(wrong.argmax())
-        raise DataError(f"{path}, line {lines[i]}: {words[i]!r} is not a grid: use 1 to {size}, and . or 0 for a blank")
-    return digits.astype(np.uint8)
+        word = codes[i].tobytes().decode("ascii")
+        raise DataError(f"{path}, line {lines[i]}: {word!r} is not a grid: use 1 to {size}, and . or 0 for a blank")
+    return digits

@@ -87,6 +87,8 @@ def test_a_draw_is_a_part_of_the_file(tmp_path):
         (PUZZLE, r"line 3: solution has 0 characters"),
         (f"{PUZZLE[:-1]}x,{SOLUTION}", r"line 3: .* is not a grid: use 1 to 4, and \. or 0 for a blank"),
         (f"{PUZZLE[:-1]}5,{SOLUTION}", "line 3: .* is not a grid"),
+        (f"{PUZZLE[:-1]}/,{SOLUTION}", "line 3: .* is not a grid"),  # stands before "0"
+        (f"{PUZZLE[:-1]}\u0663,{SOLUTION}", "line 3: .* is not a grid"),  # a digit of another script
         (f"{'.' * 16},{SOLUTION}", "line 3: the puzzle has more than one solution"),
         (f"11{'.' * 14},{SOLUTION}", "line 3: the puzzle has no solution"),
         (f"{PUZZLE},{SOLUTION[:-1]}2", "line 3: the solution breaks the rules"),
