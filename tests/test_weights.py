@@ -27,7 +27,7 @@ def record_of(name: str) -> dict:
 
 
 def test_there_are_some():
-    assert {"reasoner_sudoku4", "ignn_cox2_fold0", "mdeq_tiny_cifar10_small"} <= set(NAMES)
+    assert {"reasoner_sudoku4", "ignn_cox2_fold0", "mdeq_tiny_digits", "mdeq_tiny_cifar10_small"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("kind", ["cox2", "proteins"])
