@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.config.trust import check_trusted
@@ -49,6 +50,16 @@ def test_what_is_refused(group, node):
 def test_an_interpolation_is_refused():
     with pytest.raises(ConfigError, match=r"runs='\$\{oc.env:HOME\}' of the saved config is refused"):
         check_trusted(CONFIG | {"runs": "${oc.env:HOME}"})
+
+
+@pytest.mark.parametrize(
+    "value", ["!!pairs [a: {_target_: os.system}]", "!!omap [a: {_target_: os.system}]", "!!set {a}", "!!binary YQ=="]
+)
+def test_values_that_are_not_plain_are_refused(value):
+    """YAML makes tuples of pairs, and Hydra builds what is in a tuple."""
+    extra = yaml.safe_load(value)
+    with pytest.raises(ConfigError, match=r"optimizer\.extra.* is refused: a run saves plain values"):
+        check_trusted(CONFIG | {"optimizer": CONFIG["optimizer"] | {"extra": extra}})
 
 
 def test_nothing_is_imported_to_find_out(tmp_path, monkeypatch):
@@ -105,8 +116,6 @@ def test_what_a_named_package_defines_is_admitted_whatever_it_is(tmp_path, monke
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_by_the_evaluation(tmp_path):
-    import yaml
-
     class Payload:
         def __reduce__(self):
             return (open, (str(tmp_path / "pwned"), "w"))

@@ -33,6 +33,8 @@ KINDS: dict[str, type] = {
     **{"pretraining": Pretraining, "penalty": Penalty, "jitter": Jitter, "course": Course},
     "monitor": Monitor,
 }
+# what a run saves beside mappings
+PLAIN = (str, bool, int, float, list, type(None))
 # those of a constructor's arguments
 PARTS = (Solver, GradientEstimator, JacobianRegularizer, Value, nn.Module)
 
@@ -48,11 +50,12 @@ def check_trusted(config: Mapping[str, Any], *, trust: str | None = None) -> Non
     """
     trusted = tuple(name for part in (trust or "").split(",") if (name := part.strip()))
     for path, node in _nodes(config, ()):
-        if not isinstance(node, Mapping):
-            if isinstance(node, str) and "${" in node:
-                raise ConfigError(f"{'.'.join(path)}={node!r} of the saved config is refused: a run saves plain values")
-        elif "_target_" in node:
-            _check(str(node["_target_"]), path, trusted)
+        if isinstance(node, Mapping):
+            if "_target_" in node:
+                _check(str(node["_target_"]), path, trusted)
+        # Hydra builds what is in a tuple, too, which YAML makes of `!!pairs` and `!!omap`
+        elif not isinstance(node, PLAIN) or (isinstance(node, str) and "${" in node):
+            raise ConfigError(f"{'.'.join(path)}={node!r} of the saved config is refused: a run saves plain values")
 
 
 def _nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
