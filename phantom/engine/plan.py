@@ -20,7 +20,7 @@ from phantom.engine.config.compatibility import find_task, model_config
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.instantiate import instantiate, parameters_of, place_of, unknown_keys
 from phantom.engine.config.recipes import canonical
-from phantom.engine.config.upgrade import upgrade
+from phantom.engine.config.upgrade import read, upgrade
 from phantom.engine.config.values import check_rates, check_root
 from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.precision import settle
@@ -91,10 +91,13 @@ class Plan:
         return [key for key in self.differences(text) if key not in free]
 
     def differences(self, text: str) -> list[str]:
-        """Return the root keys that say another run than the config saved as `text`; see `identity.CIRCUMSTANCES`."""
+        """Return the root keys that say another run than the config saved as `text`; see `identity.CIRCUMSTANCES`.
+
+        Raises:
+            ConfigError: the text is damaged.
+        """
         # both, as a leaf need not write every argument of a nested part
-        now, then = (upgrade(config, self.defaults) for config in (self.config, yaml.safe_load(text)))
-        return identity.differences(now, then)
+        return identity.differences(upgrade(self.config, self.defaults), read(text, self.defaults))
 
 
 def make_plan(overrides: Sequence[str], configs: Configs) -> Plan:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 from phantom.engine.artifacts import checkpoint, shipped
@@ -17,8 +16,8 @@ from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import change
 from phantom.engine.config.trust import check_trusted
-from phantom.engine.config.upgrade import upgrade
-from phantom.engine.errors import CheckpointError, ConfigError
+from phantom.engine.config.upgrade import read
+from phantom.engine.errors import CheckpointError, ConfigError, as_config_error
 from phantom.engine.plan import Plan, make_plan, plan_of
 from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks import Task
@@ -156,7 +155,8 @@ def rebuild_official(
 
 
 def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: Configs, trust: str | None) -> Plan:
-    saved = upgrade(yaml.safe_load(text), configs.defaults)
+    with as_config_error(prefix=f"{folder}: "):
+        saved = read(text, configs.defaults)
     check_trusted(saved, trust=trust)
     config = change(saved, overrides, configs)
     return plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))

@@ -13,6 +13,7 @@ from phantom.engine.artifacts.identity import Data, check_same_data
 from phantom.engine.artifacts.records import Record
 from phantom.engine.continuation import copy_continued
 from phantom.engine.display import summary_table
+from phantom.engine.errors import ConfigError
 from phantom.engine.machine import distributed, launcher
 from phantom.engine.machine.signals import Interrupted
 from phantom.engine.model import official_parameter_count, parameter_counts
@@ -119,7 +120,11 @@ def _finished_record(plan: Plan, folder: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     record, config = found
-    other = record["seed"] != plan.config["seed"] or plan.differences(config)
+    try:
+        other = record["seed"] != plan.config["seed"] or plan.differences(config)
+    except ConfigError as error:
+        log.warning("the record in %s is damaged and does not count (%s)", folder, error)
+        return None
     return None if other else record
 
 

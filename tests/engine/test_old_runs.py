@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evaluate import WEIGHTS
 from phantom.engine.build import build_trainer
 from phantom.engine.config.instantiate import locate
-from phantom.engine.config.upgrade import MOVED, upgrade
-from phantom.engine.rebuild import evaluate_rebuilt, rebuild_run
-from phantom.engine.run import run
+from phantom.engine.config.upgrade import MOVED, read, upgrade
+from phantom.engine.errors import ConfigError
+from phantom.engine.rebuild import evaluate_rebuilt, rebuild_run, rebuild_shipped
+from phantom.engine.run import finished_folder, run
 from tests.engine import tiny
 from tests.plans import plan
 from tests.tiny_run import TINY
@@ -58,6 +60,35 @@ def test_a_finished_one_is_not_trained_again(folder, tmp_path):
     shutil.copy(OLD / "whole.json", folder / "record.json")
     made = plan(job(tmp_path))
     assert run(build_trainer(made), made) == WHOLE
+
+
+DAMAGED = {
+    "empty": "",
+    "cut": "data:\n  a: 1\n  _t",
+    "a list": "- seed",
+    "date": "a: 2020-13-45",
+    "open": "a: [1",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_record_beside_a_damaged_config_does_not_count(folder, tmp_path, caplog, text):
+    shutil.copy(OLD / "whole.json", folder / "record.json")
+    (folder / "config.yaml").write_text(text)
+    assert finished_folder(plan(job(tmp_path))) is None
+    assert "is damaged and does not count (the saved config is " in caplog.text
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_config_is_refused_in_a_sentence(tmp_path, text):
+    with pytest.raises(ConfigError, match="the saved config is "):
+        read(text, CONFIGS.defaults)
+    (tmp_path / "weights").mkdir()
+    for path in (WEIGHTS / "reasoner_sudoku4").iterdir():
+        shutil.copy(path, tmp_path / "weights")
+    (tmp_path / "weights" / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="weights: the saved config is "):
+        rebuild_shipped(tmp_path / "weights", overrides=[], configs=CONFIGS)
 
 
 def test_it_is_evaluated(folder):

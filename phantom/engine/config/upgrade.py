@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
+from phantom.engine.errors import ConfigError, first_line
+
 # module of a `_target_` then: module now
 MOVED = {
     **{f"data.{name}": f"data.graphs.{name}" for name in ("chains", "ppi", "ppi_synthetic", "tu")},
@@ -39,6 +43,24 @@ def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     if found.get("grad") == ONE_STEP and "k" not in found:
         found["grad"] = {"_target_": "phantom.OneStep"}
     return found
+
+
+def read(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that was saved as YAML in the words of this version.
+
+    Args:
+        defaults: see `upgrade`.
+
+    Raises:
+        ConfigError: the text is damaged.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError(f"the saved config is no YAML ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"the saved config is a {type(found).__name__}, expected a mapping")
+    return upgrade(found, defaults)
 
 
 def _renamed(node: Any) -> Any:
