@@ -137,6 +137,15 @@ def test_what_a_killed_run_left_half_written_is_replaced(path):
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
+def test_a_link_in_the_place_of_the_half_written_file_is_not_followed(path):
+    """A run folder from elsewhere may have one, which leads out of it."""
+    other = path.parent / "other"
+    other.write_text("precious")
+    path.with_suffix(".tmp").symlink_to(other)
+    checkpoint.save(path, {**STATE, "step": 4})
+    assert checkpoint.load(path)["step"] == 4 and not path.is_symlink() and other.read_text() == "precious"
+
+
 def test_every_flipped_bit_is_noticed_or_harmless(path):
     """Whatever byte is hit: the checkpoint is refused, or it holds exactly what was written."""
     whole, before = path.read_bytes(), checkpoint.load(path)

@@ -20,8 +20,10 @@ def whole(path: Path, *, parents: bool = True) -> Iterator[BinaryIO]:
     """
     if parents:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # always the same name, so that the next writer overwrites the file of a killed run
+    # always the same name, so that the next writer replaces the file of a killed run
     temporary = path.with_suffix(".tmp")
+    # a link of that name, in a folder from elsewhere, would lead the write to another file
+    temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
