@@ -179,7 +179,10 @@ def _end(reasons: dict[int, str | None], sweep: Sweep | None) -> None:
     failed = any(reason is not None for reason in reasons.values())
     if sweep is not None:
         sweep.reasons.update({number: reason for number, reason in reasons.items() if reason is not None})
-        left_out = sweep.close()["failed"]
+        try:
+            left_out = sweep.close()["failed"]
+        except OSError as error:
+            refuse(error)
         # a launcher may have run jobs in processes of its own, whose reasons stay there
         failed |= len(reasons) < len(sweep.jobs) and bool(left_out)
     if failed:

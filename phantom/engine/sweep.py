@@ -82,11 +82,15 @@ class Sweep:
         )
 
     def close(self) -> dict[str, Any]:
-        """Write sweep.json, print the table, and return what was written."""
+        """Print the table, write sweep.json, and return what was written.
+
+        Raises:
+            OSError: the disk is full, or may not be written to.
+        """
         content = self.content()
         if launcher.rank() == 0:
+            print(table(content), flush=True)
             records.write_json(self.folder / "sweep.json", content)
-            print(table(content))
             again = shlex.join(["python", "scripts/report.py", f"sweep={self.folder}"])
             print(f"draw it again: {again}", flush=True)
         return content

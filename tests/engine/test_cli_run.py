@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,20 @@ def test_a_sweep_is_the_product_and_a_failed_job_does_not_stop_it(tmp_path, monk
     assert run(monkeypatch, job, "-m", "grad=upg,npg", "k=1,3", "lam=0.5", f"runs={tmp_path}") == 1
     assert seen == [(grad, k, 0.5) for grad in ("upg", "npg") for k in (1, 3)]
     assert capsys.readouterr().err.splitlines() == ["error: diverged with upg", "error: diverged with npg"]
+
+
+def test_a_sweep_whose_file_cannot_be_written_shows_its_table(tmp_path, monkeypatch, capsys):
+    def fails(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def job(plan):
+        raise DivergenceError("diverged")
+
+    monkeypatch.setattr("phantom.engine.artifacts.records.write_json", fails)
+    assert run(monkeypatch, job, "-m", "k=1,3", f"runs={tmp_path}") == 1
+    shown = capsys.readouterr()
+    assert "failed: 2\n  k=1: diverged\n  k=3: diverged" in shown.out
+    assert re.search(r"^error: \S+sweep\.json: No space left on device\. Free some space", shown.err, re.M)
 
 
 def test_null_is_the_same_on_the_command_line_and_in_the_record(tmp_path, monkeypatch):
