@@ -206,6 +206,7 @@ def _run_by_hydra(job: Job, configs: Configs, sweep: Sweep | None, group: str, t
     reasons: dict[int, str | None] = {}
 
     def start() -> None:
+        os.chdir(HydraConfig.get().runtime.cwd)  # hydra.job.chdir leads elsewhere, and a path is meant from here
         number = HydraConfig.get().job.num if sweep is not None else 0
         # made again from the command line, because a recipe follows from the job's own model and data
         reasons[number] = _attempt(

@@ -349,3 +349,10 @@ def test_keys_of_hydra_go_to_hydra(flags, monkeypatch, tmp_path):
     assert run(monkeypatch, seen.append, *line) == 0
     (made,) = seen
     assert made.overrides == ("k=3", "lam=1e-1", f"runs={tmp_path}") and bool(made.group) == bool(flags)
+
+
+def test_a_path_is_meant_from_where_the_sweep_was_started(monkeypatch, tmp_path):
+    seen = []
+    line = ["-m", "hydra/launcher=basic", "hydra.job.chdir=true", "k=3", "runs=here"]
+    assert run(monkeypatch, lambda plan: seen.append(plan.root), *line) == 0
+    assert seen == [tmp_path / "here"]
