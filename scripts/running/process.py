@@ -196,7 +196,7 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     if folder is None or folder == run.folder:
         return None
     record = json.loads((folder / "record.json").read_text())
-    then = Data(record.get("data_digests", {}), (folder / "config.yaml").read_text())
+    then = Data(record.get("data_digests", {}), (folder / "config.yaml").read_bytes().decode())
     if then.root != Data({}, made.text).root:  # the data may have moved
         try:
             check_same_data(then, Data(build_source(made).digests(), made.text), folder / "record.json")

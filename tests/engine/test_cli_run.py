@@ -280,6 +280,15 @@ def test_a_folder_of_any_name_holds_a_whole_run(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == record["final"]["test"]["loss"]
 
 
+def test_a_finished_run_is_found_under_a_locale_without_its_letters(tmp_path, monkeypatch):
+    runs = tmp_path / "l\u00e4ufe"
+    tiny_run(runs, "steps=1")
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = script(tmp_path, *TINY, "steps=1", f"runs={runs}")
+    assert done.returncode == 0 and "this run is finished" in done.stdout, done.stderr
+
+
 @pytest.mark.slow  # half a minute; test_slurm.py has two processes in every suite
 def test_two_processes_evaluate_and_print_once(tmp_path):
     record = tiny_run(tmp_path, "steps=1", "test_subset=9")
