@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 try:
-    from scripts import arguments
+    from scripts import arguments, studies
     from scripts.running import export
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: `bash scripts/setup.sh` and .venv/bin/python, or pip install -e . -r requirements.txt")
@@ -56,6 +56,8 @@ def main(items: Sequence[str]) -> None:
         if "mode" in own:
             arguments.fail("mode= is that of `export`; the dashboards are made online")
         _make(wandb, own, project)
+    except studies.DamagedRecord as error:
+        arguments.fail(str(error))
     except wandb.errors.Error as error:
         arguments.fail(f"wandb: {error}; log in with `wandb login`")
 

@@ -26,6 +26,13 @@ except ModuleNotFoundError as error:
 
 def main(items: Sequence[str]) -> None:
     """Render a sweep, the named studies, or all of them."""
+    try:
+        _render(items)
+    except studies.DamagedRecord as error:
+        arguments.fail(str(error))
+
+
+def _render(items: Sequence[str]) -> None:
     known = studies.names()
     own, names, others = arguments.split(items, doc=__doc__, own=("sweep", "runs", "out"), words=("html", *known))
     if "html" in names:

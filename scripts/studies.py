@@ -74,6 +74,22 @@ def record_folder(experiment: str, scale: str, overrides: Sequence[str] = ()) ->
     return results() / (f"{label}@{','.join(sorted(overrides))}" if overrides else label)
 
 
+class DamagedRecord(RuntimeError):
+    """A record that cannot be read; the message says which, and what to do."""
+
+
+def record(path: Path) -> Any:
+    """Return what a record in results/ holds.
+
+    Raises:
+        DamagedRecord: it is cut short, or no JSON, as after a merge with a conflict.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedRecord(f"{path} is damaged ({error}): restore it, git checkout {path}, or remove it") from error
+
+
 def curves(path: Path) -> list[dict[str, Any]]:
     """Return the runs of a figure kept in `path`, one entry a panel and line; none where nothing has been run."""
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    return record(path)["runs"] if path.exists() else []

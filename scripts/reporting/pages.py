@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ def of(study: dict[str, Any]) -> dict[Path, markdown.Page]:
             found[folder / "summary.md"] = suites.render(study["title"], parts)
     for name, drawing, record in _measured(study):
         found[folder / f"{name}.md"] = drawing.page(record)
-    for name in study.get("explore", []):
-        found[folder / f"{name}.md"] = explore.render(_read(folder / f"{name}.json"))
+    for name, record in _explored(study):
+        found[folder / f"{name}.md"] = explore.render(record)
     return found
 
 
@@ -61,8 +60,8 @@ def write(study: dict[str, Any]) -> dict[Path, markdown.Page]:
         entries = studies.curves(study["folder"] / "curves.json")
         if entries:
             figures.draw(study["figure"], entries, study["folder"] / "curves.png")
-    for name in study.get("explore", []):
-        explore.draw(_read(study["folder"] / f"{name}.json"), study["folder"] / f"{name}.png")
+    for name, record in _explored(study):
+        explore.draw(record, study["folder"] / f"{name}.png")
     for name, drawing, grid, runs in _grids(study):
         if runs.found:
             drawing.draw(grid, runs, study["folder"] / f"{name}.png")
@@ -156,10 +155,16 @@ def _measured(study: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     ]
 
 
+def _explored(study: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, record) of the explorations of a study that have been measured."""
+    found = [(name, _read(study["folder"] / f"{name}.json")) for name in study.get("explore", [])]
+    return [(name, record) for name, record in found if record is not None]
+
+
 def _beside(path: Path, text: str) -> str:
     path.with_suffix(".md").write_text(text)
     return text
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return studies.record(path) if path.exists() else None

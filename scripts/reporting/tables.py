@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ def records_of(experiment: str) -> tuple[str, list[dict[str, Any]]]:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """Return the records in a folder, by seed."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [studies.record(path) for path in sorted(folder.glob("*.json"))]
 
 
 def label_of(scale: str, records: list[dict[str, Any]]) -> str:
@@ -154,7 +153,7 @@ def timed_speed(row: dict[str, Any], first: dict[str, Any]) -> str:
     path = studies.results() / "benchmark" / "gpu" / f"{row['timed'][0]}.json"
     if not path.exists():
         return "--"
-    result = json.loads(path.read_text())
+    result = studies.record(path)
     seconds = {found["label"]: found["seconds"]["total"]["median"] for found in result["rows"]}
     return f"{seconds[first['timed'][1]] / seconds[row['timed'][1]]:.1f}x on {result['about']['machine']}"
 
@@ -219,7 +218,7 @@ def _folds(table: dict[str, Any]) -> markdown.Page:
         # the record of all folds lies where the folder of seeds would
         folders = [studies.record_folder(row["experiment"], scale) for scale in SCALES]
         paths = [folder.with_name(f"{folder.name}.json") for folder in folders]
-        record = next((json.loads(path.read_text()) for path in paths if path.exists()), None)
+        record = next((studies.record(path) for path in paths if path.exists()), None)
         cells = ["--"] * (len(protocols) + 6) if record is None else _folds_cells(record, list(protocols), row["paper"])
         rows.append([row["name"], row["paper"], *cells])
     return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))

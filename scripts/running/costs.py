@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,10 +61,7 @@ def _alike(run: Run, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _records(folder: Path) -> Iterable[dict[str, Any]]:
     """Yield label, kind, seconds and device of every run that has a record."""
     for path in folder.rglob("*.json"):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise RuntimeError(f"{path} is damaged ({error}): restore it, git checkout {path}, or remove it") from error
+        content = studies.record(path)
         for record in content.get("runs", [content]) if isinstance(content, dict) else []:
             seconds = record.get("cpu_seconds") if "folds" in record else record.get("wall_seconds")
             seconds = record.get("cpu_seconds") if seconds is None else seconds

@@ -66,6 +66,39 @@ def test_all_studies_are_rendered_in_their_places(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith("# T\n")
 
 
+@pytest.mark.parametrize("items", [[], ["a"], ["html", "out=page.html"]])
+@pytest.mark.parametrize("text", ["", '{"label": "a/x", "best', "<<<<<<< HEAD\n{}\n"])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (
+            "tables: {o: {title: T, metric: m, split: t, std: sample, rows: [{name: x, experiment: a/x, paper: --}]}}",
+            "x/seed0",
+        ),
+        ("explore: [one]", "one"),
+        ("figure: {metric: m, split: t, panels: [], lines: []}", "curves"),
+    ],
+)
+def test_a_damaged_record_is_named_in_a_sentence(items, text, part, name, tmp_path, monkeypatch):
+    path = tmp_path / "results" / "a" / f"{name}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    (tmp_path / "results" / "a" / "study.yaml").write_text(f"title: A study\n{part}\n")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"error: {re.escape(str(path))} is damaged .*: restore it"):
+        report.main(items)
+
+
+def test_an_exploration_that_was_not_measured_has_no_page(tmp_path, monkeypatch):
+    (tmp_path / "results" / "a").mkdir(parents=True)
+    (tmp_path / "results" / "a" / "study.yaml").write_text("title: A study\nexplore: [one]\n")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    report.main(["a"])
+    report.main(["html", f"out={tmp_path / 'page.html'}"])
+    assert [path.name for path in (tmp_path / "results" / "a").iterdir()] == ["study.yaml"]
+
+
 def test_a_table_is_written_as_markdown_reads_it():
     text = markdown.table(["", "n"], [["a", "1"], ["", ""]], "lr")
     assert text == "| | n |\n| --- | ---: |\n| a | 1 |\n|  |  |"

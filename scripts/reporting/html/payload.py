@@ -74,7 +74,7 @@ def name_of(path: Path) -> str:
 def _committed() -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Yield (run, its curves) of every committed record of a training."""
     for path in sorted(studies.results().rglob("*.json")):
-        content = json.loads(path.read_text())
+        content = studies.record(path)
         if isinstance(content, dict) and "metric" in content and ("best" in content or "protocols" in content):
             run = _run(content, path)
             yield run, _curves(run, content.get("monitor", []), name_of(path), ("monitor",))
@@ -190,7 +190,7 @@ def _benchmarks() -> list[dict[str, Any]]:
         for part in study.get("benchmark", {}).get("rows", []):
             path = study["folder"] / f"{part['name']}.json"
             if path.exists():
-                content = json.loads(path.read_text())
+                content = studies.record(path)
                 bars = [
                     {
                         "label": row["label"],
@@ -215,7 +215,9 @@ def _explorations() -> list[dict[str, Any]]:
     for study in map(studies.load, studies.names()):
         for name in study.get("explore", []):
             path = study["folder"] / f"{name}.json"
-            content = json.loads(path.read_text())
+            if not path.exists():
+                continue
+            content = studies.record(path)
             points = [
                 {"label": row["estimator"], "family": explore.family(row["estimator"])}
                 | {key: number(content, ("rows", i, key)) for key in ("seconds", "cosine")}
