@@ -22,6 +22,7 @@ which reference, is in scripts/bench/explore.py.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from pathlib import Path
 
 try:
     from models.official.load import load_reference
-    from phantom.engine.artifacts import identity, provenance
+    from phantom.engine.artifacts import identity, provenance, records
     from phantom.engine.errors import UserError
     from phantom.engine.rebuild import begin_run, rebuild_run
     from scripts import arguments
@@ -68,7 +69,7 @@ def main(items: Sequence[str]) -> None:
     line = " ".join([begin, *map(shlex.quote, [*shown, *identity.meaningful(others)])])
     title = own.get("title", "Gradient estimators and solvers on a model")
     about = {"title": title, "command": line, "wanted": wanted, **run.about, **provenance.environment(run.device)}
-    found = about | measured
+    found = json.loads(records.to_json(about | measured))  # what is not finite is null, as in the file
     print(page.render(found))
     if out is not None:
         result.write(found, out)

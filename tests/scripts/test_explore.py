@@ -230,6 +230,22 @@ def test_mistakes_are_one_sentence(items, message):
         explore.main(items)
 
 
+def test_the_page_that_is_printed_is_the_one_that_is_kept(tmp_path, monkeypatch, capsys):
+    measure = bench.measure
+
+    def overflowing(*args):
+        found = measure(*args)
+        found["rows"][0] |= {"cosine": float("nan"), "norm_ratio": float("nan"), "seconds": 0.0}
+        return found | {"residual": float("nan")}
+
+    monkeypatch.setattr(bench, "measure", overflowing)
+    out = tmp_path / "page.json"
+    explore.main([*TINY, "batches=1", "grad=npg", "k=1,2", "lam=0.5", "cosine=1", f"out={out}"])
+    printed = capsys.readouterr().out
+    assert printed.rstrip("\n") == out.with_suffix(".md").read_text().rstrip("\n")
+    assert "median forward residual --." in printed and "; the nearest is `grad=npg k=2 lam=0.5` with" in printed
+
+
 def test_a_config_begins_with_the_weights_of_init(tmp_path):
     run = tiny_run(tmp_path, "steps=1")["path"]
     items = [*TINY, f"init={run / 'last.pt'}"]
