@@ -135,7 +135,8 @@ def execute(work: Work, jobs: int | None, stop: Stop) -> list[Run]:
         RuntimeError: a run failed; those that were running have finished, their folders are kept.
     """
     work.begin()
-    found = [pair for run in work.runs if (pair := work.find(run)) is not None]
+    # to look for a run takes its composition, for which there is no time once it is told to stop
+    found = [pair for run in work.runs if not stop.told and (pair := work.find(run)) is not None]
     for run, record in found:
         print(f"{run.name}: {run.folder}", flush=True)
         work.keep(run, record)

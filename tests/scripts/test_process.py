@@ -236,6 +236,13 @@ def test_after_so_many_seconds_nothing_begins(tmp_path, monkeypatch):
     assert [run.name for run in process.execute(done, None, stop)] == ["a", "b", "c"] and not started and not kept
 
 
+def test_after_the_deadline_no_finished_run_is_looked_for(tmp_path, monkeypatch):
+    stop, looked = Stop(), []
+    done, _, kept = work(tmp_path, monkeypatch, find=lambda run: (looked.append(run.name), stop.now())[1])
+    assert process.execute(done, 1, stop) == [*done.runs] and not kept
+    assert looked == [done.runs[0].name], "those after it would have taken their composition, too"
+
+
 def test_sigterm_stops_as_the_deadline_does():
     stop = Stop()
     before = signal.getsignal(signal.SIGTERM)
