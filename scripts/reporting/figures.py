@@ -27,8 +27,9 @@ def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "--"
     values = entry["values"]
-    top = max(values)
-    return f"{values[-1]:.1f} ({top:.1f}, {entry['epochs'][values.index(top)]})"
+    top = max((value for value in values if value is not None), default=None)  # null: not finite
+    last = "not finite" if values[-1] is None else f"{values[-1]:.1f}"
+    return last if top is None else f"{last} ({top:.1f}, {entry['epochs'][values.index(top)]})"
 
 
 def draw(figure: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,12 @@ def label_of(scale: str, records: list[dict[str, Any]]) -> str:
     return "" if scale == "paper" else f" [{', '.join([scale, *data])}]"
 
 
-def cell(values: list[float], std: str, label: str = "") -> str:
-    """Return `mean ± std (n)` and a label; `std` is sample or population."""
+def cell(values: Sequence[float | None], std: str, label: str = "") -> str:
+    """Return `mean ± std (n)` and a label; `std` is sample or population. A value that is None was not finite."""
     if not values:
         return "--"
+    if None in values:
+        return f"not finite ({values.count(None)} of {len(values)}){label}"
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f} (1){label}"
@@ -106,7 +108,7 @@ def cell(values: list[float], std: str, label: str = "") -> str:
     return f"{mean:.2f} ± {deviation:.2f} ({len(values)}){label}"
 
 
-def difference(paper: str, values: list[float]) -> list[str]:
+def difference(paper: str, values: Sequence[float | None]) -> list[str]:
     """Return the cells of `DIFFERENCE`: the mean less the paper's, and whether that is at most the paper's spread.
 
     Args:
@@ -114,7 +116,7 @@ def difference(paper: str, values: list[float]) -> list[str]:
         values: at the paper's budget; none are compared with it at another one.
     """
     printed = [float(part) for part in paper.split("±")] if paper != "--" else []
-    if not printed or not values:
+    if not printed or not values or None in values:
         return ["--", "--"]
     # as both are printed: 84.5 + 0.3 is 84.8, whatever the binary fractions say
     gap = round(statistics.fmean(values) - printed[0], 2)

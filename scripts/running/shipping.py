@@ -36,7 +36,9 @@ def pack(run: Path, target: Path, *, which: str, configs: Configs, trust: str | 
     measured = evaluate_rebuilt(rebuilt, None)
     split, metric = measured["split"], record["metric"]
     own = record[cards.CHOSEN[which]][split][metric]
-    if not math.isclose(measured[metric], own, rel_tol=CLOSE):
+    if own is None:
+        raise ConfigError(f"run={run} checkpoint={which}: {metric} on {split} was not finite, and is no number to ship")
+    if measured[metric] is None or not math.isclose(measured[metric], own, rel_tol=CLOSE):
         raise ConfigError(
             f"run={run} checkpoint={which}: {metric} on {split} is {measured[metric]} here and {own} in the record, "
             f"which was trained on {record['device']}: pack it on a machine of that kind, with the code of its commit"

@@ -31,6 +31,11 @@ def test_the_table_shows_last_and_best_and_what_was_not_run():
     assert " Precision bf16, fp32. " in figures.table(FIGURE, entries)
 
 
+def test_a_value_that_was_not_finite():
+    rows = figures.table(FIGURE, [entry("long", "UPG", [None, 9.0, None]), entry("short", "UPG", [None])])
+    assert "| UPG | not finite | not finite (9.0, 1) |" in rows.splitlines()
+
+
 def test_the_lines_drawn_are_the_values_recorded(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

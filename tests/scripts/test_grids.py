@@ -115,6 +115,16 @@ def test_the_lines_of_figure_3_are_the_records(keep, tmp_path):
     assert lines == [[[0.5, 0.6], [0.5, 0.6], [1, 1]], [[0.8, 1.1], [0.8, 1.1], [1, 1]]]
 
 
+def test_measurements_that_were_not_finite_are_left_out_with_their_steps(keep, tmp_path):
+    keep("f/upg@cpu@k=1,lam=0.5", **trained(float("nan"), 0, [0.5, float("nan"), 0.7]))
+    keep("f/upg@cpu@k=3,lam=0.5", **trained(70, float("nan"), [0.8, 0.9]))
+    accuracy.draw(FIG3, runs_of(FIG3), tmp_path / "one.png")
+    upg, _, radius, _ = drawn[0][0].axes
+    assert [line.get_xydata().tolist() for line in upg.lines] == [[[3, 70]]]
+    assert [line.get_xydata().tolist() for line in radius.lines][:2] == [[[10, 0.5], [30, 0.7]], [[10, 0.8], [20, 0.9]]]
+    assert accuracy.page(FIG3, runs_of(FIG3)).count("| not finite (1 of 1) |") == 2
+
+
 def test_nothing_is_drawn_that_was_not_run(keep, tmp_path):
     folder = tmp_path / "results" / "f"
     folder.mkdir(parents=True)

@@ -66,6 +66,15 @@ def test_packed_weights_are_the_average_that_the_record_is_about(record, packed,
     assert f"digits: accuracy {own['accuracy']:.2f} on test" in capsys.readouterr().out
 
 
+def test_a_number_that_was_not_finite_is_not_shipped(record, weights, tmp_path):
+    run = shutil.copytree(record["path"], tmp_path / "run")
+    found = json.loads((run / "record.json").read_text())
+    found["final"]["test"]["accuracy"] = None
+    (run / "record.json").write_text(json.dumps(found))
+    text = refusal(publish.main, "pack", f"run={run}", "name=digits", "checkpoint=last")
+    assert "accuracy on test was not finite" in text and not weights.exists()
+
+
 def test_the_command_of_the_card_can_be_pasted(packed):
     (line,) = [line for line in (packed / "README.md").read_text().splitlines() if "init=" in line]
     assert shlex.join(shlex.split(line)) == line and "'model.channels=[4,8]'" in line

@@ -66,6 +66,14 @@ def test_mean_deviation_and_count(keep):
     assert row["best"] == "84.00 ± 3.27 (3)"
 
 
+def test_what_was_not_finite_is_no_mean(keep):
+    keep("t/a", record(80, float("nan")), record(84, 70))
+    keep("t/b", record(float("inf"), float("inf")))
+    one, two = table({"experiment": "t/a"}, {"experiment": "t/b", "paper": "90.0 ± 1.0"})
+    assert (one["best"], one["last"]) == ("82.00 ± 2.83 (2)", "not finite (1 of 2)")
+    assert (two["best"], two["difference"], two["in spread"]) == ("not finite (1 of 1)", "--", "--")
+
+
 def test_steps_timed_on_two_devices_are_not_one_number(keep):
     times = [{"times": {"step": {"median": seconds}}} for seconds in (0.1, 0.3, 9.0)]
     keep("t/a", record(80, 70, **times[0]), record(80, 70, **times[1]), record(80, 70, device="other", **times[2]))

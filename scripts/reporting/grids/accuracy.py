@@ -53,6 +53,7 @@ def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
         ):
             points = [(k, runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"]]
             points = [(k, [_best(grid, record) for record in records]) for k, records in points if records]
+            points = [(k, values) for k, values in points if None not in values]
             if points:
                 label = f"lam = {lam}" if panel is accuracy else f"{name}, lam = {lam}"
                 x, means = [k for k, _ in points], [fmean(values) for _, values in points]
@@ -60,10 +61,9 @@ def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
         for name, panel in zip(("UPG", "NPG"), radii, strict=True):
             for i, k in enumerate(axes["k"]):
                 records = runs.found.get((name, _setting(k, lam)), [])
-                steps = mean_curve([[row["step"] for row in record["monitor"]] for record in records])
-                values = mean_curve([_damped(record) for record in records])
-                if values:  # the line of a larger k is thicker
-                    panel.plot(steps, values, color=colors[lam], linewidth=0.6 + 0.35 * i)
+                curve = _mean_radius(records)
+                if curve:  # the line of a larger k is thicker
+                    panel.plot([*curve], [*curve.values()], color=colors[lam], linewidth=0.6 + 0.35 * i)
     for panel, title in ((accuracy, "(a) UPG"), (beside, "(b) NPG, and UPG dashed")):
         panel.set(xlabel="k", ylabel=f"{grid['split']} {grid['metric']}", title=title, xticks=axes["k"])
         panel.legend(frameon=False, fontsize=7)
@@ -80,7 +80,14 @@ def _setting(k: int, lam: float) -> tuple[str, ...]:
     return (f"k={k}", f"lam={lam}")
 
 
-def _best(grid: dict[str, Any], record: dict[str, Any]) -> float:
+def _mean_radius(records: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the mean radius over some runs by step, at the steps where all of them have a finite one."""
+    traces = [{row["step"]: row["damped_spectral_radius"] for row in record["monitor"]} for record in records]
+    steps = [step for step in (traces[0] if traces else ()) if all(one.get(step) is not None for one in traces)]
+    return dict(zip(steps, mean_curve([[one[step] for step in steps] for one in traces]), strict=True))
+
+
+def _best(grid: dict[str, Any], record: dict[str, Any]) -> float | None:
     return record["best"][grid["split"]][grid["metric"]]
 
 
