@@ -107,6 +107,11 @@ def test_every_number_of_the_charts_lies_in_its_record(reader):
         assert at(records[name], place) == value, (name, place)
 
 
+def test_every_benchmark_to_choose_has_bars(reader):
+    shown = json.loads(reader.payload)["benchmarks"]
+    assert shown and all(all(bar["phases"] for bar in one["bars"]) for one in shown)
+
+
 def test_every_committed_run_is_there_with_its_command(reader):
     kept = {
         path.relative_to(studies.ROOT).as_posix()

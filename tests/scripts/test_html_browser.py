@@ -101,7 +101,7 @@ def test_maps_and_names_tell_trainings_apart(opened):
     )
     captions = page.locator("#maps figcaption").all_text_contents()
     assert [caption.split(": ")[0].split(", ")[-1] for caption in captions] == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
-    assert captions[0].endswith("best, mean over 3 runs"), "of the four records two are of one run"
+    assert captions[0].endswith("best, means over seeds (3 runs in all)"), "of the four records two are of one run"
     assert page.evaluate("byId('map-1').data[0].z") == [[15, 40]] and page.evaluate("byId('map-2').data[0].x") == [
         "1",
         "3",

@@ -197,7 +197,7 @@ function showMaps(shown) {
     const figure = add(byId("maps"), "figure");
     const id = `map-${byId("maps").children.length}`;
     add(figure, "div", undefined, { id, class: "chart map", role: "img" });
-    add(figure, "figcaption", `${name}: ${title}, mean over ${members.length} runs`);
+    add(figure, "figcaption", `${name}: ${title}, means over seeds (${members.length} runs in all)`);
     const text = z.map((row) => row.map((value) => (value === null ? "" : value.toFixed(digits))));
     const trace = { type: "heatmap", x: ks, y: lams, z, text, texttemplate: "%{text}", customdata: from,
       hovertemplate: "k %{x}, lam %{y}: %{z}<br>%{customdata}<extra></extra>", colorscale: "Viridis", hoverongaps: false };

@@ -198,6 +198,8 @@ def _benchmarks() -> list[dict[str, Any]]:
                     }
                     for i, row in enumerate(content["rows"])
                 ]
+                if not any(bar["phases"] for bar in bars):  # of solves alone, whose table is with its study
+                    continue
                 about = content["about"]
                 found.append(
                     {"title": f"{part['title']} ({about['machine']})", "record": name_of(path)}
