@@ -123,6 +123,14 @@ def test_every_committed_run_is_there_with_its_command(reader):
     assert all(run["command"].startswith("python ") for run in shown.values())
 
 
+def test_a_record_that_was_set_apart_has_a_label_of_its_own(reader):
+    labels = {run["record"]: run["label"] for run in json.loads(reader.payload)["runs"]}
+    assert labels["results/table1/upg_k5_lam0.5/seed0.json"] == "table1/upg_k5_lam0.5"
+    apart = "table1/upg_k5_lam0.5@jpeg_copies"  # on other pictures than those of the row
+    assert labels[f"results/{apart}/seed0.json"] == apart
+    assert labels["results/fig3/npg@cpu@k=1,lam=0.5/seed0.json"] == "fig3/npg@cpu"
+
+
 def test_every_table_is_that_of_the_rendered_pages(reader):
     """Those are rendered from records, which tests/scripts/test_pages.py holds them to."""
     for study in map(studies.load, studies.names()):

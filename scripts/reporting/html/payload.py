@@ -77,7 +77,18 @@ def _committed() -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         content = studies.record(path)
         if isinstance(content, dict) and "metric" in content and ("best" in content or "protocols" in content):
             run = _run(content, path)
+            run["label"] += _set_apart(content["label"], path)
             yield run, _curves(run, content.get("monitor", []), name_of(path), ("monitor",))
+
+
+def _set_apart(label: str, path: Path) -> str:
+    """Return the name by which the folder of a record is set apart by hand, as `@jpeg_copies`; else nothing.
+
+    Nothing else on the page says that such a record is none of the row whose label it has. Settings are in its command.
+    """
+    folder = path.parent.relative_to(studies.results()).as_posix()
+    name = folder.removeprefix(label)
+    return name if folder.startswith(f"{label}@") and "=" not in name else ""
 
 
 def _local(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
