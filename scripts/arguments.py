@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ def split(
         words: bare words that are allowed.
     """
     _check_tree()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed before the program began
+            stream.reconfigure(errors="replace")  # a table has characters that ASCII lacks
     if {"-h", "--help"} & set(arguments):
         print((doc or "").strip())
         raise SystemExit(0)

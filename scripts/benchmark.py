@@ -52,6 +52,7 @@ try:
     import torch
 
     from phantom.engine.errors import UserError
+    from phantom.engine.machine import streams
     from scripts import arguments, studies
     from scripts.bench import result as benchmark
     from scripts.bench.peer_torchdeq import PeerError
@@ -66,6 +67,7 @@ WORDS = ("small", "pipeline")
 
 def main(items: Sequence[str]) -> dict[str, Any] | None:
     """Time one benchmark and return its result, or run a suite."""
+    streams.prepare()
     if items and items[0] == "suite":
         return run_suite(items[1:])
     own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=WORDS)

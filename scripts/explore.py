@@ -32,6 +32,7 @@ try:
     from models.official.load import load_reference
     from phantom.engine.artifacts import identity, provenance, records
     from phantom.engine.errors import UserError
+    from phantom.engine.machine import streams
     from phantom.engine.rebuild import begin_run, rebuild_run
     from scripts import arguments
     from scripts.bench import explore, result
@@ -46,6 +47,7 @@ OWN = ("run", "checkpoint", "trust", "cosine", "batches", "title", "out")
 
 def main(items: Sequence[str]) -> None:
     """Measure, print the page, and write it where `out` says."""
+    streams.prepare()
     own, _, others = arguments.split(items, doc=__doc__, own=OWN)
     out = arguments.output(own)
     wanted = arguments.fraction(own, "cosine", 0.9)

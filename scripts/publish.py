@@ -28,6 +28,7 @@ try:
     from evaluate import WEIGHTS, shipped_folder, shipped_names
     from phantom.engine.artifacts import shipped
     from phantom.engine.errors import CheckpointError, UserError, first_line
+    from phantom.engine.machine import streams
     from scripts import arguments
     from scripts.reporting import cards
     from scripts.running import shipping
@@ -44,6 +45,7 @@ NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,60}[A-Za-z0-9])?", flags=re.ASCII)
 
 def main(items: Sequence[str]) -> None:
     """List, pack or push."""
+    streams.prepare()
     own, words, others = arguments.split(
         items, doc=__doc__, own=sorted({key for keys in TAKES.values() for key in keys}), words=tuple(TAKES)
     )

@@ -42,13 +42,13 @@ def names() -> list[str]:
 def load(name: str) -> dict[str, Any]:
     """Return the definition of a study, with its `name` and its `folder`."""
     folder = results() / name
-    return {"name": name, "folder": folder, **yaml.safe_load((folder / "study.yaml").read_text())}
+    return {"name": name, "folder": folder, **yaml.safe_load((folder / "study.yaml").read_text("utf-8"))}
 
 
 def leaf(group: str, name: str) -> dict[str, Any]:
     """Return a leaf of configs/ as it stands in its file; nothing where there is none of that name."""
     path = ROOT / "configs" / group / f"{name}.yaml"
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    return yaml.safe_load(path.read_text("utf-8")) or {} if path.is_file() else {}
 
 
 class Point(NamedTuple):

@@ -63,4 +63,4 @@ def stratified_fold(labels: Tensor, fold: int, seed: int) -> tuple[list[int], li
 
 @cache
 def _official() -> dict[str, dict]:
-    return json.loads((Path(__file__).parent / "ignn_folds.json").read_text())
+    return json.loads((Path(__file__).parent / "ignn_folds.json").read_text("utf-8"))

@@ -82,7 +82,7 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         if not text.endswith(b"\n"):
             raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
     # and such an edge
-    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text()):
+    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text("utf-8")):
         raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
     num_nodes = _count_nodes(needed[1])
     try:
@@ -131,7 +131,7 @@ def _count_nodes(path: Path) -> int:
         DataError: it does not list them graph by graph: torch_geometric's reader takes that for granted, and would give
             features to the nodes of other graphs.
     """
-    graphs = path.read_text().split()
+    graphs = path.read_text("utf-8").split()
     due = [str(number) for number, (_, run) in enumerate(groupby(graphs), start=1) for _ in run]
     for node, (graph, expected) in enumerate(zip(graphs, due, strict=True), start=1):
         if graph != expected:

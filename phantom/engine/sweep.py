@@ -105,7 +105,7 @@ class Sweep:
             if reason is not None:
                 failed.append({"values": job.values, "reason": reason})
                 continue
-            found = self._measured(json.loads(path.read_text()), job.folder)
+            found = self._measured(json.loads(path.read_bytes()), job.folder)
             place = tuple((key, value) for key, value in job.values.items() if key != "seed")
             point = points.setdefault(place, {name: [] for name, _, _ in COLUMNS})
             for name, value in found.items():

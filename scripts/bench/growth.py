@@ -51,5 +51,5 @@ def _alive(device: torch.device) -> tuple[int, int, int]:
         torch.cuda.synchronize()
         memory = torch.cuda.memory_allocated(device)
     else:
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        memory = int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGESIZE")
     return len(tensors), sum(storages.values()), memory

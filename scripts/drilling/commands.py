@@ -23,7 +23,7 @@ def _answer(job: Job) -> dict[str, Any]:
 
 
 def _hold_own_number(folder: Path, found: dict[str, Any]) -> None:
-    own = json.loads((folder / "record.json").read_text())["final"]["test"]
+    own = json.loads((folder / "record.json").read_bytes())["final"]["test"]
     hold(found["accuracy"] == own["accuracy"], f"accuracy {found['accuracy']}, the run has {own['accuracy']}")
     hold(abs(found["loss"] - own["loss"]) < 1e-5 * own["loss"], f"loss {found['loss']}, the run has {own['loss']}")
 
@@ -79,7 +79,7 @@ def foreign_target(room: Room) -> None:
     }.items():
         config = yaml.safe_dump(yaml.safe_load(state["config"]) | {group: node})
         checkpoint.save(folder / "last.pt", state | {"config": config})
-        (folder / "config.yaml").write_text(config)
+        (folder / "config.yaml").write_text(config, "utf-8")
         _hold_harmless(room, room.evaluate(f"run={folder}"), f"_target_='{node['_target_']}' of the saved config is")
 
 

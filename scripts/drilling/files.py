@@ -129,7 +129,7 @@ def file_too_large(room: Room) -> None:
 def wandb_folder(room: Room) -> None:
     """A folder that wandb cannot write to costs its curve alone."""
     folder = _kill(room)
-    (folder / "wandb").write_text("a file in the place of the folder")
+    (folder / "wandb").write_text("a file in the place of the folder", "utf-8")
     job = room.finish("wandb=offline")
     hold("Traceback" not in job.text, job.text)
     hold_same(room.run)

@@ -60,7 +60,7 @@ class Job:
     @property
     def text(self) -> str:
         """What it has printed so far."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text("utf-8", errors="replace")
 
     def until_rows(self, count: int) -> None:
         """Wait until metrics.jsonl has so many rows."""
@@ -81,7 +81,7 @@ class Job:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                state, parent = path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[:2]
+                state, parent = path.joinpath("stat").read_text("utf-8").rsplit(")", 1)[1].split()[:2]
                 if int(parent) == self.process.pid and state != "Z":
                     found.append(int(path.name))
         return found
@@ -221,7 +221,7 @@ def differences(folder: Path, other: Path, *, names: Sequence[str] = ("steps", "
     found = [f"last.pt: {key}" for key in sorted(keys) if not same(*(state[key] for state in states))]
     if _rows(folder) != _rows(other):
         found.append("metrics.jsonl")
-    records = [json.loads((each / "record.json").read_text()) for each in (folder, other)]
+    records = [json.loads((each / "record.json").read_bytes()) for each in (folder, other)]
     return found + [f"record.json: {key}" for key in names if records[0][key] != records[1][key]]
 
 

@@ -36,10 +36,10 @@ def plant(room: Room) -> Path:
 def _unchanged(room: Room, add: Callable[[Path], None]) -> None:
     root = plant(room)
     room.finish(data=IMAGES)
-    before = json.loads((room.run / "record.json").read_text())
+    before = json.loads((room.run / "record.json").read_bytes())
     add(root)
     room.finish("resume=never", data=IMAGES)
-    after = json.loads((room.run / "record.json").read_text())
+    after = json.loads((room.run / "record.json").read_bytes())
     hold(before["final"] == after["final"], f"{before['final']} became {after['final']}")
 
 

@@ -102,7 +102,7 @@ def rank_killed_never(room: Room) -> None:
     room.finish("optimizer.lr=0.5", ranks=2)
     room.run.rename(room.folder / "older")
     _rank_killed(room, "resume=never")
-    rows = (room.run / "metrics.jsonl").read_text().splitlines()
+    rows = (room.run / "metrics.jsonl").read_text("utf-8").splitlines()
     hold(len(rows) == len(set(rows)), "rows are there twice")
 
 

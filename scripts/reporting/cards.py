@@ -47,7 +47,7 @@ def render(name: str, record: Mapping[str, Any]) -> str:
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the card of the weights in `folder`, which has their name."""
-    (folder / NAME).write_text(render(folder.name, record))
+    (folder / NAME).write_text(render(folder.name, record), "utf-8")
 
 
 def headline(record: Mapping[str, Any]) -> str:

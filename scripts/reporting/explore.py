@@ -81,13 +81,14 @@ def _about(result: dict[str, Any]) -> str:
     radii = ", ".join(f"{_number(value, '.2f')} at lam={name}" for name, value in result["radius"].items())
     # records of before have `images` of one batch
     examples = result["examples"] if "examples" in result else f"{result['images']} training images"
+    weights = f"of `{result['init']}`" if "init" in result else f"of step {result['step']}"
     residual = reference["adjoint_residual"]
     unsolved = reference.get("unsolved")  # of which records of before know nothing; those problems may count most
     solved = residual is not None and residual < CONVERGED and not unsolved
     doubt = "" if solved else " **It has not converged: doubt the cosines.**"
     above = "" if unsolved is None else f", {100 * unsolved:.1f} % of the problems above {CONVERGED:g}"
     return (
-        f"{examples}, weights of step {result['step']}, median forward residual {_number(result['residual'], '.1e')}. "
+        f"{examples}, weights {weights}, median forward residual {_number(result['residual'], '.1e')}. "
         f"Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} vjps, median backward "
         f"residual {_number(residual, '.1e')}{above}.{doubt} Milliseconds are those of attach and backward, the head "
         f"included ({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The "

@@ -55,7 +55,7 @@ def write(study: dict[str, Any]) -> dict[Path, markdown.Page]:
     """
     found = of(study)
     for path, text in (found | sheets(study)).items():
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     if "figure" in study:
         entries = studies.curves(study["folder"] / "curves.json")
         if entries:
@@ -92,7 +92,7 @@ def write_sweep(folder: Path) -> str:
     content = sweeps.read(folder / "sweep.json")
     page = sweeps.page(content)
     for name, part in {"sweep.md": page, **page.files("sweep")}.items():
-        (folder / name).write_text(part)
+        (folder / name).write_text(part, "utf-8")
     if sweeps.drawn(content):
         sweeps.draw(content, folder / "sweep.png")
     return page
@@ -100,7 +100,7 @@ def write_sweep(folder: Path) -> str:
 
 def write_index() -> None:
     """Write results/README.md."""
-    (studies.results() / "README.md").write_text(index())
+    (studies.results() / "README.md").write_text(index(), "utf-8")
 
 
 def index() -> str:
@@ -162,7 +162,7 @@ def _explored(study: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _beside(path: Path, text: str) -> str:
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, "utf-8")
     return text
 
 

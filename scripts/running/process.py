@@ -196,7 +196,7 @@ def typed_by_groups(run: Run) -> tuple[Run, dict[str, Any]] | None:
     folder = finished_folder(made, studies.ROOT / Path(made.config["runs"]).expanduser())
     if folder is None or folder == run.folder:
         return None
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / "record.json").read_bytes())
     then = Data(record.get("data_digests", {}), (folder / "config.yaml").read_bytes().decode())
     if then.root != Data({}, made.text).root:  # the data may have moved
         try:
@@ -246,7 +246,7 @@ def train(
     if process.returncode and not ended:
         shown = "\n" + "".join(output[-15:]) if output else " see above; start again to resume there"
         raise RuntimeError(f"{shlex.join(['train.py', *items])} failed:{shown}")
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_bytes())
     if new:
         record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
         records.write_json(path, record)

@@ -94,7 +94,7 @@ class MetricsLog:
         found = _whole_lines(path) if keep_until > 0 else []
         with files.whole(path) as file:
             file.writelines(line + b"\n" for line, row in found if row["step"] <= keep_until)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._file.write(to_json(row) + "\n")

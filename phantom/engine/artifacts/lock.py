@@ -47,7 +47,7 @@ def hold(folder: Path) -> Iterator[None]:
                 "folder with runs=<folder>"
             ) from None
     try:
-        path.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now()}))
+        path.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now()}), "utf-8")
         yield
     finally:
         lock.release()
@@ -55,7 +55,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
         return f"process {found['process']} on {found['host']}, since {found['since']},"
     except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
         return "another process"

@@ -133,10 +133,11 @@ def _identifier(folder: Path, *, fresh: bool) -> str:
     """
     kept = folder / "wandb" / "id"
     # early ones have no home; one that was cut short by a crash is empty
-    identifier, home, *_ = [*(kept.read_text().splitlines() if kept.exists() else ()), "", ""]
+    identifier, home, *_ = [*(kept.read_text("utf-8").splitlines() if kept.exists() else ()), "", ""]
     original = Path(home) / "wandb" / "id"
     is_copy = home != "" and original.exists() and not original.samefile(kept)
-    is_copy = is_copy and original.read_text().splitlines()[:1] == [identifier]  # not of a run that began there since
+    # not of a run that began there since
+    is_copy = is_copy and original.read_text("utf-8").splitlines()[:1] == [identifier]
     if fresh or is_copy:
         identifier = secrets.token_hex(6)
     identifier = identifier or hashlib.sha256(str(folder).encode()).hexdigest()[:12]

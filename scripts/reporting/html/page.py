@@ -35,8 +35,8 @@ def render(runs: Path | None) -> str:
         studies=[section(studies.load(name)) for name in studies.names()],
         payload=payload(runs),
         library=library,  # compressed, which takes a third of its room
-        style=(HERE / "page.css").read_text(),
-        script=(HERE / "page.js").read_text(),
+        style=(HERE / "page.css").read_text("utf-8"),
+        script=(HERE / "page.js").read_text("utf-8"),
     )
 
 
