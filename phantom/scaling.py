@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phantom.residual import Norm, vector_norm
+from phantom.runtime.host import is_on_host
 from phantom.state import FlatMap
 
 
@@ -45,6 +47,17 @@ def powers_of_two(*states: Tensor) -> Tensor | None:
     least_exponent = int(torch.frexp(torch.tensor(torch.finfo(largest.dtype).tiny, dtype=largest.dtype)).exponent)
     power = torch.ldexp(torch.ones_like(largest), -exponent.clamp(least_exponent, -least_exponent))
     return power[:, None]
+
+
+def norm_of_any_size(v: Tensor, norm: Norm) -> Tensor:
+    """Return the norm (B,) of every row of `v` (B, D), on a CPU also where the squares of its numbers leave the range.
+
+    A norm that is itself too large for the number format is its largest number.
+    """
+    length = vector_norm(v, norm)
+    if not is_on_host(v) or not is_out_of_range(length.tolist(), v.dtype) or (power := powers_of_two(v)) is None:
+        return length
+    return (vector_norm(v * power, norm) / power[:, 0]).clamp_max(torch.finfo(v.dtype).max)
 
 
 def rescaled(f: FlatMap, power: Tensor) -> FlatMap:

@@ -19,10 +19,10 @@ from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, agree, edge_of, leads_elsewhere, partial_vjps, vjp
 from phantom.report import ADJOINT, act
-from phantom.residual import vector_norm
 from phantom.runtime import transforms
 from phantom.runtime.frozen import is_kept_elsewhere, reusable, twice_differentiable, uncompiled
 from phantom.runtime.host import can_ask
+from phantom.scaling import norm_of_any_size
 from phantom.solution import Solution, Stats
 from phantom.solve import replace_rows, solve
 from phantom.solver.base import Solver
@@ -320,7 +320,7 @@ class Implicit(AdjointEstimator):
             torch.zeros_like(g),
             self.solver,
             fz0=g,
-            scale=vector_norm(g, self.solver.norm),
+            scale=norm_of_any_size(g, self.solver.norm),
             in_place=True,
             group=stats.group,
             computed_in=stats.differentiated_in,

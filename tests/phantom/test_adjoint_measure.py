@@ -65,6 +65,22 @@ def test_the_scale_of_the_loss_does_not_matter(solver, stop, scale):
 
 
 @pytest.mark.parametrize("norm", ["l2", "rms", "max"])
+@pytest.mark.parametrize("tol", [1e-5, None])
+@pytest.mark.parametrize("dtype, scales", [(torch.float32, [1e-30, 1e-25, 1e19, 1e30]), (DTYPE, [1e-250, 1e250])])
+def test_the_norm_of_a_cotangent_neither_vanishes_nor_overflows(dtype, scales, tol, norm):
+    """In a batch with one of its size and one that is zero."""
+    jacobian, grad = with_radius(0.8, 6, seed=4), Implicit(solver=Broyden(max_steps=40, tol=tol, norm=norm))
+    for scale in scales:
+        rows = torch.tensor([scale, scale, 1.0, 0.0], dtype=DTYPE)[:, None]
+        g = randn(4, 6, seed=5) * rows
+        u, adjoint = adjoint_of(jacobian.to(dtype), g.to(dtype), grad)
+        truth, size = dense(jacobian, g / rows.clamp_min(1e-300)), rows.clamp_min(1e-300)
+        torch.testing.assert_close(u.to(DTYPE) / size, truth, rtol=0, atol=1e-3)
+        assert (adjoint.residual < 1e-5).all() and not adjoint.fallback.any()
+        assert adjoint.converged.all() == (tol is not None)
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms", "max"])
 def test_the_residual_is_that_of_the_equation(norm):
     jacobian, g = with_radius(0.8, 6, seed=4), randn(4, 6, seed=5)
     u, adjoint = adjoint_of(jacobian, g, Implicit(solver=Broyden(max_steps=3, tol=None, norm=norm)))
