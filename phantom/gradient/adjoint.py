@@ -139,9 +139,9 @@ class Equilibrium(torch.autograd.Function):
             return u, None, *nothing
         # create_graph=True: u depends on the parameters through J, even where g is a constant
         if not equilibrium.estimator.is_exact:
-            # the check is attached to fz: torch's once_differentiable looks at g alone, and would silently return a
-            # partial second derivative
-            return OnceOnly.apply(u, equilibrium.linear.fz), None, *nothing
+            # the check is attached to fz and g, by which u depends on all that it does: torch's once_differentiable
+            # looks at g alone. Without one of them a second derivative would silently be partial
+            return OnceOnly.apply(u, equilibrium.linear.fz, g), None, *nothing
         return None, None, *_differentiable(ctx, g, u)
 
 

@@ -70,16 +70,16 @@ class Operator:
 
 
 class OnceOnly(torch.autograd.Function):
-    """The identity on u, an estimate that depends on `fz` and more: its own derivative raises."""
+    """The identity on u, an estimate that depends on `fz` and more, as its cotangent `g`: its own derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u: Tensor, fz: Tensor) -> Tensor:
+    def forward(u: Tensor, fz: Tensor, g: Tensor | None = None) -> Tensor:
         return u.view_as(u)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pass
 
     @staticmethod

@@ -286,6 +286,19 @@ def test_estimates_refuse(grad):
         torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
 
 
+@pytest.mark.parametrize("grad", [NPG(k=5, lam=0.5), NPG(k=1, lam=1.0), SHINE()], ids=str)
+def test_estimates_refuse_a_derivative_by_their_cotangent(grad):
+    """The target of a loss acts on the gradient through the cotangent alone; the term beside it is no excuse."""
+    weight, bias, x = leaves()
+    target = randn(2, 3, seed=4).requires_grad_()
+    loss = (equilibrium(grad, weight, bias, x) - target).square().sum() + target.sum() * weight.sum()
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="Implicit, which is exact in every order"):
+        torch.autograd.grad(first.square().sum(), target)
+    with pytest.raises(RuntimeError, match="Implicit, which is exact in every order"):
+        torch.autograd.functional.jvp(lambda x: equilibrium(grad, weight, bias, x), x.detach(), x.detach())
+
+
 def test_upg_holds_z_star_fixed():
     """One undamped step from z_star: the gradient is that of f alone, whose derivative moves the weights alone."""
     weight, bias, x = leaves()
