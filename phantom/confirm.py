@@ -23,10 +23,12 @@ class Confirming:
 
     Args:
         stats: of the solve; `residual`, `converged`, `dependent` and `confirmed` become those of the returned state.
+        relative: whether |f(z)| belongs to what the residual is relative to; as `solver` says by default.
     """
 
-    def __init__(self, f: FlatMap, stats: Stats, solver: Solver) -> None:
+    def __init__(self, f: FlatMap, stats: Stats, solver: Solver, *, relative: bool | None = None) -> None:
         self.f, self._stats, self._solver = f, stats, solver
+        self._relative = solver.stop == "relative" if relative is None else relative
         self.frozen: FlatMap | None = getattr(f, "frozen", None)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -38,8 +40,7 @@ class Confirming:
         return fz
 
     def _confirm(self, fz: Tensor, z: Tensor) -> None:
-        stats, norm, tol = self._stats, self._solver.norm, self._solver.tol
-        relative = self._solver.stop == "relative"
+        stats, norm, tol, relative = self._stats, self._solver.norm, self._solver.tol, self._relative
         scale, power = stats.scale, powers_of_two(z, fz) if is_on_host(z) else None
         if power is not None:
             fz, z, scale = fz * power, z * power, (power[:, 0] if scale is None else scale * power[:, 0])

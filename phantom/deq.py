@@ -70,7 +70,8 @@ def fixed_point(
             Of a tuple state that is so in any case.
         confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
             they make together, which is another one if the problems depend on each other. The evaluation is that of
-            the estimator; under `torch.no_grad()` it is one more. False where they are known not to.
+            the estimator; under `torch.no_grad()`, and in the backward solve, it is one more. False where they are
+            known not to.
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
             called with the statistics. Read where the host waits anyway: with a `tol` and a `sync_every`, or on a CPU.
@@ -159,7 +160,7 @@ def fixed_point(
             computed_in=computed_in,
         )
     stats = flat.stats
-    stats.group, stats.on_failure = group, on_failure
+    stats.group, stats.on_failure, stats.confirm = group, on_failure, confirm
     stats.computed_in, stats.differentiated_in = computed_in, gradient_precision or computed_in
     unsure = confirm and not stats.confirmed and not transforms.are_active()
     if differentiate:
@@ -279,7 +280,8 @@ def _check_settings(
 def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimator) -> Tensor:
     """Return the iterate `z` of the solve with the gradient attached to it, which counts in `solution.stats`."""
     stats = Stats.of_no_solve(z)
-    stats.group, stats.on_failure = solution.stats.group, solution.stats.on_failure
+    known = solution.stats
+    stats.group, stats.on_failure, stats.confirm = known.group, known.on_failure, known.confirm
     stats.differentiated_in = solution.stats.differentiated_in
     value = grad.attach(f, Solution(value=z, z0=solution.z0, z_star=z, stats=stats))
     solution.stats.num_evals += stats.num_evals

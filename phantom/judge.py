@@ -90,6 +90,11 @@ class Criterion:
             self._limit = _limit(self.length)
         return self._limit
 
+    def share_scale(self) -> None:
+        """Measure every problem by the scale of a mean one: by it all meet `tol` only where the whole state does."""
+        mean = vector_norm(self.scale[None], "max" if self.norm == "max" else "rms")
+        self.scale = positive(mean).expand_as(self.scale)
+
     def is_at_floor(self, z: Tensor, residual: Tensor) -> Tensor:
         """Return where the residual (B,) of `z` (B, D) is not above the rounding of f(z), which is near z."""
         size = vector_norm(z, self.norm)

@@ -24,7 +24,8 @@ class Stats:
         num_vjps: vector-Jacobian products of the estimator's backward so far (those of the ordinary backward through
             the attached graph are not counted).
         residual: (B,) residual of the returned iterate, in the solver's own measure: |f(z) - z| / max(|f(z)|, |f(z0)|)
-            (`stop="relative"`), |f(z) - z| (`"absolute"`), or in the backward solve |J^T u + g - u| / |g|.
+            (`stop="relative"`), |f(z) - z| (`"absolute"`), or in the backward solve |J^T u + g - u| / |g|; of problems
+            that were seen there to be one, relative to the root mean square of their |g|.
         converged: (B,) True where `residual <= tol`; False without a tolerance.
         diverged: (B,) True where |f(z) - z| left the finite range or grew beyond the limit of the loop.
         stalled: (B,) True where the solve stopped above `tol` because the residual had come down to the rounding of
@@ -38,6 +39,7 @@ class Stats:
         computed_in: the arithmetic of f where it is coarser than that of `residual`, as under autocast; else None.
         differentiated_in: the same of the evaluations with a graph, whose rounding bounds the backward solve.
         on_failure: the policy of `fixed_point`, which the backward solve follows.
+        confirm: whether the backward solve may measure what it returns by one product more, as `fixed_point` says.
         group: name of the process group of `fixed_point`, whose ranks stop together in the backward solve, too.
         acted: whether the policy has been followed, which waits for the device.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
@@ -60,6 +62,7 @@ class Stats:
     differentiated_in: torch.dtype | None = None
     on_failure: Any = "useless"
     group: str | None = None
+    confirm: bool = False
     acted: bool = False
     num_vjps: int = 0
     adjoint: Stats | None = None

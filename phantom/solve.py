@@ -71,7 +71,8 @@ def solve(
         criterion = Criterion(fz, z, solver, scale, computed_in)
         if not criterion.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            iteration = _Iteration(f, z, solver, criterion, in_place=in_place, group=group)
+            shared = scale is not None
+            iteration = _Iteration(f, z, solver, criterion, in_place=in_place, group=group, shared=shared)
             return iteration.run(num_evals, watch, last=last)
         absolute = scale is None and solver.stop == "absolute"
         if scale is not None or absolute:
@@ -99,12 +100,21 @@ class _Iteration:
             improved, and how many these were; None where the host has not looked.
         stopped: whether this step may have stopped problems at the rounding of f, which `going` does not know.
         confirmed: whether f was evaluated at `best` as a whole.
+        shared: whether problems that are one share the scale that was given, which may be zero for a part of them.
     """
 
     def __init__(
-        self, f: FlatMap, z: Tensor, solver: Solver, criterion: Criterion, *, in_place: bool, group: str | None
+        self,
+        f: FlatMap,
+        z: Tensor,
+        solver: Solver,
+        criterion: Criterion,
+        *,
+        in_place: bool,
+        group: str | None,
+        shared: bool = False,
     ) -> None:
-        self.f, self.solver, self.criterion, self.group = f, solver, criterion, group
+        self.f, self.solver, self.criterion, self.group, self.shared = f, solver, criterion, group, shared
         self.propose = with_exact_products(solver.propose, z.device.type)
         self.observe = compiled(observe) if solver.compile else observe
         self.in_place = in_place and not solver.compile  # a fused pass gains nothing by it
@@ -198,6 +208,9 @@ class _Iteration:
         """Go on with all problems as one."""
         self.together, self.going = True, self.batch
         self.memory = self.solver.start(self.z.reshape(1, -1), self.g.reshape(1, -1))
+        if self.shared:
+            self.criterion.share_scale()
+            self.residual = length / self.criterion.scale
         self.best, self.status = join(self.z, self.best, length, self.residual, self.status)
 
     def _take_last(self) -> None:

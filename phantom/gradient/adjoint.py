@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, agree, edge_of, leads_elsewhere, partial_vjps, vjp
@@ -169,7 +170,8 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     linear = Linearisation(adjoint, u)
     linear.inputs = [tensor for tensor in (*inputs, z, g) if tensor.requires_grad]
     stats = Stats.of_no_solve(u)
-    stats.group, stats.differentiated_in = equilibrium.stats.group, equilibrium.stats.differentiated_in
+    known = equilibrium.stats
+    stats.group, stats.confirm, stats.differentiated_in = known.group, known.confirm, known.differentiated_in
     again = _Backward(equilibrium.estimator, adjoint, linear, stats, None, is_adjoint=True)
     u = _with_value(Equilibrium.apply(linear.fz, again, *linear.inputs), u)
     return partial_vjps(fz, inputs, u, fixed=z)
@@ -314,9 +316,12 @@ class Implicit(AdjointEstimator):
             )
 
     def cotangent(self, vjp: Vjp, g: Tensor, stats: Stats, history: Any) -> Tensor:
+        def equation(u: Tensor) -> Tensor:
+            return vjp(u) + g
+
         # at u = 0 the map is g itself: no vjp needed to know that
         u, adjoint, _ = solve(
-            lambda u: vjp(u) + g,
+            equation,
             torch.zeros_like(g),
             self.solver,
             fz0=g,
@@ -326,6 +331,8 @@ class Implicit(AdjointEstimator):
             computed_in=stats.differentiated_in,
         )
         adjoint.computed_in = stats.differentiated_in
+        if stats.confirm and not adjoint.confirmed:
+            Confirming(equation, adjoint, self.solver, relative=False)(u)
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Solver, fixed_point
+from phantom import DEQ, NPG, UPG, Anderson, Broyden, FixedPoint, Implicit, Solver, SolveWarning, fixed_point, report
 from phantom.solve import solve
 from tests.phantom.problems import DTYPE, linear_nonsymmetric, randn
 from tests.phantom.solvers import FEW_STEPS, SOLVERS, Recorded, each
@@ -190,3 +190,66 @@ def test_a_layer_confirms_unless_it_is_told_not_to():
             stats = deq(lambda z: 0.99 * (CHAIN @ z) + b, torch.zeros_like(b)).stats
         found.append((stats.num_evals, stats.confirmed))
     assert found == [(11, True), (10, False)]
+
+
+def gradient_of_a_few_nodes(solver: Solver, on_failure: str):
+    """Return the gradient of b for a loss of three nodes of a graph, its truth, and the statistics of the backward."""
+    links = (torch.rand(NODES, NODES, generator=torch.Generator().manual_seed(1), dtype=DTYPE) < 0.1).to(DTYPE)
+    links = 0.9 * links / torch.linalg.eigvals(links).abs().max()
+    b, g = randn(NODES, 2, seed=2).requires_grad_(), torch.zeros(NODES, 2, dtype=DTYPE)
+    g[:3] = 1.0
+    forward = FixedPoint(max_steps=400, tol=1e-12)
+    solution = fixed_point(
+        lambda z: links @ z + b,
+        torch.zeros_like(g),
+        solver=forward,
+        grad=Implicit(solver=solver),
+        on_failure=on_failure,
+    )
+    (found,) = torch.autograd.grad(solution.value, b, g)
+    truth = torch.linalg.solve(torch.eye(NODES, dtype=DTYPE) - links.mT, g)
+    return found, truth, links, g, solution.stats.adjoint
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms", "max"])
+@pytest.mark.parametrize("make", [FixedPoint, Anderson, Broyden])
+def test_a_loss_of_a_few_nodes_has_the_gradient_of_all(make, norm):
+    """Most cotangents are zero, and the adjoint there is not: relative to them no residual would ever be small."""
+    solver = make(max_steps=400, tol=1e-10, norm=norm)
+    found, truth, links, g, adjoint = gradient_of_a_few_nodes(solver, "raise")
+    assert adjoint.converged.all() and adjoint.dependent and not adjoint.fallback.any()
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-7)
+    order = torch.inf if norm == "max" else 2
+    length, size = (torch.linalg.vector_norm(v, ord=order) for v in (links.mT @ found + g - found, g))
+    assert length <= 1.01e-10 * size, "the residual of the whole"
+
+
+@pytest.mark.parametrize("solver", [Broyden(max_steps=60, tol=None), FixedPoint(max_steps=200, tol=None)], ids=str)
+def test_a_fixed_budget_says_that_the_adjoint_of_nodes_is_none(solver):
+    """A node of cotangent zero is best at u = 0, as long as its neighbours have none."""
+    report._said.clear()
+    with pytest.warns(SolveWarning, match="adjoint solve.*changed with the state of"):
+        found, truth, _, _, adjoint = gradient_of_a_few_nodes(solver, "useless")
+    assert (found - truth).norm() > 0.1 * truth.norm(), "else there is nothing to tell"
+    assert adjoint.dependent and not adjoint.converged.any() and (adjoint.residual > 1).any()
+
+
+def test_independent_cotangents_are_left_alone():
+    """Some zero, some not, by a fixed budget: one product more at most, and the same answer."""
+    weight, x = 0.7 * torch.linalg.qr(randn(6, 6, seed=3))[0], randn(8, 6, seed=4).requires_grad_()
+    g = randn(8, 6, seed=5) * (torch.arange(8) % 2)[:, None]
+    truth = torch.linalg.solve(torch.eye(6, dtype=DTYPE) - weight.mT, g.mT).mT
+    for confirm in (True, False):
+        solver = Broyden(max_steps=20, tol=None)
+        solution = fixed_point(
+            lambda z: z @ weight.mT + x,
+            torch.zeros_like(g),
+            solver=solver,
+            grad=Implicit(solver=solver),
+            confirm=confirm,
+        )
+        (found,) = torch.autograd.grad(solution.value, x, g)
+        adjoint = solution.stats.adjoint
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-9)
+        assert not adjoint.dependent and not adjoint.fallback.any() and (adjoint.residual < 1e-9).all()
+        assert solution.stats.num_vjps - 20 in ((0, 1) if confirm else (0,))
