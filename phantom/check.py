@@ -99,7 +99,7 @@ def _dependence(f: Map, packing: Packing, z: Tensor, fz: Tensor, with_graph: Ten
     def evaluate(z: Tensor) -> Tensor:
         return packing.pack(f(_state(packing, z))).clone()
 
-    if len(z) == 0:
+    if z.numel() == 0:
         return []
     step = torch.randn_like(z) * (0.1 * z.square().mean().sqrt() + 0.01)
     if _same(evaluate(z + step), fz):

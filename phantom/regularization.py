@@ -47,4 +47,4 @@ class JacobianRegularizer:
             total = fz.new_zeros(())
             for product in products:
                 total = total + product.square().sum()
-        return total / (self.num_probes * z.numel())
+        return total / (self.num_probes * max(z.numel(), 1))  # of an empty batch 0, and not 0 / 0

@@ -88,6 +88,11 @@ def test_a_sound_map_is_left_alone(f):
     assert torch.equal(*values)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_state_has_no_fault(shape):
+    assert phantom.check(torch.sin, torch.zeros(shape)) == []
+
+
 def test_every_pair_of_rows_is_tried():
     z = randn(9, 2, seed=5)
     for i in range(9):

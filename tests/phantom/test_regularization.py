@@ -34,6 +34,13 @@ def test_the_mean_is_the_frobenius_norm(leaves):
     assert penalty.item() == pytest.approx(expected.item(), rel=SPREAD)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_an_empty_batch_has_no_penalty(shape):
+    scale = torch.tensor(0.5, dtype=DTYPE, requires_grad=True)
+    penalty = JacobianRegularizer()(lambda z: scale * z, torch.zeros(shape, dtype=DTYPE))
+    assert penalty == 0 and torch.autograd.grad(penalty, scale)[0] == 0
+
+
 def test_the_value_is_that_of_its_probes(leaves):
     z = randn(3, 4, seed=3)
     jacobian = dense_jacobian(bind(*leaves), z)
