@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phantom.gradient.linear import vjp
 from phantom.state import FlatMap, Map, Packing, State
+from phantom.validate import check_count
 
 
 def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tensor:
@@ -22,6 +23,7 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
 
     Source: Arnoldi, *The principle of minimized iterations* (1951).
     """
+    check_count("num_steps", num_steps, least=1)
     product, z = _linearise(f, z)
     batch, width = z.shape
     steps = min(num_steps, width)
@@ -30,7 +32,7 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
     def draw() -> Tensor:
         return torch.randn(batch, width, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
 
-    basis = torch.nn.functional.normalize(draw(), dim=1)[None]
+    basis = _unit(draw())[None]
     hessenberg = z.new_zeros(batch, steps, steps)
     for j in range(steps):
         w, products = _orthogonalise(product(basis[j]), basis)
@@ -43,8 +45,13 @@ def ritz_values(f: Map, z: State, *, num_steps: int = 40, seed: int = 0) -> Tens
         hessenberg[:, j + 1, j] = torch.where(alive, length, 0.0)[:, 0]
         if not bool(alive.all()):
             w = torch.where(alive, w, _orthogonalise(draw(), basis)[0])
-        basis = torch.cat([basis, torch.nn.functional.normalize(w, dim=1)[None]])
+        basis = torch.cat([basis, _unit(w)[None]])
     return torch.linalg.eigvals(hessenberg)
+
+
+def _unit(w: Tensor) -> Tensor:
+    """Return `w` (B, D) with rows of length one, however short: torch's `normalize` divides by 1e-12 at least."""
+    return w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +71,8 @@ def spectral_radius(f: Map, z: State, *, lam: float = 1.0, num_steps: int = 40, 
 
 def damped_radius(eigenvalues: Tensor, lam: float) -> Tensor:
     """Return max |lam mu + 1 - lam| over the eigenvalues mu of J (B, n), as (B,)."""
-    return (lam * eigenvalues + (1 - lam)).abs().amax(dim=-1)
+    radii = (lam * eigenvalues + (1 - lam)).abs()
+    return radii.amax(dim=-1) if radii.shape[-1] else radii.new_zeros(radii.shape[:-1])
 
 
 def best_damping(eigenvalues: Tensor) -> float:
@@ -80,7 +88,7 @@ def dense_jacobian(f: Map, z: State) -> Tensor:
     """Return J (B, D, D) at `z`, one vjp per row: for small D."""
     product, z = _linearise(f, z)
     rows = [product(unit.expand_as(z)) for unit in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows, dim=1) if rows else z.new_zeros(len(z), 0, 0)
 
 
 def exact_adjoint(jacobian: Tensor, g: Tensor) -> Tensor:

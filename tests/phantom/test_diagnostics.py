@@ -66,6 +66,36 @@ def test_radius_when_the_krylov_space_closes_early(lam):
     torch.testing.assert_close(measured[0], expected, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-11, 1e-12, 1e-13])
+def test_eigenvalues_that_are_nearly_one(size):
+    """The Krylov space all but closes: what remains is short, and of length one afterwards."""
+    jacobian = size * randn(6, 6, seed=1) - torch.eye(6, dtype=DTYPE)
+    expected = damped_radius(torch.linalg.eigvals(jacobian)[None], 0.5)
+    radius = spectral_radius(linear(jacobian), torch.zeros(4, 6, dtype=DTYPE), lam=0.5)
+    torch.testing.assert_close(radius, expected.expand(4), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-13, 1e10])
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPE])
+def test_radius_of_any_size(size, dtype):
+    jacobian = with_radius(size, 6, seed=2).to(dtype)
+    radius = spectral_radius(linear(jacobian), torch.zeros(3, 6, dtype=dtype))
+    torch.testing.assert_close(radius, torch.full((3,), size, dtype=dtype), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_state_has_empty_diagnostics(shape):
+    z = torch.zeros(shape, dtype=DTYPE)
+    assert torch.equal(spectral_radius(torch.sin, z), torch.zeros(shape[0], dtype=DTYPE))
+    assert dense_jacobian(torch.sin, z).shape == (*shape, shape[1])
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 2.0])
+def test_a_number_of_steps_that_is_none(num_steps):
+    with pytest.raises(ValueError, match=r"num_steps=.* must be an integer >= 1"):
+        spectral_radius(torch.sin, torch.zeros(1, 2), num_steps=num_steps)
+
+
 def test_radius_is_measured_at_z_and_under_no_grad():
     weight = with_radius(0.9, 6, seed=4)
     z = randn(3, 6, seed=5)
