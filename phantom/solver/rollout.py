@@ -30,7 +30,9 @@ class Rollout(Solver):
         super().__post_init__()
         check_lam(self.lam)
         if self.tol is not None:
-            raise ValueError(f"tol={self.tol!r} must be null: a rollout measures no residual; FixedPoint stops early")
+            raise ValueError(
+                f"tol={self.tol!r} must be None (null in YAML): a rollout measures no residual; FixedPoint stops early"
+            )
 
     def roll_out(
         self, f: FlatMap, z: Tensor, watch: Callable[[int, Tensor], None] | None = None

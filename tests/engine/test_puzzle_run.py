@@ -197,7 +197,7 @@ def test_evaluation_by_a_solver_that_measures_residuals(tmp_path, capsys):
             ("grad=implicit", "adjoint_solver=rollout", "adjoint_solver.tol=null"),
             "measures no residual: the adjoint solve needs one",
         ),
-        (("solver=rollout", "solver.tol=0.1"), r"tol=0\.1 must be null"),
+        (("solver=rollout", "solver.tol=0.1"), r"tol=0\.1 must be None \(null in YAML\)"),
         (("course=warm_up_k", "grad=bptt"), r"course\.k needs an estimator with k, BPTT has none"),
     ],
 )

@@ -57,7 +57,7 @@ def test_a_rollout_and_one_step_have_the_value_of_the_whole_iteration(grad):
 
 
 def test_where_a_rollout_does_not_belong():
-    with pytest.raises(ValueError, match=r"tol=0\.1 must be null: a rollout measures no residual"):
+    with pytest.raises(ValueError, match=r"tol=0\.1 must be None \(null in YAML\): a rollout measures no residual"):
         Rollout(max_steps=3, tol=0.1)
     with pytest.raises(ValueError, match="lam=2 must be in"):
         Rollout(max_steps=3, lam=2)
