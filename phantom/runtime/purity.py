@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phantom.runtime.host import is_traced
+from phantom.runtime.host import is_on_host, is_traced
 from phantom.state import FlatMap
 
 
@@ -13,7 +13,8 @@ class Pure:
     """Call f so that it cannot change the state it is given.
 
     The first call hands f a copy, and sees by torch's version counter whether f writes to it; if so, every call does.
-    A map that begins to write later is an error: the state it was given is lost.
+    On a CPU it also compares the numbers: what writes through `.data` or numpy is not counted. A map that begins to
+    write later is an error: the state it was given is lost.
 
     Args:
         f: map of (B, D) tensors.
@@ -32,6 +33,7 @@ class Pure:
             self._has_versions = not torch.is_inference_mode_enabled()
         if self.writes:
             return self.f(z.clone())
+        given = z
         if self.writes is None:
             z = _counted_copy(z)
         elif not self._has_versions:
@@ -39,7 +41,7 @@ class Pure:
         before = z._version
         fz = self.f(z)
         if self.writes is None:
-            self.writes = z._version != before
+            self.writes = z._version != before or (is_on_host(given) and not torch.equal(given, z))
         elif z._version != before:
             raise RuntimeError(
                 "f wrote to its argument at a later evaluation than the first, where it did not: the state is lost. "
