@@ -136,7 +136,8 @@ class Inverse(torch.autograd.Function):
             return u
         # once the transforms are over, autograd around them asks: then the Newton steps that follow are not there
         is_differentiable = ctx.operator.is_exact and transforms.are_active()
-        return u if is_differentiable else OnceOnly.apply(u, fz)
+        # and it is linear in v, by which a solve around this one differentiates it
+        return u if is_differentiable else u - u.detach() + OnceOnly.apply(u.detach(), fz)
 
     @staticmethod
     def vmap(
