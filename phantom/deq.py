@@ -243,7 +243,8 @@ def _flat(f: Map, packing: Packing, writes: bool | None = None) -> Pure:
 
 def _check_extras(states: Sequence[int], unrolled: bool, grad: GradientEstimator) -> None:
     if not isinstance(states, Sequence):
-        raise TypeError(f"states={states!r} must be a sequence of steps, such as ({states!r},)")
+        example = f"({states},)" if isinstance(states, int) else "(5, 10)"
+        raise TypeError(f"states={states!r} must be a sequence of steps, such as {example}")
     for step in states:
         check_count("states", step, least=1, also=", a step of the solve; value is the state at its end")
     if states and (grad.needs_history or not grad.needs_equilibrium):

@@ -128,22 +128,29 @@ def conditioning(a: Tensor) -> Tensor:
     return torch.linalg.cond(a)
 
 
-def cosine(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """Return the cosine between two gradients, each a sequence of tensors taken as one vector."""
+def cosine(estimate: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> Tensor:
+    """Return the cosine between two gradients, each a sequence of tensors taken as one vector.
+
+    None stands for zeros: it is what torch.autograd.grad returns of an unused input.
+    """
     dot, left, right = _inner_products(estimate, exact)
-    return dot / (left * right).sqrt()
+    return dot / (left.sqrt() * right.sqrt())
 
 
-def norm_ratio(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """Return |estimate| / |exact|, each a sequence of tensors taken as one vector."""
+def norm_ratio(estimate: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> Tensor:
+    """Return |estimate| / |exact|, each a sequence of tensors taken as one vector; see `cosine` for None."""
     _, left, right = _inner_products(estimate, exact)
     return (left / right).sqrt()
 
 
-def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _inner_products(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     if len(a) != len(b):
         raise ValueError(f"the gradients must have the same tensors, got {len(a)} and {len(b)}")
-    pairs = [(x.double().flatten(), y.double().flatten()) for x, y in zip(a, b, strict=True)]
+    pairs = []
+    for x, y in zip(a, b, strict=True):
+        known = x if x is not None else y
+        if known is not None:
+            pairs.append([(torch.zeros_like(known) if v is None else v).double().flatten() for v in (x, y)])
     zero = torch.zeros((), dtype=torch.float64, device="cpu")  # whatever the default device is
     return (
         sum((torch.dot(x, y) for x, y in pairs), start=zero),

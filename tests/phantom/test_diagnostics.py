@@ -197,6 +197,16 @@ def test_cosine_and_norm_ratio_are_those_of_numpy():
 def test_small_float32_gradients_do_not_underflow():
     tiny = [torch.full((4,), 1e-25)]
     assert cosine(tiny, tiny).item() == pytest.approx(1) and norm_ratio(tiny, tiny).item() == pytest.approx(1)
+    tiny = [torch.full((4,), 1e-90, dtype=DTYPE)]
+    assert cosine(tiny, tiny).item() == pytest.approx(1)
+
+
+def test_none_is_a_gradient_of_zeros():
+    a, b = randn(3, seed=1), randn(3, seed=2)
+    for estimate, exact in (([a, b], [a, None]), ([a, None, None], [a, b, None])):
+        zeros = [[torch.zeros(3, dtype=DTYPE) if t is None else t for t in part] for part in (estimate, exact)]
+        assert torch.equal(cosine(estimate, exact), cosine(*zeros))
+        assert torch.equal(norm_ratio(estimate, exact), norm_ratio(*zeros))
 
 
 def test_gradients_must_match():

@@ -166,6 +166,9 @@ def test_what_cannot_be_asked_for(settings, message):
 def test_a_number_is_no_sequence_of_steps():
     with pytest.raises(TypeError, match=r"states=2 must be a sequence of steps, such as \(2,\)"):
         fixed_point(torch.tanh, START, states=2)
+    for states in ({5, 10}, torch.arange(3)):  # no order, and no integers
+        with pytest.raises(TypeError, match=r"must be a sequence of steps, such as \(5, 10\)"):
+            fixed_point(torch.tanh, START, states=states)
 
 
 def test_states_under_vmap():
