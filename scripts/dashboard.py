@@ -56,7 +56,7 @@ def main(items: Sequence[str]) -> None:
         if "mode" in own:
             arguments.fail("mode= is that of `export`; the dashboards are made online")
         _make(wandb, own, project)
-    except studies.DamagedRecord as error:
+    except studies.StudyError as error:
         arguments.fail(str(error))
     except wandb.errors.Error as error:
         arguments.fail(f"wandb: {error}; log in with `wandb login`")

@@ -28,7 +28,7 @@ def main(items: Sequence[str]) -> None:
     """Render a sweep, the named studies, or all of them."""
     try:
         _render(items)
-    except studies.DamagedRecord as error:
+    except studies.StudyError as error:
         arguments.fail(str(error))
 
 

@@ -68,6 +68,13 @@ class Part(NamedTuple):
 def main(items: Sequence[str]) -> None:
     """Run a study: its name first, then the items of this command, and overrides of train.py."""
     streams.prepare()
+    try:
+        _main(items)
+    except studies.StudyError as error:
+        arguments.fail(str(error))
+
+
+def _main(items: Sequence[str]) -> None:
     known = [name for name in studies.names() if running.rows_of(studies.load(name))]
     name = items[0] if items else ""
     own, words, overrides = arguments.split(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import reproduce, studies
+from scripts import report, reproduce, studies
 from scripts.running import process
 from tests.plans import composed, plan
 
@@ -236,3 +236,28 @@ def test_mistakes_are_named_before_anything_runs(ran, arguments, message):
 def test_a_study_of_another_kind_says_where_to_look():
     with pytest.raises(SystemExit, match=r"benchmark/cpu is no study of training runs, results/README\.md has its"):
         reproduce.main(["benchmark/cpu"])
+
+
+ROW = "{name: a row, experiment: table1/implicit, paper: '--'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no keys: it needs a title"),
+        ("- title", "has no keys: it needs a title"),
+        ("title: [", "is no YAML"),
+        ("tables: {}", "the study lacks title"),
+        ("{title: A, tables: {one: }}", "tables.one lacks title, rows"),
+        ("{title: A, measures: {one: {function: f}}}", "measures.one lacks settings, smoke, cost"),
+        ("{title: A, tables: {one: {title: B, rows: [{name: a}]}}}", "row 0 of tables.one lacks experiment, paper"),
+        (f"{{title: A, tables: {{one: {{title: B, rows: [{ROW}]}}}}}}", "tables.one lacks metric, split, std"),
+    ],
+)
+@pytest.mark.parametrize("command", [reproduce.main, report.main])
+def test_a_wrong_definition_is_named(command, text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    (tmp_path / "results" / "mine" / "study.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=rf"error: .*study\.yaml:? {message}"):
+        command(["mine"])
