@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,40 @@ def render(result: dict[str, Any]) -> markdown.Page:
         markdown.table(heads, rows, "lrrrrrrrl"),
         "Median relative residual of the best iterate after the evaluations of f in the first column:",
         markdown.table(["solver", *evaluations], solvers, "l" + "r" * len(evaluations)),
+    )
+
+
+def is_labelled(record: dict[str, Any]) -> bool:
+    """Return whether estimators are named by the items that choose them, as all but the first records do."""
+    return all(row["estimator"].startswith("grad=") for row in record["rows"])
+
+
+def summary(title: str, records: Mapping[str, dict[str, Any]]) -> markdown.Page:
+    """Return the page that sets explorations beside each other: the cosines of the estimators that all of them have."""
+    cosines = {name: {row["estimator"]: row["cosine"] for row in record["rows"]} for name, record in records.items()}
+    first = next(iter(cosines.values()))
+    shared = [label for label in first if all(label in found for found in cosines.values())]
+    about = [
+        [
+            *(f"[{name}]({name}.md)", record["title"], f"{_number(record['radius']['1'], '.2f')}"),
+            *(_number(record["residual"], ".1e"), _number(record["reference"]["adjoint_residual"], ".1e")),
+        ]
+        for name, record in records.items()
+    ]
+    heads = [
+        "weights",
+        "what they are",
+        "spectral radius of J",
+        "forward residual",
+        "backward residual of the reference",
+    ]
+    rows = [[label, *(_number(found[label], ".3f") for found in cosines.values())] for label in shared]
+    return markdown.page(
+        f"# {title}",
+        "Cosine of the gradient of all parameters before the equilibrium to exact implicit differentiation, at the "
+        f"equilibrium that the run's own solver finds. {provenance.commit_line(records.values())}",
+        markdown.table(heads, about, "llrrr"),
+        markdown.table(["estimator", *records], rows, "l" + "r" * len(records)),
     )
 
 

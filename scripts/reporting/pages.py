@@ -34,8 +34,11 @@ def of(study: dict[str, Any]) -> dict[Path, markdown.Page]:
             found[folder / "summary.md"] = suites.render(study["title"], parts)
     for name, drawing, record in _measured(study):
         found[folder / f"{name}.md"] = drawing.page(record)
-    for name, record in _explored(study):
-        found[folder / f"{name}.md"] = explore.render(record)
+    explored = dict(_explored(study))
+    found |= {folder / f"{name}.md": explore.render(record) for name, record in explored.items()}
+    alike = {name: record for name, record in explored.items() if explore.is_labelled(record)}
+    if len(alike) > 1:
+        found[folder / "summary.md"] = explore.summary(study["title"], alike)
     return found
 
 

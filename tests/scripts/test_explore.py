@@ -255,3 +255,18 @@ def test_a_config_begins_with_the_weights_of_init(tmp_path):
     assert found.about["init"] == str(run / "last.pt")
     with pytest.raises(ConfigError, match="name it with run=<folder>"):
         begin_run([*TINY, f"continue_from={run}"], CONFIGS, load_reference=None)
+
+
+def test_the_summary_sets_explorations_beside_each_other():
+    def record(title, **cosines):
+        rows = [{"estimator": f"grad={name} k=1", "cosine": cosine} for name, cosine in cosines.items()]
+        return {
+            **{"title": title, "rows": rows, "radius": {"1": 1.234}, "residual": 1e-3, "commit": "0123456789"},
+            **{"dirty": False, "reference": {"adjoint_residual": 2e-6}},
+        }
+
+    one, two = record("A", upg=0.5, npg=0.25, shine=0.1), record("B", npg=None, upg=-0.75)
+    text = page.summary("Title", {"one": one, "two": two})
+    assert "| [one](one.md) | A | 1.23 | 1.0e-03 | 2.0e-06 |" in text
+    assert "| grad=upg k=1 | 0.500 | -0.750 |\n| grad=npg k=1 | 0.250 | -- |" in text and "shine" not in text
+    assert page.is_labelled(one) and not page.is_labelled(one | {"rows": [{"estimator": "one step"}]})
