@@ -99,12 +99,13 @@ def cell(values: Sequence[float | None], std: str, label: str = "") -> str:
     """Return `mean ± std (n)` and a label; `std` is sample or population. A value that is None was not finite."""
     if not values:
         return "--"
-    if None in values:
-        return f"not finite ({values.count(None)} of {len(values)}){label}"
-    mean = statistics.fmean(values)
-    if len(values) == 1:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return f"not finite ({len(values) - len(finite)} of {len(values)}){label}"
+    mean = statistics.fmean(finite)
+    if len(finite) == 1:
         return f"{mean:.2f} (1){label}"
-    deviation = statistics.stdev(values) if std == "sample" else statistics.pstdev(values)
+    deviation = statistics.stdev(finite) if std == "sample" else statistics.pstdev(finite)
     return f"{mean:.2f} ± {deviation:.2f} ({len(values)}){label}"
 
 
@@ -116,10 +117,11 @@ def difference(paper: str, values: Sequence[float | None]) -> list[str]:
         values: at the paper's budget; none are compared with it at another one.
     """
     printed = [float(part) for part in paper.split("±")] if paper != "--" else []
-    if not printed or not values or None in values:
+    finite = [value for value in values if value is not None]
+    if not printed or not values or len(finite) < len(values):
         return ["--", "--"]
     # as both are printed: 84.5 + 0.3 is 84.8, whatever the binary fractions say
-    gap = round(statistics.fmean(values) - printed[0], 2)
+    gap = round(statistics.fmean(finite) - printed[0], 2)
     return [f"{gap:+.2f}", "--" if len(printed) < 2 else "yes" if abs(gap) <= printed[1] else "no"]
 
 

@@ -52,12 +52,11 @@ def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
             *(("UPG", beside, {"marker": "o", "linestyle": "--", "alpha": 0.6}), ("NPG", beside, {"marker": "s"})),
         ):
             points = [(k, runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"]]
-            points = [(k, [_best(grid, record) for record in records]) for k, records in points if records]
-            points = [(k, values) for k, values in points if None not in values]
-            if points:
+            means = {k: _mean_best(grid, records) for k, records in points if records}
+            means = {k: mean for k, mean in means.items() if mean is not None}
+            if means:
                 label = f"lam = {lam}" if panel is accuracy else f"{name}, lam = {lam}"
-                x, means = [k for k, _ in points], [fmean(values) for _, values in points]
-                panel.plot(x, means, color=colors[lam], label=label, **style)
+                panel.plot([*means], [*means.values()], color=colors[lam], label=label, **style)
         for name, panel in zip(("UPG", "NPG"), radii, strict=True):
             for i, k in enumerate(axes["k"]):
                 records = runs.found.get((name, _setting(k, lam)), [])
@@ -85,6 +84,12 @@ def _mean_radius(records: list[dict[str, Any]]) -> dict[int, float]:
     traces = [{row["step"]: row["damped_spectral_radius"] for row in record["monitor"]} for record in records]
     steps = [step for step in (traces[0] if traces else ()) if all(one.get(step) is not None for one in traces)]
     return dict(zip(steps, mean_curve([[one[step] for step in steps] for one in traces]), strict=True))
+
+
+def _mean_best(grid: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
+    """Return the mean of the best evaluations; None where one of them was not finite."""
+    values = [value for record in records if (value := _best(grid, record)) is not None]
+    return fmean(values) if len(values) == len(records) else None
 
 
 def _best(grid: dict[str, Any], record: dict[str, Any]) -> float | None:
