@@ -41,7 +41,7 @@ class Layer(nn.Module):
             nn.Parameter(U),
             nn.Parameter(v),
         )
-        self.deq = DEQ(solver=Broyden(max_steps=60, tol=1e-12), grad=UPG(k=1, lam=1.0))
+        self.deq = DEQ(solver=Broyden(max_steps=60, tol=1e-12), grad=UPG(k=1, lam=1.0), confirm=False)
 
     def f(self, z, x):
         return torch.tanh(z @ self.W.T + x @ self.U.T)
