@@ -7,6 +7,7 @@ import pickle
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ class PPI(LabelledGraphs):
             raw_dir = property(lambda _: os.fspath(raw))
             processed_dir = property(lambda _: os.fspath(converted))
 
+        _drop_code(converted)
         name = "val" if split == "valid" else split
         try:
             try:
@@ -169,6 +171,22 @@ class PPI(LabelledGraphs):
                 f"{len(NODES[split])} with {NUM_FEATURES} and {NUM_LABELS}: the files are damaged or of another set"
             )
         return [labelled_graph(item.x, item.edge_index, item.y) for item in data]
+
+
+def _drop_code(converted: Path) -> None:
+    """Remove of an earlier conversion what holds more than tensors: torch_geometric would run the code in it."""
+    if converted.is_symlink():  # to a folder with files of something else
+        converted.unlink()
+    for path in converted.glob("*.pt"):
+        try:
+            # it unpickles those that begin so, whatever they hold, and does without them
+            keep = not path.name.startswith("pre_") and not path.is_symlink()
+            if keep:
+                torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE:
+            keep = False
+        if not keep:
+            path.unlink(missing_ok=True)
 
 
 def labelled_graph(features: Tensor, edges: Tensor, labels: Tensor) -> Batch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,11 +156,14 @@ def _fetch(root: Path, name: str) -> None:
     with without_deprecations():
         from torch_geometric.datasets import TUDataset
 
-    class Downloaded(TUDataset):
-        raw_dir = property(lambda _: os.fspath(root / "raw"))
-        processed_dir = property(lambda _: os.fspath(root / "processed"))
-
     try:
-        Downloaded(os.fspath(root), name)
-    except (OSError, RuntimeError, ValueError) as error:
+        # it also converts the files, and unpickles what it finds converted: not a copy that lies in `root`
+        with tempfile.TemporaryDirectory() as converted:
+
+            class Downloaded(TUDataset):
+                raw_dir = property(lambda _: os.fspath(root / "raw"))
+                processed_dir = property(lambda _: converted)
+
+            Downloaded(os.fspath(root), name)
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
         raise DataError(f"{name} could not be downloaded to {root}: {error}") from error

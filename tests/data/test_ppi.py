@@ -1,6 +1,7 @@
 """PPI as torch_geometric reads it, from a tiny copy of its files; and the generated set of its shape."""
 
 import json
+from subprocess import check_call
 
 import numpy as np
 import pytest
@@ -82,6 +83,45 @@ def test_a_damaged_copy_is_converted_again(files, damage):
     for path in copies:
         path.write_bytes(damage(path.read_bytes()))
     assert torch.equal(read(), before)
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return check_call, (["touch", str(self.path)],)
+
+
+@pytest.mark.parametrize("name", ["pre_transform.pt", "pre_filter.pt", "train.pt"])
+def test_a_cache_folder_from_elsewhere_runs_no_code(files, name):
+    """torch_geometric unpickles `pre_transform.pt` as it is, and the others where torch refuses them."""
+    before = PPI(root=str(files), download=False, **BATCHES).load("train")
+    (copy,) = (files.parent / "cache").rglob(name)
+    torch.save(Payload(files / "pwned"), copy)
+    after = PPI(root=str(files), download=False, **BATCHES).load("train")
+    assert not (files / "pwned").exists()
+    assert all(torch.equal(a[0].features, b[0].features) for a, b in zip(before, after, strict=True))
+
+
+def test_a_converted_folder_that_is_a_link_leads_nowhere(files):
+    PPI(root=str(files), download=False, **BATCHES).load("test")
+    (folder,) = (files.parent / "cache" / "phantom").glob("ppi-*")
+    other = folder.rename(files.parent / "other")
+    (other / "mine.pt").write_bytes(b"precious")
+    folder.symlink_to(other)
+    PPI(root=str(files), download=False, **BATCHES).load("test")
+    assert (other / "mine.pt").read_bytes() == b"precious" and not folder.is_symlink()
+
+
+def test_an_intact_copy_is_not_converted_again(files):
+    PPI(root=str(files), download=False, **BATCHES).load("train")
+    (copy,) = (files.parent / "cache").rglob("train.pt")
+    before = copy.stat().st_mtime_ns
+    PPI(root=str(files), download=False, **BATCHES).load("train")
+    assert copy.stat().st_mtime_ns == before
 
 
 def test_missing_and_damaged_files_are_named(files):

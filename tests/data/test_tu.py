@@ -353,3 +353,19 @@ def test_shares_too_small_for_every_class_are_sentences(toy):
     path.write_text("".join(f"{i % 8}\n" for i in range(40)))
     with pytest.raises(DataError, match="cannot be cut into 10 folds by class"):
         next(iter(toy_source(toy).train(epoch=0, start=0, shard=Shard())))
+
+
+def test_a_converted_copy_beside_the_files_is_not_read(toy):
+    """torch_geometric, which downloads, would unpickle it: it may come with the files, and run code."""
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {toy / 'pwned'}",)
+
+    (toy / "processed").mkdir()
+    for name in ("pre_transform.pt", "pre_filter.pt", "data.pt"):
+        torch.save(Payload(), toy / "processed" / name)
+    (toy / "raw" / "TOY_graph_labels.txt").unlink()
+    with pytest.raises(DataError, match=r"lacks TOY_graph_labels\.txt|could not be downloaded"):
+        source(root=str(toy), name="TOY", folds="stratified", download=True)
+    assert not (toy / "pwned").exists()
