@@ -23,6 +23,9 @@ from phantom.engine.source import Shard, Source, Spec
 from phantom.engine.tasks import Task
 from phantom.engine.training.evaluation import evaluate
 
+# arguments of a data set that say where it writes; in a saved config, anybody may have written them
+WRITES_NOWHERE = {"download": False, "cache": None}
+
 
 class Rebuilt(NamedTuple):
     """A model with its weights, the plan of its training, and its data.
@@ -50,7 +53,8 @@ def rebuild_run(
 ) -> Rebuilt:
     """Return the model of a run with the weights of one of its checkpoints: the moving average if it has one.
 
-    The saved config is not trusted: it builds classes of this project and torch's optimisers, and nothing else.
+    The saved config is not trusted: it builds classes of this project and torch's optimisers, and nothing else. Its
+    `data.download` and `data.cache` do not count, for they say where files are written.
 
     Args:
         folder: the run folder.
@@ -158,8 +162,16 @@ def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: C
     with as_config_error(prefix=f"{folder}: "):
         saved = read(text, configs.defaults)
     check_trusted(saved, trust=trust)
-    config = change(saved, overrides, configs)
+    config = change(_without_places(saved), overrides, configs)
     return plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
+
+
+def _without_places(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved config whose data set writes where this machine keeps its cache: its own places are another's."""
+    data = saved.get("data")
+    if not isinstance(data, dict) or not str(data.get("_target_")).startswith("data."):
+        return saved
+    return saved | {"data": data | {key: value for key, value in WRITES_NOWHERE.items() if key in data}}
 
 
 def _rebuild(plan: Plan, load: Callable[[nn.Module], object], about: dict[str, Any]) -> Rebuilt:

@@ -7,9 +7,10 @@ import torch
 import yaml
 
 from phantom.engine.artifacts import checkpoint
+from phantom.engine.build import build_source
 from phantom.engine.config.trust import check_trusted
 from phantom.engine.errors import ConfigError
-from phantom.engine.rebuild import rebuild_run
+from phantom.engine.rebuild import _saved_plan, rebuild_run
 from tests.plans import composed
 from train import CONFIGS
 
@@ -127,3 +128,25 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_the_evaluation(tmp_path)
     with pytest.raises(ConfigError, match=r"data\._target_='torch.load' of the saved config is refused"):
         rebuild_run(tmp_path, which="last", overrides=[], configs=CONFIGS)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_saved_config_does_not_say_where_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    (tmp_path / "text").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "text" / f"wiki.{split}.tokens").write_text("a b c d e f g\n" * 40)
+    config, _ = composed(["model=deq_transformer_small", "data=wikitext103", "data.segment=4", "data.streams=2"])
+    config["data"] |= {"root": str(tmp_path / "text"), "allow_partial": True, "eval_streams": 2}
+    config["data"] |= {"cache": str(tmp_path / "elsewhere"), "download": True}
+    text = yaml.safe_dump(config)
+
+    def evaluate(*overrides: str) -> dict:
+        plan = _saved_plan(text, tmp_path, overrides=overrides, configs=CONFIGS, trust=None)
+        build_source(plan)
+        return plan.config["data"]
+
+    found = evaluate()
+    assert found["download"] is False and found["cache"] is None
+    assert not (tmp_path / "elsewhere").exists() and (tmp_path / "own").is_dir()
+    found = evaluate("data.download=true", f"data.cache={tmp_path / 'typed'}")
+    assert found["download"] is True and (tmp_path / "typed").is_dir() and not (tmp_path / "elsewhere").exists()
