@@ -41,6 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # a link of that name would lead the write to another file
+    part.unlink(missing_ok=True)
     try:
         write(part)
         with open(part, "rb+") as file:

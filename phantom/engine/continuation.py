@@ -7,12 +7,11 @@ schedule follows the new budget from there on: with a constant rate, one epoch a
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from phantom.engine.artifacts import checkpoint
+from phantom.engine.artifacts import checkpoint, files
 from phantom.engine.errors import ConfigError
 from phantom.engine.plan import Plan
 
@@ -55,10 +54,10 @@ def check_budget(origin: dict[str, Any] | None, total: int) -> None:
 def copy_continued(plan: Plan) -> None:
     """Copy what the continued run has left into the folder of the new one; `last.pt` comes last, and at once."""
     for name in FILES:
-        source, temporary = _folder(plan) / name, plan.folder / f"{name}.copy"
+        source = _folder(plan) / name
         if source.is_file():
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, plan.folder / name)
+            with files.whole(plan.folder / name, parents=False) as copy, open(source, "rb") as original:
+                shutil.copyfileobj(original, copy)
 
 
 def _folder(plan: Plan) -> Path:

@@ -95,10 +95,18 @@ def write_sweep(folder: Path) -> str:
     content = sweeps.read(folder / "sweep.json")
     page = sweeps.page(content)
     for name, part in {"sweep.md": page, **page.files("sweep")}.items():
-        (folder / name).write_text(part, "utf-8")
+        _own(folder / name).write_text(part, "utf-8")
     if sweeps.drawn(content):
-        sweeps.draw(content, folder / "sweep.png")
+        _own(folder / "sweep.pdf")
+        sweeps.draw(content, _own(folder / "sweep.png"))
     return page
+
+
+def _own(path: Path) -> Path:
+    """Return a path to write to, where no link leads to another file: a folder may be from elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    return path
 
 
 def write_index() -> None:

@@ -34,6 +34,15 @@ def test_one_byte_that_differs_is_seen(tmp_path, place):
     assert load_array(path) is None
 
 
+def test_a_link_where_it_is_written_leads_nowhere(tmp_path):
+    path, other = tmp_path / "a.npy", tmp_path / "other"
+    other.write_text("precious")
+    for name in ("a.npy", f"a.npy.{os.getpid()}.part"):
+        (tmp_path / name).symlink_to(other)
+    save(path, np.arange(3))
+    assert other.read_text() == "precious" and np.array_equal(np.load(path), np.arange(3))
+
+
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     events, sync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: (events.append(os.fstat(number).st_size), sync(number)))

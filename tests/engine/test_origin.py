@@ -172,6 +172,20 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path):
     assert tiny_run(tmp_path, *items)["origin"] == {"continue_from": str(first), "step": 2}
 
 
+def test_a_copy_is_not_written_through_a_link(tmp_path):
+    """The folder of the new run may be from elsewhere, with a link where the copy is made."""
+    first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
+    items = ["steps=4", "eval_every=2", f"continue_from={first}"]
+    folder = plan([*TINY, *items, f"runs={tmp_path}"]).folder
+    folder.mkdir(parents=True)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("metrics.jsonl.copy", "last.pt.copy", "best.pt.copy", "metrics.tmp", "last.tmp", "metrics.jsonl"):
+        (folder / name).symlink_to(precious)
+    assert tiny_run(tmp_path, *items)["steps"] == 4
+    assert precious.read_text() == "precious" and [row["step"] for row in rows(folder)][:2] == [1, 2]
+
+
 def test_where_torchrun_starts_again_a_continued_run_keeps_what_it_has_done(tmp_path, monkeypatch):
     first = tiny_run(tmp_path, "steps=2", "eval_every=2")["path"]
     items = ["steps=4", "eval_every=2", f"continue_from={first}", "resume=never"]

@@ -113,6 +113,21 @@ def test_one_axis_and_seeds_alone_are_drawn(axes, tmp_path, monkeypatch, capsys)
     assert [len(row["best"]) for row in rows] == ([1, 1] if axes == ["k=1,2"] else [2])
 
 
+def test_the_page_of_a_sweep_is_not_written_through_links(tmp_path, capsys):
+    """A folder from elsewhere may have links of these names."""
+    row = {"values": {"k": "1"}, "best": [1.0], "last": [1.0], "seconds": [1.0], "step_ms": [], "cosine": []}
+    content = {"command": "python train.py", "metric": "accuracy", "split": "test", "mode": "max", "keys": ["k"]}
+    (tmp_path / "sweep.json").write_text(json.dumps({**content, "rows": [row], "failed": []}))
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    names = [f"sweep.{ending}" for ending in ("md", "csv", "tex", "png", "pdf")]
+    for name in names:
+        (tmp_path / name).symlink_to(precious)
+    report.main([f"sweep={tmp_path}"])
+    assert precious.read_text() == "precious"
+    assert all((tmp_path / name).stat().st_size and not (tmp_path / name).is_symlink() for name in names)
+
+
 def test_a_sweep_through_hydra_s_launcher_ends_alike(tmp_path, monkeypatch, capsys):
     # Hydra spells a path and a number otherwise: a run has the folder that it has on its own
     first = train.job(plan([*SHORT, f"runs={tmp_path / 'first'}"]))["folder"]

@@ -68,6 +68,19 @@ def tracker(folder: Path, mode: str = "offline", **options) -> Tracker:
     return Tracker(mode=mode, project="phantom", name="row/seed3", folder=folder, config=CONFIG, **options)
 
 
+def test_a_folder_of_wandb_that_is_a_link_is_left_alone(wandb, tmp_path, caplog):
+    """It came with the run folder, and leads elsewhere."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "id").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "wandb").symlink_to(other)
+    tracker(run).log({"kind": "train", "step": 1, "loss": 1.0})
+    assert not wandb.runs and "wandb is a link: remove it" in caplog.text
+    assert [(path.name, path.read_text()) for path in other.iterdir()] == [("id", "precious")]
+
+
 def panels(module, kind: str) -> set[str]:
     (run,) = module.runs
     return {key for row in run.rows for key in row if key.startswith(f"{kind}/")}

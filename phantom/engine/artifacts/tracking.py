@@ -132,6 +132,8 @@ def _identifier(folder: Path, *, fresh: bool) -> str:
     Where the run begins anew, or the folder is a copy, it is a new one.
     """
     kept = folder / "wandb" / "id"
+    if kept.parent.is_symlink():  # it came with the folder, and leads to a folder of something else
+        raise OSError(f"{kept.parent} is a link: remove it")
     # early ones have no home; one that was cut short by a crash is empty
     identifier, home, *_ = [*(kept.read_text("utf-8").splitlines() if kept.exists() else ()), "", ""]
     original = Path(home) / "wandb" / "id"
