@@ -23,6 +23,6 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line, parse_constant=lambda _: None)
-    except ValueError:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

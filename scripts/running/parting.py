@@ -69,7 +69,7 @@ def counted(rows: list[dict[str, Any]]) -> int:
 
 def is_run(side: str) -> bool:
     """Return whether a side is the folder of a run."""
-    return (Path(side) / "metrics.jsonl").exists()
+    return (Path(side) / "metrics.jsonl").is_file()
 
 
 def read(side: str, overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
 
-from phantom.engine.artifacts import checkpoint, records
+from phantom.engine import command
+from phantom.engine.artifacts import checkpoint, lock, records
 from phantom.engine.artifacts.journal import MetricsLog, rows
-from phantom.engine.errors import CheckpointError
+from phantom.engine.config import upgrade
+from phantom.engine.errors import CheckpointError, ConfigError
 from tests.engine import tiny
 
 
@@ -184,3 +187,58 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
             else:
                 assert tiny.same(found, expected), (place, bit)
     assert noticed > len(content) / 4
+
+
+ODD = {
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path.name),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["record.json", "config.yaml"])
+def test_what_is_no_file_is_no_record(tmp_path, name, kind):
+    """Without a writer a pipe is waited for in vain, and /dev/zero has no end."""
+    (tmp_path / "record.json").write_text('{"seed": 0, "final": {}, "best": {}}')
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    assert records.read(tmp_path) is not None
+    (tmp_path / name).unlink()
+    ODD[kind](tmp_path / name)
+    assert records.read(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_has_no_rows(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    ODD[kind](path)
+    assert rows(path) == []
+    MetricsLog(path, keep_until=3).close()
+    assert path.is_file() and not path.is_symlink()
+
+
+def test_what_is_nested_without_end_is_damaged(tmp_path, caplog):
+    deep = "[" * 100_000
+    (tmp_path / "record.json").write_text(deep)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "metrics.jsonl").write_text(f'{deep}\n{{"step": 1}}\n')
+    assert records.read(tmp_path) is None and rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert "is damaged and does not count" in caplog.text
+
+
+def test_a_lock_that_is_a_link_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "run.lock").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError) as caught, lock.hold(tmp_path):
+        pass
+    assert command.is_user_error(caught.value) and "run.lock" in command.message_of(caught.value)
+    assert not (tmp_path / "other").exists()
+
+
+LAUGHS = "\n".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10) if i else 'lol'}]" for i in range(12))
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", LAUGHS, "a: " + "[" * 300 + "]" * 300, "[" * 10_000])
+def test_a_config_without_end_is_refused(text):
+    """An alias of YAML may name what it is in, or multiply."""
+    with pytest.raises(ConfigError, match=r"no run saves that|is no YAML"):
+        upgrade.read(text, {})

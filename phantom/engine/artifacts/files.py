@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,19 @@ def whole(path: Path, *, parents: bool = True) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> bytes:
+    """Return the content of a file.
+
+    A pipe or a device of that name, which may have no end, counts as none, and so does a link that leads nowhere.
+
+    Raises:
+        OSError: there is none (FileNotFoundError), or it cannot be read.
+    """
+    if not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path.read_bytes()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -127,7 +127,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines that are whole, each with its row."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        lines = files.read(path).splitlines()
+    except FileNotFoundError:
+        lines = []
     found = [(line, _row_of(line)) for line in lines]
     damaged = sum(row is None for _, row in found[:-1])  # the last line of a killed run may be cut short
     if damaged:
@@ -138,6 +141,6 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def _row_of(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -110,11 +110,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read(folder: Path) -> tuple[dict[str, Any], str] | None:
     """Return the record of a run folder and its config as text; None where there is none that is whole."""
     try:
-        record = json.loads((folder / "record.json").read_bytes())
-        config = (folder / "config.yaml").read_bytes().decode()
+        record = json.loads(files.read(folder / "record.json"))
+        config = files.read(folder / "config.yaml").decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:  # cut short by a crash, or not UTF-8
+    except (ValueError, RecursionError) as error:  # cut short by a crash, or not UTF-8
         log.warning("the record in %s is damaged and does not count (%s)", folder, error)
         return None
     whole = isinstance(record, dict) and {"seed", "final", "best"} <= record.keys()

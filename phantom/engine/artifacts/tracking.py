@@ -135,14 +135,21 @@ def _identifier(folder: Path, *, fresh: bool) -> str:
     if kept.parent.is_symlink():  # it came with the folder, and leads to a folder of something else
         raise OSError(f"{kept.parent} is a link: remove it")
     # early ones have no home; one that was cut short by a crash is empty
-    identifier, home, *_ = [*(kept.read_text("utf-8").splitlines() if kept.exists() else ()), "", ""]
+    identifier, home, *_ = [*_lines(kept), "", ""]
     original = Path(home) / "wandb" / "id"
     is_copy = home != "" and original.exists() and not original.samefile(kept)
     # not of a run that began there since
-    is_copy = is_copy and original.read_text("utf-8").splitlines()[:1] == [identifier]
+    is_copy = is_copy and _lines(original)[:1] == [identifier]
     if fresh or is_copy:
         identifier = secrets.token_hex(6)
     identifier = identifier or hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     with files.whole(kept) as file:
         file.write(f"{identifier}\n{folder}\n".encode())
     return identifier
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return files.read(path).decode().splitlines()
+    except FileNotFoundError:
+        return []

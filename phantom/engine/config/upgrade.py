@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ GAINED: dict[str, dict[str, Any]] = {
     "phantom.Broyden": {"kernels": False},
     "phantom.engine.training.rules.Penalty": {"of_steps": None},
 }
+# far more than any run saves
+MOST, DEEPEST = 100_000, 50
 
 
 def upgrade(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,11 +59,25 @@ def read(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError(f"the saved config is no YAML ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"the saved config is a {type(found).__name__}, expected a mapping")
+    _check_size(found)
     return upgrade(found, defaults)
+
+
+def _check_size(config: dict[Any, Any]) -> None:
+    """Raise ConfigError where a config has no end: an alias of YAML may name what it is in, or multiply its like."""
+    nodes: list[tuple[Any, int]] = [(config, 0)]
+    for count in itertools.count():
+        if not nodes:
+            return
+        node, depth = nodes.pop()
+        if count == MOST or depth == DEEPEST:
+            raise ConfigError(f"the saved config has more than {MOST} values, or {DEEPEST} levels: no run saves that")
+        items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        nodes += [(item, depth + 1) for item in items]
 
 
 def _renamed(node: Any) -> Any:

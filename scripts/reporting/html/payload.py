@@ -93,12 +93,12 @@ def _set_apart(label: str, path: Path) -> str:
 
 def _local(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Yield (run, its curves) of every finished run folder below `folder`; say of the others why they are left out."""
-    for path in sorted(folder.rglob("record.json")):
+    for path in sorted(path for path in folder.rglob("record.json") if path.is_file()):
         metrics = path.with_name("metrics.jsonl")
         try:
             run = _run(_record(path), path)
-            rows, damaged = logged.read(metrics) if metrics.exists() else ([], 0)
-        except (OSError, ValueError) as error:
+            rows, damaged = logged.read(metrics) if metrics.is_file() else ([], 0)
+        except (OSError, ValueError, RecursionError) as error:
             print(f"{path} is left out: {error}", file=sys.stderr)
             continue
         if damaged:
