@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -129,4 +130,6 @@ def some(own: dict[str, str], key: str, allowed: Sequence[str], where: str) -> l
 
 def fail(message: str) -> NoReturn:
     """End the program with one sentence for the user."""
-    sys.exit(f"error: {message}")
+    # a name in a file from elsewhere may hold characters that a terminal obeys
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", message)
+    sys.exit(f"error: {shown}")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import expand, to_hydra
-from phantom.engine.errors import ConfigError, DataError, UserError, as_config_error
+from phantom.engine.errors import ConfigError, DataError, UserError, as_config_error, printable
 from phantom.engine.machine import launcher, signals, slurm, streams
 from phantom.engine.plan import Plan, make_plan
 from phantom.engine.sweep import Sweep
@@ -259,8 +259,8 @@ def message_of(error: Exception) -> str:
     """Return the message for the user: one line, without a traceback."""
     found = _of_disk(error)
     if found is None:
-        return str(error)
-    return (
+        return printable(str(error))
+    return printable(
         f"{found.filename or 'writing failed'}: {found.strerror}. Free some space, correct the permissions, or name "
         "another folder with runs=<folder>; what was saved before is kept"
     )

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from phantom.engine.errors import printable
+
 
 class Progress:
     """Show the state of training; on anything but a terminal, one line per evaluation.
@@ -87,7 +89,7 @@ def summary_table(record: Mapping[str, Any]) -> str:
     rows.append(("wall clock", f"{record['wall_seconds']:.0f} s, evaluations included"))
     rows.append(("record", str(record["folder"])))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    return printable("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -1,5 +1,6 @@
 """The errors of a user: each message names the field or file, the value got, what is allowed and the way out."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,14 @@ def first_line(error: BaseException) -> str:
     advice, found, reason = str(error).partition("WeightsUnpickler error: ")
     text = reason.partition(". ")[0] if found else advice
     return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """Return a text without the control characters that a terminal obeys, but for ends of lines and tabs.
+
+    A name in a file from elsewhere may hold them, and paint over what was said before.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class UserError(ValueError):

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from phantom.engine.command import message_of
 from phantom.engine.display import Progress, summary_table
+from phantom.engine.errors import UserError
 from tests.engine import tiny
 
 ROW = {"split": "test", "epoch": 1, "step": 6, "loss": 0.12345, "accuracy": 50.0, "num_evals": 7.5, "hidden": 1.0}
@@ -80,3 +82,16 @@ def test_a_run_too_short_to_measure_has_a_table_too():
     short = RECORD | {"train": {}, "times": {}, "items_per_second": None, "best": {}}
     table = summary_table(short)
     assert "91.23 (last)" in table and "per step" not in table and "images/s" not in table
+
+
+def test_a_record_from_elsewhere_does_not_drive_the_terminal():
+    table = summary_table(RECORD | {"label": "\x1b]0;title\x07\x1b[2Jrun\r", "folder": "über/\x9b2J"})
+    assert not set(table) & {"\x1b", "\x07", "\r", "\x9b"}
+    assert r"\x1b]0;title\x07\x1b[2Jrun\x0d" in table and r"über/\x9b2J" in table
+
+
+def test_a_message_does_not_drive_the_terminal_either():
+    text = message_of(UserError("missing here: \x1b[2Jall is well\n  and\tmore"))
+    assert text == "missing here: \\x1b[2Jall is well\n  and\tmore"
+    assert message_of(FileNotFoundError(2, "No such file", "a\x1b[2J")) == "[Errno 2] No such file: 'a\\x1b[2J'"
+    assert message_of(PermissionError(13, "Permission denied", "a\x1b[2J")).startswith(r"a\x1b[2J: Permission denied.")

@@ -76,3 +76,9 @@ def test_help_is_the_same_everywhere(name, capsys):
     assert f"python scripts/{name}.py" in command.__doc__
     with pytest.raises(SystemExit, match="no flags here"):
         command.main(["--out", "x.json"])
+
+
+def test_a_failure_does_not_drive_the_terminal():
+    with pytest.raises(SystemExit) as caught:
+        arguments.fail("sweep=\x1b[2J is no folder: ü")
+    assert caught.value.code == r"error: sweep=\x1b[2J is no folder: ü"
