@@ -15,7 +15,7 @@ from phantom.engine.artifacts.weights import LoadReference, load_initial, read_t
 from phantom.engine.build import build_model, build_source, set_up_machine
 from phantom.engine.config.configs import Configs
 from phantom.engine.config.overrides import change
-from phantom.engine.config.trust import check_trusted
+from phantom.engine.config.trust import KINDS, PACKAGES, check_trusted
 from phantom.engine.config.upgrade import read
 from phantom.engine.errors import CheckpointError, ConfigError, as_config_error
 from phantom.engine.plan import Plan, make_plan, plan_of
@@ -73,6 +73,8 @@ def rebuild_run(
         raise CheckpointError(f"there is no run folder {folder}: train first, or correct run=")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path)
+    if not {"config", "model", "ema", "step"} <= state.keys() or not isinstance(state["config"], str):
+        raise CheckpointError(f"{path} is not a checkpoint of a run: it lacks its config, weights or step")
     plan = _saved_plan(state["config"], folder, overrides=overrides, configs=configs, trust=trust)
     weights = state["model"] if state["ema"] is None else state["ema"]
     return _rebuild(plan, lambda model: checkpoint.load_weights(model, weights, path), {"step": state["step"]})
@@ -162,6 +164,7 @@ def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: C
     with as_config_error(prefix=f"{folder}: "):
         saved = read(text, configs.defaults)
     check_trusted(saved, trust=trust)
+    _check_groups(saved, configs)
     config = change(_without_places(saved), overrides, configs)
     return plan_of(config, configs=configs, choices={}, overrides=overrides, label=str(folder))
 
@@ -169,9 +172,21 @@ def _saved_plan(text: str, folder: Path, *, overrides: Sequence[str], configs: C
 def _without_places(saved: dict[str, Any]) -> dict[str, Any]:
     """Return a saved config whose data set writes where this machine keeps its cache: its own places are another's."""
     data = saved.get("data")
-    if not isinstance(data, dict) or not str(data.get("_target_")).startswith("data."):
+    if not isinstance(data, dict) or str(data.get("_target_")).partition(".")[0] not in PACKAGES:
         return saved
     return saved | {"data": data | {key: value for key, value in WRITES_NOWHERE.items() if key in data}}
+
+
+def _check_groups(saved: dict[str, Any], configs: Configs) -> None:
+    """Raise ConfigError where a group of a saved config is no constructor; a model may be one per kind of task."""
+    for group in KINDS:
+        node = saved.get(group)
+        # only some estimators have an adjoint solver
+        if node is None and (configs.groups.get(group) is None or group == "adjoint_solver"):
+            continue
+        family = node.values() if group == "model" and isinstance(node, dict) and "_target_" not in node else [node]
+        if not family or not all(isinstance(part, dict) and isinstance(part.get("_target_"), str) for part in family):
+            raise ConfigError(f"{group}={node!r} of the saved config is no mapping with a _target_: it is damaged")
 
 
 def _rebuild(plan: Plan, load: Callable[[nn.Module], object], about: dict[str, Any]) -> Rebuilt:

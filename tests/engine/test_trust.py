@@ -9,7 +9,7 @@ import yaml
 from phantom.engine.artifacts import checkpoint
 from phantom.engine.build import build_source
 from phantom.engine.config.trust import check_trusted
-from phantom.engine.errors import ConfigError
+from phantom.engine.errors import CheckpointError, ConfigError
 from phantom.engine.rebuild import _saved_plan, rebuild_run
 from tests.plans import composed
 from train import CONFIGS
@@ -150,3 +150,19 @@ def test_a_saved_config_does_not_say_where_files_are_written(tmp_path, monkeypat
     assert not (tmp_path / "elsewhere").exists() and (tmp_path / "own").is_dir()
     found = evaluate("data.download=true", f"data.cache={tmp_path / 'typed'}")
     assert found["download"] is True and (tmp_path / "typed").is_dir() and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("node", [None, "x", [1], {"a": 1}, {"_target_": None}, {}], ids=repr)
+@pytest.mark.parametrize("group", ["data", "model", "solver", "grad", "optimizer", "schedule"])
+def test_a_group_that_is_no_constructor_is_said_in_one_sentence(tmp_path, group, node):
+    state = {"config": yaml.safe_dump(CONFIG | {group: node}), "ema": None, "model": {}, "step": 1}
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(ConfigError, match=rf"{group}\b.* of the saved config is (no mapping|refused)"):
+        rebuild_run(tmp_path, which="last", overrides=[], configs=CONFIGS)
+
+
+@pytest.mark.parametrize("state", [{}, {"config": 5, "ema": None, "model": {}, "step": 1}, {"config": ""}])
+def test_a_checkpoint_without_a_config_is_said_in_one_sentence(tmp_path, state):
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a checkpoint of a run"):
+        rebuild_run(tmp_path, which="last", overrides=[], configs=CONFIGS)
