@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from phantom.runtime.host import TORCH
 from phantom.runtime.watching import Watching
 from phantom.state import FlatMap
 
@@ -110,11 +111,15 @@ class Readings(Watching):
 
     def made(self, out: Any) -> None:
         is_leaf = isinstance(out, Tensor) and out.requires_grad and out.grad_fn is None
-        if torch.is_grad_enabled() and is_leaf and id(out) not in self._known:
+        if torch.is_grad_enabled() and is_leaf and self._is_new(out):
             self._keep(out, self._own)
 
     def _is_reading(self, tensor: Tensor) -> bool:
-        return tensor.requires_grad and id(tensor) not in self._known and self._is_outside(tensor.grad_fn)
+        return tensor.requires_grad and self._is_new(tensor) and self._is_outside(tensor.grad_fn)
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        # what a transform of torch.func inside the map wraps has an edge in that transform alone
+        return id(tensor) not in self._known and not TORCH._functorch.is_functorch_wrapped_tensor(tensor)
 
     def _keep(self, tensor: Tensor, where: list[Tensor]) -> None:
         self._known.add(id(tensor))
