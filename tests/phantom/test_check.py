@@ -191,3 +191,13 @@ def test_where_no_graph_can_be_looked_at():
         phantom.check(lambda z: 0.5 * z, Z)
     with pytest.raises(RuntimeError, match=r"and torch\.func"):
         torch.func.vmap(lambda z: fixed_point(lambda z: 0.5 * z, z[None], debug=True).value)(Z)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+def test_a_map_that_reads_a_sparse_matrix(layout):
+    """The adjacency matrix of one graph; the nodes are found to be one problem where they are given as many."""
+    weight = torch.nn.Parameter(0.5 * torch.eye(2))
+    adjacency = torch.diag(torch.ones(3), 1).to_sparse(layout=layout)
+    assert phantom.check(lambda z: torch.tanh(adjacency @ z[0] @ weight + 1)[None], torch.zeros(1, 4, 2)) == []
+    (finding,) = phantom.check(lambda z: torch.tanh(adjacency @ z @ weight + 1), torch.zeros(4, 2))
+    assert finding.startswith("f couples the rows of z")
