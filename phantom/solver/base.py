@@ -57,7 +57,10 @@ class Solver(ABC):
 
     @abstractmethod
     def start(self, z: Tensor, g: Tensor) -> Any:
-        """Return the memory of a solve that begins at `z` (B, D) with residual vector g = f(z) - z."""
+        """Return the memory of a solve that begins at `z` (B, D) with residual vector g = f(z) - z.
+
+        It is called again, with (1, B D), where the problems turn out to depend on each other and are solved as one.
+        """
 
     @abstractmethod
     def propose(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:

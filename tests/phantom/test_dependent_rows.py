@@ -1,5 +1,7 @@
 """Problems that depend on each other: the statistics describe the state returned, and convergence means all of them."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torch import Tensor
@@ -253,3 +255,27 @@ def test_independent_cotangents_are_left_alone():
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-9)
         assert not adjoint.dependent and not adjoint.fallback.any() and (adjoint.residual < 1e-9).all()
         assert solution.stats.num_vjps - 20 in ((0, 1) if confirm else (0,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioned(Solver):
+    """z <- z + P g for the D unknowns of a problem; notes the shapes that `start` gets."""
+
+    p: Tensor
+    shapes: list = field(default_factory=list)
+
+    def start(self, z: Tensor, g: Tensor) -> None:
+        self.shapes.append(tuple(z.shape))
+
+    def propose(self, memory: None, z: Tensor, g: Tensor) -> Tensor:
+        return z + (g.view(-1, len(self.p)) @ self.p.mT).view_as(z)
+
+
+def test_a_solver_of_one_s_own_begins_again_with_one_problem():
+    """All nodes of a chain but the last are at their solution, until the one behind them moves."""
+    chain, x = torch.diag(torch.ones(3), 1), torch.zeros(4, 2)
+    x[-1] = 1
+    solver = Preconditioned(p=torch.eye(2), max_steps=10)
+    found = fixed_point(lambda z: chain @ z + x, torch.zeros(4, 2), solver=solver)
+    assert solver.shapes == [(4, 2), (1, 8)]
+    assert torch.equal(found.z_star, torch.ones(4, 2))
