@@ -36,10 +36,10 @@ Vjp = Callable[[Tensor], Tensor]
 
 CHANGED = (
     "evaluates f again in backward, and there f reads other tensors than in the forward pass, has another value, or "
-    "hides what it reads in compiled or scripted code, or in a torch.autograd.Function. Weights that "
-    "torch.func.functional_call or parametrize.cached puts in are gone by then, unless backward runs inside of it. An "
-    "input or a mask that a module keeps may have changed: let f hold what it reads, as a closure or functools.partial "
-    "does. UPG and BPTT do not evaluate f again"
+    "hides what it reads in compiled or scripted code, or in the arguments of a torch.autograd.Function, where "
+    "w.view_as(w) in the place of w is seen. Weights that torch.func.functional_call or parametrize.cached puts in are "
+    "gone by then, unless backward runs inside of it. An input or a mask that a module keeps may have changed: let f "
+    "hold what it reads, as a closure or functools.partial does. UPG and BPTT do not evaluate f again"
 )
 
 

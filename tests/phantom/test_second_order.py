@@ -228,6 +228,40 @@ def test_hidden_readings_are_refused():
         torch.autograd.grad(value.sum(), x, create_graph=True)
 
 
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(z, w)
+        return z * w
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        z, w = ctx.saved_tensors
+        return g * w, (g * z).sum(dim=0)
+
+
+def test_what_an_autograd_function_takes_is_refused_or_shown_by_a_view():
+    """z = w sin z + x, whose weight the function hides; by a view of it the second derivative is that of the loop."""
+    x, w = randn(2, 3, seed=2), torch.full((3,), 0.5, dtype=DTYPE, requires_grad=True)
+
+    def value(seen: bool) -> Tensor:
+        return fixed_point(
+            lambda z: Scale.apply(torch.sin(z), w.view_as(w) if seen else w) + x,
+            torch.zeros_like(x),
+            solver=SOLVE,
+            grad=GRADS["broyden"],
+        ).value
+
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.Function"):
+        torch.autograd.grad(value(seen=False).sum(), w, create_graph=True)
+    loop = torch.zeros_like(x)
+    for _ in range(100):
+        loop = torch.sin(loop) * w + x
+    found, expected = (torch.autograd.grad(z.sum(), w, create_graph=True)[0] for z in (value(seen=True), loop))
+    second = [torch.autograd.grad(g.square().sum(), w)[0] for g in (found, expected)]
+    torch.testing.assert_close(*second, rtol=EXACT, atol=EXACT)
+
+
 def test_a_map_that_has_changed_since_the_forward_is_refused():
     """A mask that a module keeps has no graph to be told by: the value of f is another one."""
     weight, _, x = leaves()
