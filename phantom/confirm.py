@@ -46,8 +46,10 @@ class Confirming:
             fz, z, scale = fz * power, z * power, (power[:, 0] if scale is None else scale * power[:, 0])
         _, _, residual, _ = residual_of(fz, z, scale, norm=norm, relative=relative)
         residual = finite_or_infinite(residual)
-        size = 1.0 if relative else vector_norm(fz, norm) / (1.0 if scale is None else scale)
-        rounding = ROUNDINGS * torch.finfo(z.dtype).eps * size
+        info = torch.finfo(z.dtype)
+        size = torch.ones_like(residual) if relative else vector_norm(fz, norm) / (1.0 if scale is None else scale)
+        # relative to a cotangent of zero the size is infinite, too
+        rounding = ROUNDINGS * info.eps * size.clamp_max(info.max)
         differs = (residual > 2 * stats.residual + rounding).any()
         stats.dependent = stats.dependent | differs
         stats.residual = residual

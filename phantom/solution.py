@@ -43,8 +43,9 @@ class Stats:
         group: name of the process group of `fixed_point`, whose ranks stop together in the backward solve, too.
         acted: whether the policy has been followed, which waits for the device.
         adjoint: statistics of the backward solve; None before backward and for estimators that do not solve.
-        fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual 1 is reported,
-            and u = g was returned, the one-step gradient; None of a forward solve.
+        fallback: (B,) of a backward solve: True where it found nothing better than u = 0, whose residual is 1, and
+            u = g was returned, the one-step gradient. `residual` is that before: 1, or more where problems depend on
+            each other. None of a forward solve.
     """
 
     num_steps: Tensor

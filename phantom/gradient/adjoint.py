@@ -294,7 +294,8 @@ class Implicit(AdjointEstimator):
     `stats.adjoint` after backward, and to the residual of the forward solve. The equation is linear with right-hand
     side g, so that residual is |J^T u + g - u| / |g| whatever the `stop` of `solver`: 1 at u = 0, and 0 where g = 0.
     A problem whose solve visits nothing below 1 gets u = g, the one-step gradient, and is marked in
-    `stats.adjoint.fallback`. Cost: one vjp per step of `solver`.
+    `stats.adjoint.fallback`. Cost: one vjp per step of `solver`, and one where the best iterates of the problems are of
+    different steps; see `confirm` of `fixed_point`.
 
     Exact in every order: under `create_graph=True` f is evaluated once more, and the adjoint equation, itself a fixed
     point, is differentiated in the same way. Then f must be twice differentiable; torch's attention is, as it is not
@@ -334,6 +335,7 @@ class Implicit(AdjointEstimator):
         adjoint.computed_in = stats.differentiated_in
         if stats.confirm and not adjoint.confirmed:
             Confirming(equation, adjoint, self.solver, relative=False)(u)
+            adjoint.num_evals += 1
         # a zero gradient would pass for an answer, and hide a cotangent that is not finite
         adjoint.fallback = ~(adjoint.residual < 1)
         stats.adjoint = adjoint

@@ -236,6 +236,21 @@ def test_a_fixed_budget_says_that_the_adjoint_of_nodes_is_none(solver):
     assert adjoint.dependent and not adjoint.converged.any() and (adjoint.residual > 1).any()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_fixed_budget_tells_of_a_large_cotangent_too(size):
+    """Relative to a cotangent of zero a product above four is infinite, and so is its rounding."""
+    b, g = torch.ones(2, 1, dtype=DTYPE, requires_grad=True), torch.tensor([[size], [0.0]], dtype=DTYPE)
+    links = torch.tensor([[0.5, 0.4], [0.0, 0.5]], dtype=DTYPE)  # the adjoint of the first is that of no other
+    solver = FixedPoint(max_steps=60, tol=None)
+    solution = fixed_point(
+        lambda z: links @ z + b, torch.zeros_like(g), solver=solver, grad=Implicit(solver=solver), on_failure="ignore"
+    )
+    torch.autograd.grad(solution.value, b, g)
+    adjoint = solution.stats.adjoint
+    assert adjoint.dependent and adjoint.fallback.tolist() == [False, True]
+    assert solution.stats.num_vjps == adjoint.num_evals == 61
+
+
 def test_independent_cotangents_are_left_alone():
     """Some zero, some not, by a fixed budget: one product more at most, and the same answer."""
     weight, x = 0.7 * torch.linalg.qr(randn(6, 6, seed=3))[0], randn(8, 6, seed=4).requires_grad_()
