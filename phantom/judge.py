@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phantom.residual import Norm, positive, residual_of, vector_norm
 from phantom.runtime.host import can_ask, has_numbers, is_cheap_to_read, is_on_host, read
-from phantom.scaling import is_out_of_range
+from phantom.scaling import is_out_of_range, norm_of_any_size
 from phantom.solver.base import Solver
 
 # |f(z) - z| this many times the first one counts as divergence; the official MDEQ code uses the same factor. The
@@ -90,10 +90,14 @@ class Criterion:
             self._limit = _limit(self.length)
         return self._limit
 
-    def share_scale(self) -> None:
-        """Measure every problem by the scale of a mean one: by it all meet `tol` only where the whole state does."""
-        mean = vector_norm(self.scale[None], "max" if self.norm == "max" else "rms")
-        self.scale = positive(mean).expand_as(self.scale)
+    def share_scale(self, power: Tensor) -> None:
+        """Measure every problem by the scale of a mean one: by it all meet `tol` only where the whole state does.
+
+        Args:
+            power: (B,) the numbers of a problem are its own times this.
+        """
+        mean = norm_of_any_size((self.scale / power)[None], "max" if self.norm == "max" else "rms")
+        self.scale = positive(mean * power)
 
     def is_at_floor(self, z: Tensor, residual: Tensor) -> Tensor:
         """Return where the residual (B,) of `z` (B, D) is not above the rounding of f(z), which is near z."""

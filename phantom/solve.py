@@ -71,17 +71,17 @@ def solve(
         criterion = Criterion(fz, z, solver, scale, computed_in)
         if not criterion.is_out_of_range or (power := powers_of_two(z, fz)) is None:
             del fz  # a state is large
-            shared = scale is not None
+            shared = None if scale is None else torch.ones_like(scale)
             iteration = _Iteration(f, z, solver, criterion, in_place=in_place, group=group, shared=shared)
             return iteration.run(num_evals, watch, last=last)
-        absolute = scale is None and solver.stop == "absolute"
+        absolute, shared = scale is None and solver.stop == "absolute", None if scale is None else power[:, 0]
         if scale is not None or absolute:
             scale = power[:, 0] if scale is None else scale * power[:, 0]
         z, fz = z * power, fz * power
         scaled = None if watch is None else lambda step, best: watch(step, best / power)
         criterion = Criterion(fz, z, solver, scale, computed_in)
         f = rescaled(f, power)
-        iteration = _Iteration(f, z, solver, criterion, in_place=True, group=group)
+        iteration = _Iteration(f, z, solver, criterion, in_place=True, group=group, shared=shared)
         best, stats, memory = iteration.run(num_evals, scaled, last=last)
         stats.scale = None if stats.scale is None or absolute else stats.scale / power[:, 0]
         return best / power, stats, memory
@@ -100,7 +100,8 @@ class _Iteration:
             improved, and how many these were; None where the host has not looked.
         stopped: whether this step may have stopped problems at the rounding of f, which `going` does not know.
         confirmed: whether f was evaluated at `best` as a whole.
-        shared: whether problems that are one share the scale that was given, which may be zero for a part of them.
+        shared: (B,) where problems that are one share the scale that was given, which may be zero for a part of them:
+            by what each was multiplied; else None.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class _Iteration:
         *,
         in_place: bool,
         group: str | None,
-        shared: bool = False,
+        shared: Tensor | None = None,
     ) -> None:
         self.f, self.solver, self.criterion, self.group, self.shared = f, solver, criterion, group, shared
         self.propose = with_exact_products(solver.propose, z.device.type)
@@ -208,8 +209,8 @@ class _Iteration:
         """Go on with all problems as one."""
         self.together, self.going = True, self.batch
         self.memory = self.solver.start(self.z.reshape(1, -1), self.g.reshape(1, -1))
-        if self.shared:
-            self.criterion.share_scale()
+        if self.shared is not None:
+            self.criterion.share_scale(self.shared)
             self.residual = length / self.criterion.scale
         self.best, self.status = join(self.z, self.best, length, self.residual, self.status)
 

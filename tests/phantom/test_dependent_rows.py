@@ -236,6 +236,23 @@ def test_a_fixed_budget_says_that_the_adjoint_of_nodes_is_none(solver):
     assert adjoint.dependent and not adjoint.converged.any() and (adjoint.residual > 1).any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-13, 1e15, 1e20])
+@pytest.mark.parametrize("make", [FixedPoint, Broyden])
+def test_cotangents_out_of_the_range_of_squares_are_shared_too(make, size):
+    """The loop multiplies such problems by a power of two, each by its own."""
+    g = torch.zeros(3, 4)
+    g[0] = size
+    blocks = (0.1 * randn(3, 4, 3, 4, seed=7)).float() * torch.ones(3, 3).triu()[:, None, :, None]
+    links, b = blocks.view(12, 12), torch.ones(3, 4, requires_grad=True)
+    truth = torch.linalg.solve(torch.eye(12, dtype=DTYPE) - links.mT.to(DTYPE), g.to(DTYPE).view(12) / size).view(3, 4)
+    forward, grad = FixedPoint(max_steps=100, tol=1e-5), Implicit(solver=make(max_steps=100, tol=1e-5))
+    solution = fixed_point(lambda z: (links @ z.view(12)).view(3, 4) + b, torch.zeros(3, 4), solver=forward, grad=grad)
+    (found,) = torch.autograd.grad(solution.value, b, g)
+    adjoint = solution.stats.adjoint
+    assert adjoint.dependent and adjoint.converged.all() and not adjoint.fallback.any()
+    torch.testing.assert_close(found.to(DTYPE) / size, truth, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e6])
 def test_a_fixed_budget_tells_of_a_large_cotangent_too(size):
     """Relative to a cotangent of zero a product above four is infinite, and so is its rounding."""
