@@ -75,6 +75,10 @@ def test_the_penalty_of_a_shorter_run_keeps_its_shares():
     assert [shared.at(step, 0, 400) for step in range(400)] == [full.at(step, 0) for step in range(400)]
     assert [shared.at(step, 0, 40) for step in range(40)] == [full.at(10 * step, 0) for step in range(40)]
     assert shared.at(3, 0, 4) == full.at(300, 0) and shared.at(0, 0, 1) == 0.5
+    endless = replace(shared, stop_step=None)
+    for total in (3, 7, 15, 27, 401):  # of none of which a stage is a whole number of steps
+        weights = [endless.at(step, 0, total) for step in range(total)]
+        assert weights == [endless.at(step * 400 // total, 0) for step in range(total)] and max(weights) <= 0.8
     assert full.at(39, 0, 40) == 0.5, "without of_steps the steps are as they stand"
 
 

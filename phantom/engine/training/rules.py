@@ -75,15 +75,12 @@ class Penalty:
 
     def at(self, step: int, seed: int, total: int | None = None) -> float:
         """Return the weight of `step` in a run of `total` steps; None is a full run."""
-
-        def here(steps: int) -> int:
-            return steps if total is None else share_of_run(steps, self.of_steps, total)
-
-        if self.stop_step is not None and step >= here(self.stop_step):
+        full = step if total is None or self.of_steps is None else step * self.of_steps // total
+        if self.stop_step is not None and full >= self.stop_step:
             return 0.0
         if _draw("penalty", seed, step).random() >= self.frequency:
             return 0.0
-        stages = 0 if self.increment_every is None else step // max(1, here(self.increment_every))
+        stages = 0 if self.increment_every is None else full // self.increment_every
         return self.weight + self.increment * stages
 
 
