@@ -63,6 +63,16 @@ def test_the_table_of_figure_2_has_median_and_percentiles_of_every_tenth(keep):
     assert text.startswith("# F2\n") and "Budget of the paper: 100 steps, 1 runs on card. Commit 01234567" in text
 
 
+@pytest.mark.parametrize(("nulls", "shown"), [([5], "6.5e-04"), ([1, 2, 3, 4, 5, 6], "inf")])
+def test_an_adjoint_residual_that_was_not_finite_is_the_largest(keep, nulls, shown):
+    """A diverging run has null there."""
+    monitor = cosines({step: (0.5, 0.9) for step in range(1, 11)})
+    for step in nulls:
+        monitor[step - 1]["exact_residual"] = None
+    keep("f/implicit", monitor=monitor)
+    assert f"| {shown} | 1.1 % |" in cosine.page(FIG2, runs_of(FIG2))
+
+
 def test_every_measurement_of_figure_2_is_drawn(keep, tmp_path):
     keep("f/implicit@cpu", monitor=cosines({10: (0.7, 0.9), 20: (0.6, 0.8)}), choices={"data": "cifar10_small"})
     cosine.draw(FIG2, runs_of(FIG2), tmp_path / "one.png")

@@ -131,6 +131,12 @@ def test_a_page_shows_the_numbers_and_verdicts_of_its_record(drawing, record, li
     assert "12 CPU seconds on one thread (x86_64 CPU), 2021-12-06, commit 01234567, torch 2.0." in text
 
 
+def test_a_cosine_of_a_reasoner_that_is_not_finite_is_shown(tmp_path):
+    rows = [{**row, "cosine": {"last": None, "implicit": 0.999}} for row in REASONER["rows"]]
+    assert "| random, 1 | not finite | 1.00 | 3.5 |" in reasoner.page(REASONER | {"rows": rows})
+    reasoner.draw(REASONER | {"rows": rows}, tmp_path / "one.png")
+
+
 def test_a_record_of_changed_code_says_so():
     assert "commit 01234567*, " in claims.source(copy.deepcopy(ASCENT) | {"dirty": True})
     long = claims.source(ASCENT | {"settings": {"seeds": list(range(9)), "lams": [0.5, 1.5, 2.5, 3.5, 4.5], "dim": 3}})

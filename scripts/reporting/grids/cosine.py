@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -100,7 +101,8 @@ def _exactness(rows: list[dict[str, Any]]) -> tuple[str, str]:
     if not known:
         return "--", "--"
     unsolved = fmean(row["exact_unsolved"] for row in known)
-    return f"{median(row['exact_residual'] for row in known):.1e}", f"{100 * unsolved:.1f} %"
+    residuals = [inf if row["exact_residual"] is None else row["exact_residual"] for row in known]  # null: not finite
+    return f"{median(residuals):.1e}", f"{100 * unsolved:.1f} %"
 
 
 def _cell(rows: list[dict[str, Any]], key: str) -> str:

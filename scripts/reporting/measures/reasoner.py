@@ -15,7 +15,11 @@ def page(record: dict[str, Any]) -> markdown.Page:
 
     def table(name: str, form: str, *more: str) -> markdown.Table:
         cells = [
-            [_place(row), *(format(row[name][rule], form) for rule in rules), *(f"{row[key]:.2g}" for key in more)]
+            [
+                _place(row),
+                *(_number(row[name][rule], form) for rule in rules),
+                *(_number(row[key], ".2g") for key in more),
+            ]
             for row in rows
         ]
         heads = ["weights, supervision step", *rules, *(key.replace("_", " ") for key in more)]
@@ -56,6 +60,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("cosine to the gradient through all cycles")
     axes[0][-1].legend(fontsize=8, loc="lower right")
     plots.save(figure, path)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def _place(row: dict[str, Any]) -> str:
