@@ -68,6 +68,9 @@ DAMAGED = {
     "a list": "- seed",
     "date": "a: 2020-13-45",
     "open": "a: [1",
+    "a word": "a: !!bool x",
+    "nothing": "a: !!int ''",
+    "in itself": "a: &a [*a]",
 }
 
 

@@ -59,7 +59,8 @@ def read(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+    # a date that does not exist is a ValueError; `!!bool x`, `!!int ''` and `!!timestamp x` are the others
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the saved config is no YAML ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"the saved config is a {type(found).__name__}, expected a mapping")
