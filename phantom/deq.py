@@ -281,9 +281,7 @@ def _check_settings(
 def _attach_at(z: Tensor, f: FlatMap, solution: Solution, grad: GradientEstimator) -> Tensor:
     """Return the iterate `z` of the solve with the gradient attached to it, which counts in `solution.stats`."""
     stats = Stats.of_no_solve(z)
-    known = solution.stats
-    stats.group, stats.on_failure, stats.confirm = known.group, known.on_failure, known.confirm
-    stats.differentiated_in = solution.stats.differentiated_in
+    stats.follow(solution.stats)
     value = grad.attach(f, Solution(value=z, z0=solution.z0, z_star=z, stats=stats))
     solution.stats.num_evals += stats.num_evals
     return value

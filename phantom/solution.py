@@ -85,6 +85,11 @@ class Stats:
             trace=z.new_empty((0, batch)),
         )
 
+    def follow(self, other: Stats) -> None:
+        """Take over what the caller of the solve of `other` has set for its backward."""
+        self.group, self.on_failure, self.confirm = other.group, other.on_failure, other.confirm
+        self.differentiated_in = other.differentiated_in
+
 
 @dataclass
 class Solution(Generic[S]):

@@ -171,8 +171,7 @@ def _differentiable(ctx: Any, g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
     linear = Linearisation(adjoint, u)
     linear.inputs = [tensor for tensor in (*inputs, z, g) if tensor.requires_grad]
     stats = Stats.of_no_solve(u)
-    outer = equilibrium.stats
-    stats.group, stats.confirm, stats.differentiated_in = outer.group, outer.confirm, outer.differentiated_in
+    stats.follow(equilibrium.stats)
     again = _Backward(equilibrium.estimator, adjoint, linear, stats, None, is_adjoint=True)
     u = _with_value(Equilibrium.apply(linear.fz, again, *linear.inputs), u)
     return partial_vjps(fz, inputs, u, fixed=z)

@@ -156,3 +156,21 @@ def test_a_random_map_is_told_from_problems_that_depend_on_each_other():
     stats.residual = stats.residual.expand(2)
     told = describe(stats)
     assert "they are one problem" in told and "z0[None]" in told and "; or f draws random numbers" in told
+
+
+def test_the_policy_is_that_of_the_second_derivative_too():
+    """The adjoint of the adjoint equation is another solve, and may fail alone."""
+    seen = []
+    x = torch.randn(2, 4, dtype=DTYPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = 3 * torch.linalg.qr(torch.randn(4, 4, dtype=DTYPE, generator=torch.Generator().manual_seed(1)))[0]
+    solution = fixed_point(
+        lambda z: z @ weight + x * x,
+        torch.zeros_like(x),
+        solver=Broyden(max_steps=30, tol=1e-10),
+        grad=Implicit(solver=FixedPoint(max_steps=3, tol=1e-9)),
+        on_failure=seen.append,
+    )
+    (g,) = torch.autograd.grad(solution.value.square().sum(), x, create_graph=True)
+    assert len(seen) == 1
+    torch.autograd.grad(g.sum(), x)
+    assert len(seen) == 3, "the adjoint of the second cotangent, and the adjoint of the adjoint"
