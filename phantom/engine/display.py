@@ -83,10 +83,11 @@ def summary_table(record: Mapping[str, Any]) -> str:
         rows.append((f"{phase} time", f"{1e3 * times['median']:.1f} ms per step (median of {times['n']})"))
     if record["items_per_second"]:
         rows.append(("throughput", f"{record['items_per_second']:.0f} {record['unit']}/s"))
-    if record.get("target") is not None:  # which early records do not have
+    if record.get("target") is not None:
         state = "reached" if record["reached"] else "not reached"
         rows.append(("target", f"{record['target']:g} {state} in {record['training_seconds']:.1f} s of training"))
-    rows.append(("wall clock", f"{record['wall_seconds']:.0f} s, evaluations included"))
+    if "wall_seconds" in record:  # which early records do not have
+        rows.append(("wall clock", f"{record['wall_seconds']:.0f} s, evaluations included"))
     rows.append(("record", str(record["folder"])))
     width = max(len(name) for name, _ in rows)
     return printable("\n".join(f"  {name:<{width}}  {value}" for name, value in rows))

@@ -62,7 +62,7 @@ def _find_finished(trainer: Trainer, plan: Plan, *, anew: bool) -> dict[str, Any
     finished = distributed.gather(_finished_record(plan, plan.folder) if main and not anew else None)[0]
     if finished is not None:
         config = (plan.folder / "config.yaml").read_bytes().decode()
-        check_same_data(Data(finished["data_digests"], config), trainer.data, plan.folder / "record.json")
+        check_same_data(Data(finished.get("data_digests", {}), config), trainer.data, plan.folder / "record.json")
         if main:
             log.info("this run is finished; resume=never trains it again from the start")
             print(summary_table(finished), flush=True)

@@ -61,9 +61,7 @@ def measure(
         run = begin_run([f"experiment={experiment}", "device=cpu", *init], CONFIGS, load_reference)
         inputs, labels = next(iter(run.source.train(epoch=0, start=0, shard=Shard())))[0]
         for deq in deqs_of(run.model):
-            deq.on_failure = (
-                "ignore"  # where the cycle does not contract the backward has no solution: said on the page
-            )
+            deq.on_failure = "ignore"  # where the cycle does not contract no backward has a solution: the page says so
         found = compare(run.model, inputs, labels, supervision_steps, rules(cycles, implicit_steps), cycles)
         rows += [{"weights": name, **row} for row in found]
     return {"rows": rows, "claims": claims(rows)}
