@@ -22,20 +22,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
-# the keys that the parts of a definition need
-NEEDED = {
-    "tables": ("title", "rows"),
-    "grids": ("title", "function", "experiments", "grid"),
-    "measures": ("function", "settings", "smoke", "cost"),
-}
-ROW = ("name", "experiment", "paper")
+# the keys that the parts of a definition need, and those without which they have no page
+NEEDED = {"tables": ("rows",), "grids": ("experiments", "grid"), "measures": ("function",)}
+SHOWN = {"tables": ("title",), "grids": ("title", "function"), "measures": ()}
 
 
 def results() -> Path:
@@ -62,23 +58,36 @@ def load(name: str) -> dict[str, Any]:
         raise StudyError(f"{path} is no YAML ({error})") from error
     if not isinstance(found, dict):
         raise StudyError(f"{path} has no keys: it needs a title, and what the study shows; see scripts/studies.py")
-    for where, part, needed in _parts(found):
+    study = {"name": name, "folder": folder, **found}
+    parts = _parts(found, NEEDED)
+    rows = [(f"row {i} of {where}", row, ("experiment",)) for where, part, _ in parts for i, row in _rows(part)]
+    _check(study, [("the study", found, ("title",)), *parts, *rows])
+    return study
+
+
+def check_shown(study: dict[str, Any]) -> None:
+    """Raise StudyError where a part of a definition lacks what its page needs."""
+    parts = _parts(study, SHOWN)
+    rows = [(f"row {i} of {where}", row, ("name", "paper")) for where, part, _ in parts for i, row in _rows(part)]
+    means = [(where, part, ("metric", "split", "std")) for where, part, _ in parts if "protocols" not in part]
+    _check(study, [*parts, *rows, *(one for one in means if "rows" in one[1])])
+
+
+def _parts(study: dict[str, Any], keys: Mapping[str, Sequence[str]]) -> list[tuple[str, Any, Sequence[str]]]:
+    """Return (where it stands, part, the keys that it needs) of every part of a study."""
+    return [(f"{group}.{name}", part, keys[group]) for group in keys for name, part in (study.get(group) or {}).items()]
+
+
+def _rows(part: Any) -> Iterable[tuple[int, Any]]:
+    return enumerate(part.get("rows") or ()) if isinstance(part, dict) else ()
+
+
+def _check(study: dict[str, Any], parts: Iterable[tuple[str, Any, Sequence[str]]]) -> None:
+    for where, part, needed in parts:
         missing = [key for key in needed if not isinstance(part, dict) or key not in part]
         if missing:
+            path = study["folder"] / "study.yaml"
             raise StudyError(f"{path}: {where} lacks {', '.join(missing)}; see scripts/studies.py")
-    return {"name": name, "folder": folder, **found}
-
-
-def _parts(study: dict[str, Any]) -> Iterator[tuple[str, Any, Sequence[str]]]:
-    """Yield where a part of a definition stands, the part, and the keys that it needs."""
-    yield "the study", study, ("title",)
-    for group, needed in NEEDED.items():
-        for name, part in (study.get(group) or {}).items():
-            yield f"{group}.{name}", part, needed
-            rows = part.get("rows", ()) if group == "tables" and isinstance(part, dict) else ()
-            yield from ((f"row {i} of tables.{name}", row, ROW) for i, row in enumerate(rows or ()))
-            if rows and "protocols" not in part:
-                yield f"tables.{name}", part, ("metric", "split", "std")
 
 
 def leaf(group: str, name: str) -> dict[str, Any]:

@@ -15,7 +15,12 @@ SHEETS = ("tables", "figure", "grids", "measures")
 
 
 def of(study: dict[str, Any]) -> dict[Path, markdown.Page]:
-    """Return every page of a study that has something to show, by the path it is kept at."""
+    """Return every page of a study that has something to show, by the path it is kept at.
+
+    Raises:
+        StudyError: its definition lacks what a page needs, or a record is damaged.
+    """
+    studies.check_shown(study)
     folder, found = study["folder"], {}
     for name, table in study.get("tables", {}).items():
         found[folder / f"{name}.md"] = (targets if "target" in table else tables).render(table)

@@ -183,8 +183,7 @@ def test_a_study_shows_the_paper_s_scale_alone(tmp_path, monkeypatch):
     folder = tmp_path / "results" / "study"
     folder.mkdir(parents=True)
     (folder / "study.yaml").write_text(
-        "title: A study\nmeasures:\n  one: {function: descent, settings: {}, smoke: {}, cost: {}}\n"
-        "  two: {function: ascent, settings: {}, smoke: {}, cost: {}}\n"
+        "title: A study\nmeasures: {one: {function: descent}, two: {function: ascent}}\n"
     )
     (folder / "one.json").write_text(json.dumps(DESCENT))
     (folder / "two@smoke.json").write_text(json.dumps(ASCENT))

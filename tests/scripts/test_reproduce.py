@@ -239,6 +239,7 @@ def test_a_study_of_another_kind_says_where_to_look():
 
 
 ROW = "{name: a row, experiment: table1/implicit, paper: '--'}"
+SHORT = "{experiment: table1/implicit}"
 
 
 @pytest.mark.parametrize(
@@ -248,10 +249,10 @@ ROW = "{name: a row, experiment: table1/implicit, paper: '--'}"
         ("- title", "has no keys: it needs a title"),
         ("title: [", "is no YAML"),
         ("tables: {}", "the study lacks title"),
-        ("{title: A, tables: {one: }}", "tables.one lacks title, rows"),
-        ("{title: A, measures: {one: {function: f}}}", "measures.one lacks settings, smoke, cost"),
-        ("{title: A, tables: {one: {title: B, rows: [{name: a}]}}}", "row 0 of tables.one lacks experiment, paper"),
-        (f"{{title: A, tables: {{one: {{title: B, rows: [{ROW}]}}}}}}", "tables.one lacks metric, split, std"),
+        ("{title: A, tables: {one: }}", "tables.one lacks rows"),
+        ("{title: A, measures: {one: {settings: {}}}}", "measures.one lacks function"),
+        ("{title: A, grids: {one: {grid: {}}}}", "grids.one lacks experiments"),
+        ("{title: A, tables: {one: {title: B, rows: [{name: a}]}}}", "row 0 of tables.one lacks experiment"),
     ],
 )
 @pytest.mark.parametrize("command", [reproduce.main, report.main])
@@ -261,3 +262,20 @@ def test_a_wrong_definition_is_named(command, text, message, tmp_path, monkeypat
     (tmp_path / "results" / "mine" / "study.yaml").write_text(text)
     with pytest.raises(SystemExit, match=rf"error: .*study\.yaml:? {message}"):
         command(["mine"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"tables: {{one: {{rows: [{ROW}]}}}}", "tables.one lacks title"),
+        (f"tables: {{one: {{title: B, rows: [{SHORT}]}}}}", "row 0 of tables.one lacks name, paper"),
+        (f"tables: {{one: {{title: B, rows: [{ROW}]}}}}", "tables.one lacks metric, split, std"),
+        ("grids: {one: {experiments: {}, grid: {paper: {}}}}", "grids.one lacks title, function"),
+    ],
+)
+def test_what_a_page_needs_is_named(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    (tmp_path / "results" / "mine" / "study.yaml").write_text(f"title: A\n{text}\n")
+    with pytest.raises(SystemExit, match=rf"error: .*study\.yaml: {message}"):
+        report.main(["mine"])

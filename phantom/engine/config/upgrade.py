@@ -76,7 +76,7 @@ def _check_size(config: dict[Any, Any]) -> None:
             return
         node, depth = nodes.pop()
         if count == MOST or depth == DEEPEST:
-            raise ConfigError(f"the saved config is too large: it has more than {MOST} values, or {DEEPEST} levels")
+            raise ConfigError(f"the saved config is more than {MOST} values, or {DEEPEST} levels: no run saves that")
         items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
         nodes += [(item, depth + 1) for item in items]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,7 @@ def records(study: dict[str, Any]) -> list[Path]:
 
 def as_html(text: str) -> str:
     """Return a rendered page as HTML; tables scroll on a narrow screen, and are named by the heading before them."""
+    text = re.sub(r"\[([^]]*)\]\((?!https://|#)[^)]*\)", r"\1", text)  # to pages that do not lie beside this one
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens, heading = parser.parse(text), "table"
     for before, token in pairwise([Token("", "", 0), *tokens]):
