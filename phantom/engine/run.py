@@ -22,6 +22,8 @@ from phantom.engine.training.loop import Trainer
 
 # what resume=never removes
 _LEAVES = ("last*.pt", "last.damaged", "best.pt", "metrics.jsonl", "record.json")
+# what the record of a finished run needs so that it can be shown
+_SHOWN = ("label", "folder", "num_parameters", "metric", "train", "times", "items_per_second")
 log = logging.getLogger(__name__)
 
 
@@ -122,6 +124,8 @@ def _finished_record(plan: Plan, folder: Path) -> dict[str, Any] | None:
     record, config = found
     try:
         other = record["seed"] != plan.config["seed"] or plan.differences(config)
+        if missing := [key for key in _SHOWN if key not in record]:
+            raise ConfigError(f"it has no {', '.join(missing)}")
     except ConfigError as error:
         log.warning("the record in %s is damaged and does not count (%s)", folder, error)
         return None

@@ -62,6 +62,13 @@ def test_a_finished_one_is_not_trained_again(folder, tmp_path):
     assert run(build_trainer(made), made) == WHOLE
 
 
+@pytest.mark.parametrize("key", ["label", "folder", "num_parameters", "metric", "train", "times", "items_per_second"])
+def test_a_record_that_cannot_be_shown_does_not_count(folder, tmp_path, caplog, key):
+    (folder / "record.json").write_text(json.dumps({name: value for name, value in WHOLE.items() if name != key}))
+    assert finished_folder(plan(job(tmp_path))) is None
+    assert f"is damaged and does not count (it has no {key})" in caplog.text
+
+
 DAMAGED = {
     "empty": "",
     "cut": "data:\n  a: 1\n  _t",
