@@ -9,6 +9,7 @@ from typing import Any
 from scripts.reporting import markdown, plots, provenance
 
 CONVERGED = 1e-2  # of the reference's backward solve; above it, its cosines mean little
+SOLVED = 0.1  # of the forward solve; a rollout that stays above it ends at no equilibrium
 
 
 def render(result: dict[str, Any]) -> markdown.Page:
@@ -121,9 +122,14 @@ def _about(result: dict[str, Any]) -> str:
     unsolved = reference.get("unsolved")  # of which records of before know nothing; those problems may count most
     solved = residual is not None and residual < CONVERGED and not unsolved
     doubt = "" if solved else " **It has not converged: doubt the cosines.**"
+    elsewhere = (
+        " **This is no equilibrium: the exact gradient of its loss is another one than the reference.**"
+        if result["residual"] is None or result["residual"] >= SOLVED
+        else ""
+    )
     above = "" if unsolved is None else f", {100 * unsolved:.1f} % of the problems above {CONVERGED:g}"
     return (
-        f"{examples}, weights {weights}, median forward residual {_number(result['residual'], '.1e')}. "
+        f"{examples}, weights {weights}, median forward residual {_number(result['residual'], '.1e')}.{elsewhere} "
         f"Spectral radius of lam J + (1 - lam) I: {radii}. Reference: {reference['vjps']} vjps, median backward "
         f"residual {_number(residual, '.1e')}{above}.{doubt} Milliseconds are those of attach and backward, the head "
         f"included ({result['device']}). MB: the most that the step's tensors take from the end of the solve on. The "

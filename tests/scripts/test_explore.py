@@ -246,6 +246,14 @@ def test_the_page_that_is_printed_is_the_one_that_is_kept(tmp_path, monkeypatch,
     assert "median forward residual --." in printed and "; the nearest is `grad=npg k=2 lam=0.5` with" in printed
 
 
+@pytest.mark.parametrize(("residual", "said"), [(None, True), (0.1, True), (0.09, False)])
+def test_a_state_that_is_no_equilibrium_is_told(folder, monkeypatch, capsys, residual, said):
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args: measure(*args) | {"residual": residual})
+    explore.main([f"run={folder}", "batches=1", "solver.max_steps=2", "grad=one_step"])
+    assert ("This is no equilibrium" in capsys.readouterr().out) == said
+
+
 def test_a_config_begins_with_the_weights_of_init(tmp_path):
     run = tiny_run(tmp_path, "steps=1")["path"]
     items = [*TINY, f"init={run / 'last.pt'}"]
