@@ -172,14 +172,47 @@ def test_the_task_divides_sums(configs):
     assert torch.allclose(values, torch.stack([(image**2).sum() / 64 for image in images]))
 
 
-def test_a_model_without_its_duties_is_refused_in_one_sentence(tmp_path, configs, monkeypatch, capsys):
-    (Path(configs.folder).parent / "mine/bare.py").write_text(
-        "from torch import nn\n\n\nclass Bare(nn.Linear):\n    kinds = ('image_classification',)\n\n"
-        "    def __init__(self, *, in_channels, num_classes, deq):\n        super().__init__(1, 1)\n"
-    )
-    (configs.folder / "model/bare.yaml").write_text("_target_: mine.bare.Bare\n")
+BARE = """
+import torch
+from torch import nn
+
+
+class Bare(nn.Linear):
+    kinds = ("image_classification",)
+
+    def __init__(self, *, in_channels, num_classes, deq, returned):
+        super().__init__(in_channels, num_classes)
+        self.deq, self.returned = deq if returned else None, returned
+
+    def forward(self, images):
+        x = super().forward(images.mean(dim=(2, 3)))
+        out = self.deq(lambda z: 0.5 * z + x, torch.zeros_like(x))
+        return {"value": out.value, "out": out, "value, out": (out.value, out), "value, 1": (out.value, (1,))}[
+            self.returned
+        ]
+"""
+NEEDED = (
+    "model: Bare.forward must return (output, solutions), where solutions is a tuple of the Solution of every solve: "
+    "return logits, (solution,). It returns "
+)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("", "model: Bare holds no DEQ: keep the argument `deq` as a child module, self.deq = deq"),
+        ("value", f"{NEEDED}Tensor"),
+        ("out", f"{NEEDED}Solution"),
+        ("value, out", f"{NEEDED}Tensor, Solution"),
+        ("value, 1", f"{NEEDED}Tensor, tuple"),
+    ],
+)
+def test_a_model_without_its_duties_is_refused_in_one_sentence(
+    tmp_path, configs, monkeypatch, capsys, returned, message
+):
+    (Path(configs.folder).parent / "mine/bare.py").write_text(BARE)
+    (configs.folder / "model/bare.yaml").write_text(f"_target_: mine.bare.Bare\nreturned: '{returned}'\n")
     monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, f"runs={tmp_path}", "model=bare"])
     with pytest.raises(SystemExit):
         command.run(train.job, configs)
-    message = "error: model: Bare holds no DEQ: keep the argument `deq` as a child module, self.deq = deq"
-    assert capsys.readouterr().err.strip() == message
+    assert capsys.readouterr().err.strip() == f"error: {message}"
