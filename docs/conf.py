@@ -10,7 +10,7 @@ author = copyright = "The phantom authors"
 version = release = phantom.__version__
 
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "docs/notebooks/*.ipynb", "results/**.md", "weights/**.md", "*.md"]
+include_patterns = ["docs/**.md", "docs/notebooks/*.ipynb", "results/**.md", "weights/**.md", "scripts/*.md", "*.md"]
 # folders that are not looked into
 exclude_patterns = [".*", "**/__pycache__", "docs/_*", "runs", "wandb", "outputs", "multirun", "*.egg-info"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

@@ -102,6 +102,20 @@ def test_the_index_names_every_page():
     assert linked == pages - {"index"}, "the list for readers and the tree for the site"
 
 
+def test_a_link_between_pages_stays_on_the_site():
+    source = re.search(r"^include_patterns = \[(.*?)\]", (DOCS / "conf.py").read_text(), flags=re.MULTILINE)[1]
+    patterns = [re.escape(pattern) for pattern in re.findall(r'"(.*?)"', source)]
+    form = "|".join(pattern.replace(r"\*\*", ".*").replace(r"\*", "[^/]*") for pattern in patterns)
+    folders = [ROOT / name for name in ("docs", "results", "scripts", "weights")]
+    files = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    pages = {path for path in files if re.fullmatch(form, path.relative_to(ROOT).as_posix())}
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(\s*([^)#:\s]+\.md)[)#]", page.read_text("utf-8"))
+    ]
+    assert len(links) > 100
+    assert [(page.name, link) for page, link in links if (page.parent / link).resolve() not in pages] == []
+
+
 def test_the_reference_has_every_public_name():
     listed = re.findall(r"(?:class|function|exception|module|data):: phantom\.(\w+)", (DOCS / "api.md").read_text())
     assert sorted(listed) == sorted(phantom.__all__)
