@@ -39,6 +39,15 @@ def test_growth_is_divergence(stop, tol):
     assert stats.num_steps.item() == math.ceil(math.log(1e6) / math.log(3))
 
 
+@pytest.mark.parametrize("sync_every", [1, None])
+def test_a_drift_is_no_progress(sync_every):
+    """f(z) = z + c: |f(z) - z| is c but for the rounding of f(z), and relative to |f(z)| it falls in every step."""
+    z0 = torch.full((2, 3), 0.1)
+    z, stats, _ = solve(lambda z: z + 0.3, z0, FixedPoint(max_steps=40, tol=None, sync_every=sync_every))
+    assert stats.trace[-1].max() < 0.1 * stats.trace[0].min()
+    assert torch.equal(z, z0) and torch.equal(stats.residual, stats.trace[0])
+
+
 def test_overflow_keeps_the_best_finite_iterate():
     """The first steps improve the residual, then the state overflows to infinity and NaN."""
 

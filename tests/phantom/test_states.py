@@ -1,9 +1,24 @@
 """Iterates of the solve with a gradient each, and the steps that an estimator unrolls."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from phantom import BPTT, DEQ, NPG, SHINE, UPG, Anderson, Broyden, FixedPoint, Implicit, Rollout, fixed_point
+from phantom import (
+    BPTT,
+    DEQ,
+    NPG,
+    SHINE,
+    UPG,
+    Anderson,
+    Broyden,
+    FixedPoint,
+    Implicit,
+    Rollout,
+    SolveError,
+    fixed_point,
+)
 from tests.phantom.cases import BATCH, DIM, Case, close
 from tests.phantom.problems import DTYPE, randn, with_radius
 from tests.phantom.solvers import Recorded
@@ -93,6 +108,23 @@ def test_what_states_cost_is_counted():
     calls = Recorded(lambda z: 0.5 * z + 1)
     solution = fixed_point(calls, randn(2, 3, seed=1), solver=FixedPoint(max_steps=9, tol=None), states=(1, 2))
     assert solution.stats.num_evals == len(calls.calls) == 10 + 3 * 5
+
+
+def test_the_backward_of_a_state_follows_the_policy_of_the_solve():
+    """One step of the adjoint solve is not enough, for the states as for the value."""
+    w, grad = torch.tensor(0.9, dtype=DTYPE, requires_grad=True), Implicit(solver=FixedPoint(max_steps=1, tol=1e-6))
+    for on_failure in ("raise", "ignore"):
+        solution = fixed_point(
+            lambda z: w * z + 1,
+            torch.zeros(2, 3, dtype=DTYPE),
+            solver=FixedPoint(max_steps=500, tol=1e-9),
+            grad=grad,
+            states=(3,),
+            on_failure=on_failure,
+        )
+        for state in (*solution.states, solution.value):
+            with pytest.raises(SolveError, match="adjoint solve") if on_failure == "raise" else nullcontext():
+                torch.autograd.grad(state.sum(), w)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
