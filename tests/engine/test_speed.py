@@ -81,6 +81,7 @@ def choose(monkeypatch):
         ({"penalty": {}}, (True, False, False), "CUDA graphs need penalty=null"),
         ({"compiler": False}, (False, True, False), "torch cannot compile here"),
         ({"cell": None}, (False, True, False), "the model has no module `cell`"),
+        ({"cell": Fusible()}, (True, True, False), "f is compiled, steps are CUDA graphs"),
         ({"speed": "kernels", "cell": Fusible()}, (False, True, True), "own kernels .speed=kernels"),
         ({"speed": "kernels", "cell": Fusible(), "compile": True}, (True, True, True), "f is compiled"),
         ({"speed": "kernels", "solver": Broyden()}, (True, True, True), "f is compiled, .* max_steps, own kernels"),

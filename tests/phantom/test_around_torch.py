@@ -141,6 +141,22 @@ def test_a_map_that_has_changed_until_backward_is_refused(keep, grad):
             gradient(kept)
 
 
+@pytest.mark.parametrize("grad", ESTIMATORS, ids=lambda grad: type(grad).__name__)
+def test_a_map_that_rounds_otherwise_in_backward_is_the_same(grad):
+    """As sums in another order do on a GPU: to half of the digits of float32 it has its value again."""
+    weight, rounding = torch.full((6, 6), 0.05, dtype=DTYPE, requires_grad=True), [1e-5, 0.0]
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(z @ weight + X) * (1 + rounding[0])
+
+    with torch.autograd.graph.save_on_cpu():
+        value = fixed_point(f, torch.zeros_like(X), solver=SOLVER, grad=grad).value
+    expected = torch.autograd.grad(value.sum(), weight, retain_graph=True)[0]
+    rounding.reverse()
+    found = torch.autograd.grad(value.sum(), weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("grad", [*ESTIMATORS, UPG(checkpoint=True), BPTT(num_steps=3, checkpoint=True)], ids=str)
 @pytest.mark.parametrize("max_steps", [0, 3])
 def test_a_state_of_inference_mode_is_a_start(grad, max_steps):

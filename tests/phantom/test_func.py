@@ -354,6 +354,26 @@ def test_weights_that_need_no_grad_cost_no_further_solve(name, solves):
         assert len(seen) == solves + more
 
 
+@pytest.mark.parametrize("transform", [func.grad, func.hessian])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_all_evaluations_under_a_transform_are_counted(transform, needs_grad):
+    weight, found = WEIGHT.clone().requires_grad_(needs_grad), []
+
+    def value(x: Tensor) -> Tensor:
+        calls: list[None] = []
+
+        def f(z: Tensor) -> Tensor:
+            calls.append(None)
+            return torch.tanh(z @ weight.mT) + x
+
+        solution = fixed_point(f, torch.zeros_like(x), grad=Implicit(solver=SOLVERS["broyden"]))
+        found.append((solution.stats.num_evals, len(calls)))
+        return solution.value.square().sum()
+
+    transform(value)(X)
+    assert [counted for counted, _ in found] == [calls for _, calls in found] != []
+
+
 def test_shine_serves_cotangents_alone_and_several_of_them():
     x = X.clone().requires_grad_()
     value = equilibrium(WEIGHT, x, grad=SHINE())

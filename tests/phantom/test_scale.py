@@ -139,6 +139,15 @@ def test_a_solve_stops_at_its_rounding_floor(solver, stop):
     assert relative_error(z, fine) < 3e-6
 
 
+def test_two_states_of_one_residual_are_a_floor():
+    """The last digit goes to and fro: neither state is better than the other, and the first one is kept."""
+    one, above = torch.ones(2, 3), torch.nextafter(torch.ones(2, 3), torch.tensor(2.0))
+    solver = FixedPoint(max_steps=50, tol=1e-9, stop="absolute")
+    z, stats, _ = solve(lambda z: torch.where(z == one, above, one), 3 * one, solver)
+    assert stats.stalled.all() and torch.equal(z, one)
+    assert stats.num_steps.tolist() == [2, 2] and stats.num_evals < 6
+
+
 @pytest.mark.parametrize("stop", ["relative", "absolute"])
 def test_slowness_alone_stops_nothing(stop):
     """A rate of 0.999 moves a thousandth a step; far from the rounding of f(z) that is progress."""

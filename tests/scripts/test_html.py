@@ -233,6 +233,7 @@ def test_an_estimator_s_own_numbers_and_those_that_a_course_changes():
 
 def test_what_else_a_command_says():
     items = ["+grad.k=3", "data=cifar10", "experiment=table1/upg_k9_lam0.5_dropout", "lam=1", "optimizer.lr=0.1"]
+    items += ["model=mdeq_tiny", "grad=upg", "k=9", "grad.lam=0.5", "scale=cpu"]  # there is a filter for each
     assert others({"overrides": items}) == ["experiment=table1/upg_dropout", "optimizer.lr=0.1"]
     assert others({"experiment": "table4/cox2_upg_k5_lam1.0", "overrides": ["k=3"]}) == ["experiment=table4/cox2_upg"]
     assert others({"label": "x"}) == []
