@@ -267,7 +267,9 @@ def test_a_damaged_or_foreign_folder_is_left_out_with_its_reason(runs, tmp_path,
     for name, text in (texts | {"cut": whole.read_text()[:40], "binary": "\udcff"}).items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "record.json").write_text(text, errors="surrogateescape")
-    strange = json.dumps({**record, "peak_memory": float("inf"), "final": {"test": {"accuracy": float("nan")}}})
+    strange = json.dumps(
+        {**record, "peak_memory": float("inf"), "steps": float("-inf"), "final": {"test": {"accuracy": float("nan")}}}
+    )
     (tmp_path / "good").mkdir()
     (tmp_path / "good/record.json").write_text(strange)
     rows = [lines[0].replace('"loss": ', '"loss": NaN, "of": '), "no row", *lines[1:], lines[-1][:20]]
@@ -283,7 +285,7 @@ def test_a_damaged_or_foreign_folder_is_left_out_with_its_reason(runs, tmp_path,
     for reason in ("the run has no evaluation", "another field metric", "another field seed", "no record of a run"):
         assert reason in reasons
     json.dumps([run, curves], allow_nan=False)
-    assert not {"peak_bytes", "last"} & set(run["numbers"])
+    assert not {"peak_bytes", "steps", "last"} & set(run["numbers"])
     (loss,) = [curve for curve in curves if curve["name"] == "train/loss"]
     assert loss["x"] == [2, 3], "and not the step whose loss was not finite"
 

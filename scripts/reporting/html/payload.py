@@ -112,7 +112,7 @@ def _record(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, is damaged, or is not that of a run.
     """
-    content = json.loads(path.read_bytes(), parse_constant=lambda _: None)
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("it is no record of a run")
     wrong = [name for name, kind in FIELDS.items() if name not in content or not isinstance(content[name], kind)]
