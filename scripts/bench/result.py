@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from phantom.engine.artifacts.files import whole
+from phantom.engine.artifacts import records
 from phantom.engine.artifacts.provenance import environment
-from phantom.engine.artifacts.records import to_json
 from phantom.engine.machine.allocator import keep_freed_memory
 from phantom.engine.measure.timing import StepTimer
 from scripts.bench import measure, pipeline, ratios, small, variants
@@ -110,8 +109,7 @@ def _about(options: Options, device: torch.device, command: str) -> dict[str, An
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write the numbers of a benchmark."""
-    with whole(path) as file:
-        file.write((to_json(result, indent=1) + "\n").encode())
+    records.write_json(path, result, indent=1)
 
 
 def machine(device: torch.device) -> str:

@@ -73,5 +73,4 @@ def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, pane
 def write(entries: list[dict[str, Any]], path: Path) -> None:
     """Write the runs, one a line: curves of hundreds of values would fill as many lines each."""
     text = '{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n"
-    with files.whole(path) as file:
-        file.write(text.encode())
+    files.write(path, text.encode())

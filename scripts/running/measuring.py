@@ -69,8 +69,7 @@ def record(measure: Callable[..., dict[str, Any]], settings: dict[str, Any]) -> 
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a record, a line per key and per row: curves of hundreds of values would fill as many lines each."""
     parts = [f"{records.to_json(key)}: {_rows(value)}" for key, value in content.items()]
-    with files.whole(path) as file:
-        file.write(("{\n" + ",\n".join(parts) + "\n}\n").encode())
+    files.write(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
 def _rows(value: Any) -> str:

@@ -36,6 +36,12 @@ def whole(path: Path, *, parents: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file as `whole` does, with the folders that are missing."""
+    with whole(path) as file:
+        file.write(content)
+
+
 def read(path: Path) -> bytes:
     """Return the content of a file.
 

@@ -100,11 +100,9 @@ def _finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 2) -> None:
     """Write `content` to `path` atomically, readable by a person."""
-    text = to_json(content, indent=2) + "\n"
-    with files.whole(path) as file:
-        file.write(text.encode())
+    files.write(path, (to_json(content, indent=indent) + "\n").encode())
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str] | None:

@@ -108,12 +108,10 @@ def write(
 
     # tensors that share memory are written once each: a model that ties them has both names
     data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-    with files.whole(folder / WEIGHTS) as file:
-        file.write(data)
+    files.write(folder / WEIGHTS, data)
     places = {key: None for key in PLACES if key in config["data"]}
     kept = {**config, "runs": "runs", "data": {**config["data"], **places}}
-    with files.whole(folder / "config.yaml") as file:
-        file.write(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode())
+    files.write(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode())
     whole = {**record, "weights": asdict(About(**about, digest=digest(folder / WEIGHTS)))}
     records.write_json(folder / "record.json", whole)
     return whole

@@ -143,8 +143,7 @@ def _identifier(folder: Path, *, fresh: bool) -> str:
     if fresh or is_copy:
         identifier = secrets.token_hex(6)
     identifier = identifier or hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    with files.whole(kept) as file:
-        file.write(f"{identifier}\n{folder}\n".encode())
+    files.write(kept, f"{identifier}\n{folder}\n".encode())
     return identifier
 
 

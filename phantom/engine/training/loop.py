@@ -145,8 +145,7 @@ class Trainer:
         self.stopwatch.start()
         main = self.shard.rank == 0
         if main:  # once nothing was refused: until then the folder is that of the run before
-            with files.whole(self.folder / "config.yaml") as file:
-                file.write(self.config.encode())
+            files.write(self.folder / "config.yaml", self.config.encode())
         self._opened = Journal(
             self.folder,
             step=self.step,
