@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from phantom.runtime import transforms
 from phantom.runtime.host import is_traced
 from phantom.runtime.watching import Watching
-from phantom.state import Map, Packing, State, form_of
+from phantom.state import FlatMap, Map, Packing, State, form_of
 
 
 def check(f: Map, z0: State) -> list[str]:
@@ -51,6 +51,9 @@ def check(f: Map, z0: State) -> list[str]:
 
 
 def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
+    def evaluate(z: Tensor) -> Tensor:
+        return packing.pack(f(_state(packing, z))).clone()
+
     with torch.no_grad():
         argument = _state(packing, z)
         parts, form = pytree.tree_flatten(argument)  # f may change the collection, which is its own at every call
@@ -72,10 +75,10 @@ def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
             )
         if not fz.isfinite().all():
             return [*found, "f(z0) is not finite: nothing else can be told from there."]
-        again = packing.pack(f(_state(packing, z))).clone()
+        again = evaluate(z)
     with torch.enable_grad():
         leaf = z.clone().requires_grad_()
-        with_graph = packing.pack(f(_state(packing, leaf)))
+        with_graph = evaluate(leaf)
     if not _same(again, fz):
         found.append(
             "f is random: two evaluations at the same z differ. Draw masks once per solve, outside of f "
@@ -86,7 +89,7 @@ def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
         if not _same(with_graph.detach(), fz, tol=torch.finfo(z.dtype).eps ** 0.5):
             found.append("f gives another value with a graph than under no_grad: the gradient is that of another map.")
         with torch.no_grad():
-            found += _dependence(f, packing, z, fz, with_graph, leaf)
+            found += _dependence(evaluate, z, fz)
     return found + _graph(with_graph, leaf, reads)
 
 
@@ -95,20 +98,17 @@ def _state(packing: Packing, z: Tensor) -> State:
     return pytree.tree_map(Tensor.clone, packing.unpack(z))
 
 
-def _dependence(f: Map, packing: Packing, z: Tensor, fz: Tensor, with_graph: Tensor, leaf: Tensor) -> list[str]:
-    def evaluate(z: Tensor) -> Tensor:
-        return packing.pack(f(_state(packing, z))).clone()
-
+def _dependence(f: FlatMap, z: Tensor, fz: Tensor) -> list[str]:
     if z.numel() == 0:
         return []
     step = torch.randn_like(z) * (0.1 * z.square().mean().sqrt() + 0.01)
-    if _same(evaluate(z + step), fz):
+    if _same(f(z + step), fz):
         return ["f does not depend on z: its fixed point is f(z0), and no solve is needed."]
     rows = torch.arange(len(z), device=z.device)
     for bit in range((len(z) - 1).bit_length()):
         for value in (0, 1):
             moved = (rows >> bit) % 2 == value
-            other = evaluate(torch.where(moved[:, None], z + step, z))
+            other = f(torch.where(moved[:, None], z + step, z))
             if not _same(other[~moved], fz[~moved]):
                 return [
                     "f couples the rows of z: one problem changes another, and each is stopped and measured alone. Pass"
