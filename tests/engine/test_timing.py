@@ -109,7 +109,7 @@ def test_phases_outside_a_step_are_forgotten(clock):
     step(watch, clock, 1.0)
     with watch.phase("solve"):
         clock(100.0)  # an evaluation
-    watch.reset_marks()
+    watch.take_marks()
     step(watch, clock, 2.0)
     assert watch.recent()[0]["solve"] == 1.5
 

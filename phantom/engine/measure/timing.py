@@ -98,12 +98,7 @@ class StepTimer:
 
     def end_step(self, items: int | Tensor) -> None:
         """Close the current step, which processed `items` items; a tensor is read with the times."""
-        self._open_steps.append((self._marks, items))
-        self._marks = []
-
-    def reset_marks(self) -> None:
-        """Forget phases timed outside a step, such as those of an evaluation."""
-        self._marks = []
+        self._open_steps.append((self.take_marks(), items))
 
     def recent(self) -> tuple[dict[str, float], float | None]:
         """Return mean seconds by phase, and items per second, of the timed steps since the last call.

@@ -318,7 +318,7 @@ class Trainer:
             self._journal.write({"kind": "eval", "split": split, **metrics}, step=self.step, epoch=epoch)
         self.final = found
         self._select(epoch)
-        self.timer.reset_marks()
+        self.timer.take_marks()  # those of an evaluation are of no step
 
     def _select(self, epoch: int) -> None:
         """Keep weights, and metrics on all splits, of the evaluation at which the first split was best."""
