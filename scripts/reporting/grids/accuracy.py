@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from scripts.reporting import markdown, plots, tables
-from scripts.reporting.grids.runs import Runs, mean_curve, source
+from scripts.reporting.grids.runs import Runs, source
 
 
 def page(grid: dict[str, Any], runs: Runs) -> markdown.Page:
@@ -48,12 +48,14 @@ def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
     accuracy, beside, *radii = panels.flat
     for lam in lams:
         for name, panel, style in (
-            *(("UPG", accuracy, {"marker": "o"}),),
-            *(("UPG", beside, {"marker": "o", "linestyle": "--", "alpha": 0.6}), ("NPG", beside, {"marker": "s"})),
+            ("UPG", accuracy, {"marker": "o"}),
+            ("UPG", beside, {"marker": "o", "linestyle": "--", "alpha": 0.6}),
+            ("NPG", beside, {"marker": "s"}),
         ):
             points = [(k, runs.found.get((name, _setting(k, lam)), [])) for k in axes["k"]]
-            means = {k: _mean_best(grid, records) for k, records in points if records}
-            means = {k: mean for k, mean in means.items() if mean is not None}
+            bests = {k: [record["best"][grid["split"]][grid["metric"]] for record in records] for k, records in points}
+            # None is a number that was not finite
+            means = {k: fmean(values) for k, values in bests.items() if values and None not in values}
             if means:
                 label = f"lam = {lam}" if panel is accuracy else f"{name}, lam = {lam}"
                 panel.plot([*means], [*means.values()], color=colors[lam], label=label, **style)
@@ -83,17 +85,7 @@ def _mean_radius(records: list[dict[str, Any]]) -> dict[int, float]:
     """Return the mean radius over some runs by step, at the steps where all of them have a finite one."""
     traces = [{row["step"]: row["damped_spectral_radius"] for row in record["monitor"]} for record in records]
     steps = [step for step in (traces[0] if traces else ()) if all(one.get(step) is not None for one in traces)]
-    return dict(zip(steps, mean_curve([[one[step] for step in steps] for one in traces]), strict=True))
-
-
-def _mean_best(grid: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
-    """Return the mean of the best evaluations; None where one of them was not finite."""
-    values = [value for record in records if (value := _best(grid, record)) is not None]
-    return fmean(values) if len(values) == len(records) else None
-
-
-def _best(grid: dict[str, Any], record: dict[str, Any]) -> float | None:
-    return record["best"][grid["split"]][grid["metric"]]
+    return {step: fmean(one[step] for one in traces) for step in steps}
 
 
 def _damped(record: dict[str, Any]) -> list[float]:

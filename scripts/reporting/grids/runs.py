@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from scripts import studies
@@ -52,14 +50,9 @@ def source(runs: Runs) -> str:
     if not records:
         return "Nothing has been run yet."
     devices, steps = sorted({record["device"] for record in records}), sorted({record["steps"] for record in records})
-    budget = f"{'the paper' if runs.scale == 'paper' else f'scale={runs.scale}'}"
+    budget = "the paper" if runs.scale == "paper" else f"scale={runs.scale}"
     ran_on = ", ".join([*devices, *other_precisions(records)])
     return (
         f"Budget of {budget}{runs.label}: {' or '.join(map(str, steps))} steps, {len(records)} runs on "
         f"{ran_on}. {provenance.commit_line(records)}"
     )
-
-
-def mean_curve(traces: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean of curves, as far as the shortest one goes."""
-    return [fmean(values) for values in zip(*traces, strict=False)]
