@@ -104,10 +104,14 @@ class Point(NamedTuple):
     overrides: tuple[str, ...]
 
 
+def axes(grid: dict[str, Any], scale: str) -> dict[str, list[Any]]:
+    """Return the values by key of a grid at a scale; a scale without a grid of its own has the paper's."""
+    return grid["grid"].get(scale, grid["grid"]["paper"])
+
+
 def points(grid: dict[str, Any], scale: str) -> list[Point]:
-    """Return every point of a grid at a scale; a scale without a grid of its own has the paper's."""
-    axes = grid["grid"].get(scale, grid["grid"]["paper"])
-    settings = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes.items()))
+    """Return every point of a grid at a scale."""
+    settings = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes(grid, scale).items()))
     return [
         Point(name, experiment, setting) for setting in settings for name, experiment in grid["experiments"].items()
     ]

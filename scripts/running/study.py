@@ -115,7 +115,7 @@ def _chosen(name: str, grid: dict[str, Any], scale: str, overrides: Sequence[str
     Raises:
         ConfigError: an axis has no such value.
     """
-    axes = grid["grid"].get(scale, grid["grid"]["paper"])
+    axes = studies.axes(grid, scale)
     asked = [item for item in overrides if item.partition("=")[0] in axes]
     found = studies.points(grid, scale)
     for item in parse(asked):

@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from scripts import studies
 from scripts.reporting import markdown, plots, tables
 from scripts.reporting.grids.runs import Runs, source
 
 
 def page(grid: dict[str, Any], runs: Runs) -> markdown.Page:
     """Return the page: best and last accuracy, and the radius; a row per estimator and lam, a column per k."""
-    axes = grid["grid"].get(runs.scale, grid["grid"]["paper"])
+    axes = studies.axes(grid, runs.scale)
     heads = ["estimator", "lam", *(f"k = {k}" for k in axes["k"])]
     metric, split = grid["metric"], grid["split"]
 
@@ -41,7 +42,7 @@ def page(grid: dict[str, Any], runs: Runs) -> markdown.Page:
 
 def draw(grid: dict[str, Any], runs: Runs, path: Path) -> None:
     """Draw (a) the accuracy of UPG by k and lam, (b) that of NPG beside it, and the radius along both trainings."""
-    axes = grid["grid"].get(runs.scale, grid["grid"]["paper"])
+    axes = studies.axes(grid, runs.scale)
     lams = axes["lam"]
     colors = dict(zip(lams, plots.shades(len(lams)), strict=True))
     canvas, panels = plots.canvas(2, 2)
