@@ -32,9 +32,7 @@ def _hold_own_number(folder: Path, found: dict[str, Any]) -> None:
 def path_unicode(room: Room) -> None:
     """A path with spaces, brackets and other letters works as typed: killed, gone on bit for bit, evaluated."""
     room.runs = room.folder / "Läufe (1) von 実験 & 'mehr'"
-    job = room.start()
-    job.until_rows(11)
-    job.kill()
+    room.kill(rows=11)
     room.finish()
     hold_same(room.run)
     _hold_own_number(room.run, _answer(room.evaluate(f"run={room.run}")))
@@ -58,7 +56,7 @@ class _Payload:
 
 
 def _hold_harmless(room: Room, job: Job, sentence: str) -> None:
-    hold(job.process.returncode == 1 and sentence in job.text and "Traceback" not in job.text, job.text)
+    job.hold_refused(sentence)
     hold(not (room.folder / "pwned").exists(), "code of the folder was run")
 
 
@@ -90,15 +88,12 @@ def foreign_pickle(room: Room) -> None:
     shutil.copytree(whole(1), folder)
     torch.save({"format": checkpoint.FORMAT, "model": _Payload(room.folder / "pwned")}, folder / "last.pt")
     _hold_harmless(room, room.evaluate(f"run={folder}"), "is damaged and cannot be read")
-    job = room.start(f"init={folder / 'last.pt'}")
-    job.wait()
-    _hold_harmless(room, job, "cannot be read as tensors alone")
+    _hold_harmless(room, room.start(f"init={folder / 'last.pt'}"), "cannot be read as tensors alone")
 
 
 @drill("no-compiler")
 def no_compiler(room: Room) -> None:
     """compile=true without a compiler is a sentence that names what is missing, before any work."""
     job = room.start("compile=true", environment={"CXX": str(room.folder / "no-compiler"), "PATH": str(room.folder)})
-    status = job.wait()
-    hold(status == 1 and "compile=true" in job.text and "Traceback" not in job.text, job.text)
-    hold("a C++ compiler" in job.text and not list(room.runs.rglob("last.pt")), job.text)
+    job.hold_refused("compile=true", "a C++ compiler")
+    hold(not list(room.runs.rglob("last.pt")), job.text)

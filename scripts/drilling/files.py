@@ -6,27 +6,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.drilling.room import Job, Room, hold, hold_same
+from scripts.drilling.room import Room, contents, hold, hold_same
 from scripts.drilling.rounds import drill
-
-
-def _kill(room: Room, *items: str) -> Path:
-    job = room.start(*items)
-    job.until_rows(11)
-    job.process.kill()
-    job.wait()
-    return room.run
 
 
 def _goes_on(room: Room, sentence: str) -> None:
     job = room.finish()
     hold(sentence in job.text and "Traceback" not in job.text, job.text)
     hold_same(room.run)
-
-
-def _refused(job: Job, sentence: str, status: int = 1) -> None:
-    found = job.wait()
-    hold(found == status and sentence in job.text and "Traceback" not in job.text, f"status {found}:\n{job.text}")
 
 
 def _cut(path: Path) -> None:
@@ -36,14 +23,14 @@ def _cut(path: Path) -> None:
 @drill("last-deleted")
 def last_deleted(room: Room) -> None:
     """last.pt deleted: the newest intact one is chosen, said, and leads to the same numbers."""
-    (_kill(room) / "last.pt").unlink()
+    (room.kill(rows=11) / "last.pt").unlink()
     _goes_on(room, "the newest intact checkpoint is")
 
 
 @drill("last-cut")
 def last_cut(room: Room) -> None:
     """last.pt cut in half: the same, and the damaged file is kept."""
-    _cut(_kill(room) / "last.pt")
+    _cut(room.kill(rows=11) / "last.pt")
     _goes_on(room, "the newest intact checkpoint is")
     hold((room.run / "last.damaged").exists(), "the damaged file is gone")
 
@@ -51,7 +38,7 @@ def last_cut(room: Room) -> None:
 @drill("last-flipped")
 def last_flipped(room: Room) -> None:
     """One bit of a weight in last.pt flipped: noticed, and the same."""
-    path = _kill(room) / "last.pt"
+    path = room.kill(rows=11) / "last.pt"
     content = bytearray(path.read_bytes())
     # between the tensors lies padding, where a flipped bit changes nothing
     with zipfile.ZipFile(path) as archive:
@@ -64,7 +51,7 @@ def last_flipped(room: Room) -> None:
 @drill("best-alone")
 def best_alone(room: Room) -> None:
     """Only best.pt is left: it goes on from there."""
-    folder = _kill(room, "eval_every=1", "checkpoint_every=1")
+    folder = room.kill("eval_every=1", "checkpoint_every=1", rows=11)
     best = (folder / "best.pt").exists()
     for path in folder.glob("last*.pt"):
         path.unlink()
@@ -75,11 +62,11 @@ def best_alone(room: Room) -> None:
 @drill("all-damaged")
 def all_damaged(room: Room) -> None:
     """No checkpoint is intact: refused, and nothing is trained over them."""
-    folder = _kill(room)
+    folder = room.kill(rows=11)
     for path in folder.glob("*.pt"):
         _cut(path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    _refused(room.start(), "none is intact either")
+    room.start().hold_refused("none is intact either")
     hold(before == {path.name: path.read_bytes() for path in folder.glob("*.pt")}, "the checkpoints were changed")
 
 
@@ -110,7 +97,7 @@ def _spoil(path: Path) -> None:
 @drill("rows-damaged")
 def rows_damaged(room: Room) -> None:
     """A row of metrics.jsonl that is not UTF-8 is left out and said; the others stay."""
-    path = _kill(room) / "metrics.jsonl"
+    path = room.kill(rows=11) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], b'{"step": 1, "\xff\xfe\n', *lines[3:]]))
     _goes_on(room, "damaged lines are left out (1)")
@@ -121,14 +108,14 @@ def file_too_large(room: Room) -> None:
     """A limit on the size of files (EFBIG) is a sentence; what was saved before goes on."""
     # 16 blocks of 1 KiB: rows fit, and a checkpoint does not
     job = room.start(before=("bash", "-c", 'ulimit -f 16; exec "$@"', "bash"))
-    _refused(job, "File too large")
+    job.hold_refused("File too large")
     room.finish()
 
 
 @drill("wandb-folder")
 def wandb_folder(room: Room) -> None:
     """A folder that wandb cannot write to costs its curve alone."""
-    folder = _kill(room)
+    folder = room.kill(rows=11)
     (folder / "wandb").write_text("a file in the place of the folder", "utf-8")
     job = room.finish("wandb=offline")
     hold("Traceback" not in job.text, job.text)
@@ -138,8 +125,8 @@ def wandb_folder(room: Room) -> None:
 @drill("wandb-mode")
 def wandb_mode(room: Room) -> None:
     """WANDB_MODE=bogus is refused before any work, with what is allowed; what was saved stays."""
-    folder = _kill(room)
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    folder = room.kill(rows=11)
+    before = contents(folder)
     job = room.start("wandb=auto", "resume=never", environment={"WANDB_MODE": "bogus"})
-    _refused(job, "WANDB_MODE='bogus' is not known; choose one of online, offline")
-    hold(before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, "files were changed")
+    job.hold_refused("WANDB_MODE='bogus' is not known; choose one of online, offline")
+    hold(before == contents(folder), "files were changed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scripts.drilling.room import Room, hold
+from scripts.drilling.room import Room, contents, hold
 from scripts.drilling.rounds import drill
 from scripts.drilling.trees import IMAGES, plant
 
@@ -22,14 +22,11 @@ def _other(root: Path) -> Path:
 
 
 def _refused(room: Room, other: Path, *items: str) -> None:
-    before = {path.name: path.read_bytes() for path in room.run.iterdir() if path.is_file()}
+    before = contents(room.run)
     mine, room.items = room.items, (f"data.root={other}",)
-    job = room.start(*items, data=IMAGES)
-    status = job.wait()
+    room.start(*items, data=IMAGES).hold_refused("is of other data than these", str(other))
     room.items = mine
-    hold(status == 1 and "Traceback" not in job.text, f"status {status}:\n{job.text}")
-    hold("is of other data than these" in job.text and str(other) in job.text, job.text)
-    after = {path.name: path.read_bytes() for path in room.run.iterdir() if path.is_file()}
+    after = contents(room.run)
     kept = [name for name in before if name != "run.lock" and before[name] != after.get(name)]
     hold(not kept, f"changed: {', '.join(kept)}")
 
@@ -38,10 +35,7 @@ def _refused(room: Room, other: Path, *items: str) -> None:
 def other_data_resumed(room: Room) -> None:
     """Other data under the same name do not resume a killed run: refused, nothing changed, and its own data do."""
     root = plant(room)
-    job = room.start(*LONG, data=IMAGES)
-    job.until_rows(3)
-    job.process.kill()
-    job.wait()
+    room.kill(*LONG, rows=3, data=IMAGES)
     _refused(room, _other(root), *LONG)
     room.finish(*LONG, data=IMAGES)
 

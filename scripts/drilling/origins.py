@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from phantom.engine.artifacts import checkpoint
-from scripts.drilling.room import DIGITS, Room, differences, hold, whole
+from scripts.drilling.room import Room, contents, differences, hold, whole
 from scripts.drilling.rounds import drill
 
 # without a decay of the rate, one budget is the beginning of a longer one
@@ -31,16 +30,6 @@ def _hold_same(folder: Path, other: Path) -> None:
     hold(not found, f"the run differs from the unbroken one in {', '.join(found)}")
 
 
-def _kill(room: Room, *items: str, rows: int, ranks: int = 1, data: Sequence[str] = DIGITS) -> None:
-    job = room.start(*items, ranks=ranks, data=data)
-    job.until_rows(rows)
-    job.kill()
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Return the Euclidean distance of two models' weights; the statistics of a batch norm are none."""
     names = [name for name in a if "running" not in name and "num_batches" not in name]
@@ -56,7 +45,7 @@ def _other_number(room: Room, before: int, after: int) -> None:
     with Room() as alone:
         alone.finish(*SHARED)
         expected = _models(alone.run)
-    _kill(room, *SHARED, rows=3, ranks=before)
+    room.kill(*SHARED, rows=3, ranks=before)
     stopped = max(_models(room.run))
     hold(stopped <= max(expected) / 2, f"it was killed at step {stopped}")
     room.finish(*SHARED, ranks=after)
@@ -100,7 +89,7 @@ def init_killed(room: Room) -> None:
     start = Path(shutil.copy(whole(1) / "best.pt", room.folder / "start.pt"))
     with Room() as alone:
         alone.finish(f"init={start}")
-        _kill(room, f"init={start}", rows=11)
+        room.kill(f"init={start}", rows=11)
         start.unlink()
         room.finish(f"init={start}")
         _hold_same(room.run, alone.run)
@@ -110,13 +99,13 @@ def _continued(room: Room, kill: bool) -> None:
     with Room() as first, Room() as alone:
         first.finish("epochs=10", data=STEADY)
         alone.finish("epochs=20", data=STEADY)
-        before = _files(first.run)
+        before = contents(first.run)
         items = ("epochs=20", f"continue_from={first.run}")
         if kill:
-            _kill(room, *items, rows=before["metrics.jsonl"].count(b"\n") + 12, data=STEADY)
+            room.kill(*items, rows=before["metrics.jsonl"].count(b"\n") + 12, data=STEADY)
         room.finish(*items, data=STEADY)
         _hold_same(room.run, alone.run)
-        hold(before == _files(first.run), "the first run was changed")
+        hold(before == contents(first.run), "the first run was changed")
 
 
 @drill("continued")
@@ -136,9 +125,9 @@ def more_epochs(room: Room) -> None:
     """epochs=20 after a finished epochs=10, without continue_from, is a run of its own; the finished one stays."""
     room.finish("epochs=10", data=STEADY)
     first = room.run
-    before = _files(first)
+    before = contents(first)
     job = room.finish("epochs=20", data=STEADY)
-    hold("this run is finished" not in job.text and before == _files(first), job.text)
+    hold("this run is finished" not in job.text and before == contents(first), job.text)
     with Room() as alone:
         alone.finish("epochs=20", data=STEADY)
         (other,) = (path.parent for path in room.runs.rglob("record.json") if path.parent != first)
@@ -149,8 +138,6 @@ def more_epochs(room: Room) -> None:
 def continued_short(room: Room) -> None:
     """continue_from with a budget that is spent already is refused in one sentence, before any work."""
     start = whole(1)
-    before = _files(start)
-    job = room.start(f"continue_from={start}")
-    status = job.wait()
-    hold(status == 1 and "ends before it begins" in job.text and "Traceback" not in job.text, job.text)
-    hold(before == _files(start) and not list(room.runs.rglob("last.pt")), "something was written")
+    before = contents(start)
+    room.start(f"continue_from={start}").hold_refused("ends before it begins")
+    hold(before == contents(start) and not list(room.runs.rglob("last.pt")), "something was written")

@@ -47,6 +47,11 @@ def hold(promise: bool, otherwise: str) -> None:
         raise BrokenPromiseError(otherwise)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 class Job:
     """A running train.py, under torchrun where it has several ranks."""
 
@@ -102,6 +107,12 @@ class Job:
         except subprocess.TimeoutExpired:
             raise BrokenPromiseError(f"the run was not over after {seconds:g} s:\n{self.text}") from None
         return status if status >= 0 else 128 - status
+
+    def hold_refused(self, *sentences: str) -> None:
+        """Raise BrokenPromiseError unless it ends with status 1 and says all of this, without a traceback."""
+        status = self.wait()
+        said = all(sentence in self.text for sentence in sentences) and "Traceback" not in self.text
+        hold(status == 1 and said, f"status {status}:\n{self.text}")
 
     def kill(self) -> None:
         """End what is left of it."""
@@ -175,6 +186,13 @@ class Room:
         if status != 0:
             raise BrokenPromiseError(f"the same command, once more, exits {status}:\n{job.text}")
         return job
+
+    def kill(self, *items: str, rows: int, **options: Any) -> Path:
+        """Start train.py, kill it once metrics.jsonl has so many rows, and return its folder."""
+        job = self.start(*items, **options)
+        job.until_rows(rows)
+        job.kill()
+        return self.run
 
     @property
     def run(self) -> Path:

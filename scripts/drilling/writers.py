@@ -17,10 +17,7 @@ RESTARTS = ("--max-restarts", "2")
 @drill("kill-9")
 def kill(room: Room) -> None:
     """kill -9, and the same command: bit for bit the unbroken run."""
-    job = room.start()
-    job.until_rows(11)
-    job.process.kill()
-    job.wait()
+    room.kill(rows=11)
     room.finish()
     hold_same(room.run)
 
@@ -45,10 +42,7 @@ def second_writer(room: Room) -> None:
 @drill("stale-lock")
 def stale_lock(room: Room) -> None:
     """The lock of a killed run locks nothing: the next one starts at once."""
-    job = room.start()
-    job.until_rows(3)
-    job.process.kill()
-    job.wait()
+    room.kill(rows=3)
     hold((room.run / "run.lock").exists(), "the killed run left no lock")
     again = room.finish()
     hold("waiting" not in again.text, again.text)
