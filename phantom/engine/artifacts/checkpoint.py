@@ -120,31 +120,27 @@ def shift(folder: Path, count: int) -> None:
     stays as one more until `trim`: a run that is killed between the two has as many checkpoints as before. The next one
     finds last.pt kept already, and moves nothing.
     """
-    last, before = folder / LAST, folder / _older(1)
+    last, before = folder / LAST, _older(folder, 1)
     if count == 1 or not last.exists() or (before.exists() and last.samefile(before)):
         return
-    names = [_older(i) for i in range(count + 1)]
-    for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
-        if not (folder / newer).exists():
-            continue
-        if newer != LAST:
-            os.replace(folder / newer, folder / older)
-            continue
-        (folder / older).unlink(missing_ok=True)
-        try:
-            os.link(folder / newer, folder / older)
-        except OSError:  # a file system without hard links
-            os.replace(folder / newer, folder / older)
+    for number in range(count, 1, -1):
+        if _older(folder, number - 1).exists():
+            os.replace(_older(folder, number - 1), _older(folder, number))
+    before.unlink(missing_ok=True)
+    try:
+        os.link(last, before)
+    except OSError:  # a file system without hard links
+        os.replace(last, before)
 
 
 def trim(folder: Path, count: int) -> None:
     """Remove what `shift` keeps beyond `count` files, once `save` has replaced last.pt."""
     if count > 1:
-        (folder / _older(count)).unlink(missing_ok=True)
+        _older(folder, count).unlink(missing_ok=True)
 
 
-def _older(number: int) -> str:
-    return f"last-{number}.pt" if number else LAST
+def _older(folder: Path, number: int) -> Path:
+    return folder / f"last-{number}.pt"
 
 
 def newest(folder: Path) -> str | None:
