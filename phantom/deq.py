@@ -127,26 +127,12 @@ def fixed_point(
             debug=debug,
             clock=clock,
         )
-    if solver.asks and torch.compiler.is_exporting():
-        raise ValueError(
-            f"torch.export records a fixed number of steps, and solver.tol={solver.tol} asks for as many as it takes: "
-            "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None), or one with "
-            "sync_every=None, which runs all its steps and holds the problems that have converged"
-        )
+    _check_surroundings(solver)
     if debug and (findings := check(f, z0)):
         raise ValueError(" ".join(findings))
     packing = Packing(z0)
     flat_f, start = _flat(f, packing), _differentiable(packing.pack(z0))
     computed_in, differentiate = packing.computed_in(), torch.is_grad_enabled()
-    if not differentiate and transforms.are_active() and transforms.is_forward_mode():
-        raise RuntimeError(
-            "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
-            "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
-        )
-    if not torch.compiler.is_dynamo_compiling() and transforms.is_linearized():
-        raise RuntimeError(
-            "torch.func.linearize records operators, and a solve reads numbers: use torch.func.jvp, which does not"
-        )
     with clock("solve"):
         flat, iterates = _solve(
             flat_f,
@@ -275,6 +261,25 @@ def _check_settings(
         raise ValueError(
             f"gradient_precision={precision} is no dtype of autocast: choose torch.bfloat16, torch.float16 or None, "
             "which keeps the caller's"
+        )
+
+
+def _check_surroundings(solver: Solver) -> None:
+    """Raise where torch records what is run, or differentiates it, in a way that a solve cannot have."""
+    if solver.asks and torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export records a fixed number of steps, and solver.tol={solver.tol} asks for as many as it takes: "
+            "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None), or one with "
+            "sync_every=None, which runs all its steps and holds the problems that have converged"
+        )
+    if not torch.is_grad_enabled() and transforms.are_active() and transforms.is_forward_mode():
+        raise RuntimeError(
+            "forward mode differentiates under torch.no_grad() and inference mode, too, and an equilibrium needs grad "
+            "for that: call it outside of them. If it is a constant there, as a start is, solve it before the transform"
+        )
+    if not torch.compiler.is_dynamo_compiling() and transforms.is_linearized():
+        raise RuntimeError(
+            "torch.func.linearize records operators, and a solve reads numbers: use torch.func.jvp, which does not"
         )
 
 
