@@ -71,7 +71,7 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
     if items and items[0] == "suite":
         return run_suite(items[1:])
     own, words, overrides = arguments.split(items, doc=__doc__, own=OWN, words=WORDS)
-    options, out = read(own), arguments.output(own)
+    options, threads, out = read(own), arguments.count(own, "threads", None), arguments.output(own)
     command = "python scripts/benchmark.py " + shlex.join(items)
     if len(words) > 1:
         arguments.fail(f"{' and '.join(words)} are two benchmarks: name one")
@@ -82,6 +82,8 @@ def main(items: Sequence[str]) -> dict[str, Any] | None:
             f"{words[0]} takes clock, threads, device=cpu, repeats, warmup, title and out alone, small takes peer, "
             "too, and pipeline the data; see --help"
         )
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         if words == ["pipeline"]:
             result = benchmark.take_pipeline(overrides, options, command=command, say=_say)
@@ -112,7 +114,6 @@ def read(own: dict[str, str]) -> benchmark.Options:
         arguments.fail("clock=cpu does not see the work of a GPU; choose clock=wall, which reads its events")
     return benchmark.Options(
         clock=clock,
-        threads=arguments.count(own, "threads", None),
         device=device,
         repeats=arguments.count(own, "repeats", 9),
         warmup=arguments.count(own, "warmup", 1, least=0),

@@ -25,7 +25,6 @@ class Options:
 
     Args:
         clock: wall (on a GPU, its events), or cpu: the CPU time of this process.
-        threads: of torch; None for torch's own number.
         repeats: timed rounds.
         warmup: rounds before them.
         peer: whether to time torchdeq, too.
@@ -33,7 +32,6 @@ class Options:
     """
 
     clock: Literal["wall", "cpu"]
-    threads: int | None
     device: str
     repeats: int
     warmup: int
@@ -53,8 +51,6 @@ def take(overrides: Sequence[str], options: Options, *, command: str, say: Calla
         ConfigError: an unknown key or an impossible value.
         PeerError: torchdeq is not installed, or has nothing that corresponds.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if device.type == "cpu":
         keep_freed_memory()  # as train.py does
@@ -72,8 +68,6 @@ def take(overrides: Sequence[str], options: Options, *, command: str, say: Calla
 
 def take_small(options: Options, *, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the result of the benchmark of small states, which has no model: see scripts/bench/small.py."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     taken = small.take(clock=options.clock, repeats=options.repeats, warmup=options.warmup, peer=options.peer, say=say)
     return {"about": _about(options, torch.device("cpu"), command), **taken}
 
@@ -86,8 +80,6 @@ def take_pipeline(
     Raises:
         ConfigError: an unknown key, data that are not there, or data that are no pictures.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     keep_freed_memory()  # as train.py does
     taken = pipeline.take(overrides, clock=options.clock, repeats=options.repeats, warmup=options.warmup, say=say)
     return {"about": _about(options, torch.device("cpu"), command), **taken}
