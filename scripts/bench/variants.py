@@ -122,7 +122,7 @@ def settings(arguments: Sequence[str]) -> list[Setting]:
         overrides = used({key.lstrip("+"): value for key, value in job.items() if key not in OWN})
         made = plan(overrides)
         names = [made.config["grad"]["_target_"].rsplit(".", 1)[-1].lower()]
-        names += [f"{key}={made.config[key]}" for key in ("k",) if key in made.config]
+        names += [f"k={made.config['k']}"] if "k" in made.config else []
         kept = [key for key in varying if key not in ("grad", "k") and (key in overrides or key in OWN)]
         label = " ".join(names + [f"{key}={job[key]}" for key in kept])
         numbers = {key: _count(key, own[key]) for key in ("batch", "size", "classes")}

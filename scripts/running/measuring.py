@@ -42,7 +42,8 @@ def work(study: dict[str, Any], names: Sequence[str], overrides: Sequence[str], 
             run = Run(f"{study['name']}, {name}", line, study["folder"], kept, program="scripts/reproduce.py")
             runs.append(run)
             begun[run.name] = (part["function"], scale, chosen)
-            costs.append(f"{name}: {_cost(part, scale) if not changed else 'cost unknown with these settings'}")
+            cost = "cost unknown with these settings" if changed else f"about {part['cost'][scale]} s of one core"
+            costs.append(f"{name}: {cost}")
 
     def take(run: Run, alone: bool, stop: Stop) -> dict[str, Any]:
         function, scale, chosen = begun[run.name]
@@ -105,7 +106,3 @@ def are_numbers(value: Any) -> bool:
     """Return whether a setting is a number, or a list of them."""
     values = value if isinstance(value, list) else [value]
     return all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
-
-
-def _cost(part: dict[str, Any], scale: str) -> str:
-    return f"about {part['cost'][scale]} s of one core"

@@ -68,11 +68,11 @@ def section(study: dict[str, Any]) -> dict[str, Any]:
 
 def records(study: dict[str, Any]) -> list[Path]:
     """Return the records of a study: those in its folder, and those of the experiments that its tables name."""
-    inside = {path for path in study["folder"].rglob("*.json")}
+    inside = set(study["folder"].rglob("*.json"))
     rows = [row for table in study.get("tables", {}).values() for row in table["rows"]]
     for row in rows:
         place = studies.results() / row["experiment"]
-        inside |= {path for path in place.parent.glob(f"{place.name}*/*.json")}
+        inside.update(place.parent.glob(f"{place.name}*/*.json"))
     return sorted(inside)
 
 

@@ -15,8 +15,6 @@ from scripts.reporting.html.chosen import chosen
 from scripts.reporting.html.others import others
 
 PHASES = ("solve", "attach", "backward", "optimizer", "rest")
-# of a benchmark's row by phase
-SECONDS = ("seconds", "median")
 # numbers that every row of metrics.jsonl has, and no curve
 PLACES = ("step", "epoch")
 # of the record in a run folder, which may be anybody's: what the page cannot do without
@@ -200,27 +198,23 @@ def _benchmarks() -> list[dict[str, Any]]:
     for study in map(studies.load, studies.names()):
         for part in study.get("benchmark", {}).get("rows", []):
             path = study["folder"] / f"{part['name']}.json"
-            if path.exists():
-                content = studies.record(path)
-                bars = [
-                    {
-                        "label": row["label"],
-                        "phases": {phase: value for phase in PHASES if (value := _phase(content, i, phase))},
-                    }
-                    for i, row in enumerate(content["rows"])
-                ]
-                if not any(bar["phases"] for bar in bars):  # of solves alone, whose table is with its study
-                    continue
-                about = content["about"]
-                found.append(
-                    {"title": f"{part['title']} ({about['machine']})", "record": name_of(path)}
-                    | {"command": about["command"], "bars": bars}
-                )
+            if not path.exists():
+                continue
+            content = studies.record(path)
+            bars = [{"label": row["label"], "phases": _phases(content, i)} for i, row in enumerate(content["rows"])]
+            if not any(bar["phases"] for bar in bars):  # of solves alone, whose table is with its study
+                continue
+            about = content["about"]
+            found.append(
+                {"title": f"{part['title']} ({about['machine']})", "record": name_of(path)}
+                | {"command": about["command"], "bars": bars}
+            )
     return found
 
 
-def _phase(content: dict[str, Any], row: int, phase: str) -> dict[str, Any] | None:
-    return number(content, ("rows", row, SECONDS[0], phase, SECONDS[1]))
+def _phases(content: dict[str, Any], row: int) -> dict[str, dict[str, Any]]:
+    found = {phase: number(content, ("rows", row, "seconds", phase, "median")) for phase in PHASES}
+    return {phase: value for phase, value in found.items() if value is not None}
 
 
 def _explorations() -> list[dict[str, Any]]:

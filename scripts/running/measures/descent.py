@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -160,10 +161,10 @@ def claims(rows: Sequence[dict[str, Any]], kept: Sequence[int], ks: Sequence[int
     """Return Theorem 3 and what follows from it, with their numbers; means are over seeds."""
 
     def mean(k: int | None, key: str) -> float:
-        return _mean(row[key] for row in rows if row["k"] == k)
+        return fmean(row[key] for row in rows if row["k"] == k)
 
     def final(k: int | None, n: int = -1) -> float:
-        return _mean(row["mean"][n] for row in rows if row["k"] == k)
+        return fmean(row["mean"][n] for row in rows if row["k"] == k)
 
     early = min((i for i, n in enumerate(kept) if n > 1), key=lambda i: abs(kept[i] - kept[-1] / 10))
     scaled = [final(None, i) * math.sqrt(kept[i]) / math.log(kept[i]) for i in (early, -1)]
@@ -196,8 +197,3 @@ def claims(rows: Sequence[dict[str, Any]], kept: Sequence[int], ks: Sequence[int
             1.01,
         ),
     ]
-
-
-def _mean(values: Any) -> float:
-    found = list(values)
-    return sum(found) / len(found)
