@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from phantom.engine.artifacts import files
 from phantom.engine.errors import ConfigError
 from scripts import studies
+from scripts.running import measuring
 from scripts.running.costs import kind_of
 from scripts.running.process import Run, Work, curve, folder_of, plan, variant_of
 
@@ -64,13 +63,7 @@ def work(figure: dict[str, Any], folder: Path, overrides: Sequence[str], *, pane
         with FileLock(run.kept.with_suffix(".lock")):  # another panel may be run beside this one
             entries = {(old["panel"], old["line"]): old for old in studies.curves(run.kept)}
             entries[panel, line] = entry
-            write(list(entries.values()), run.kept)
+            measuring.write({"runs": list(entries.values())}, run.kept)
         print(f"{run.name}: best {max(values):.2f}, last {values[-1]:.2f}", flush=True)
 
     return Work(runs, keep, small=figure.get("small", False))
-
-
-def write(entries: list[dict[str, Any]], path: Path) -> None:
-    """Write the runs, one a line: curves of hundreds of values would fill as many lines each."""
-    text = '{"runs": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n"
-    files.write(path, text.encode())
