@@ -122,22 +122,19 @@ class InMemoryImages(Source):
                 picked = images[index]
                 if self.augment == "crop_flip":
                     picked = crop_flip(picked, shifts[index], flips[index])
-                micro_batches.append((self._normalise(picked), labels[index]))
+                micro_batches.append((normalise(picked, self._scale), labels[index]))
             yield micro_batches
 
     def evaluate(self, split: str, *, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         self.check_split(split)
         images, labels = self._sets[split]
         for part in shard.shares(len(labels), self.eval_batch_size):
-            yield self._normalise(images[part.start : part.stop]), labels[part.start : part.stop]
+            yield normalise(images[part.start : part.stop], self._scale), labels[part.start : part.stop]
 
     def to(self, device: torch.device) -> None:
         """Hold the images on `device` and build the batches there; their values do not change."""
         self._scale = self._scale.to(device)
         self._sets = {name: ImageSet(s.images.to(device), s.labels.to(device)) for name, s in self._sets.items()}
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return normalise(images, self._scale)
 
 
 def normalise(images: Tensor, scale: Tensor) -> Tensor:

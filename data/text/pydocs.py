@@ -28,9 +28,6 @@ class PyDocs(TokenStreams):
         streams, eval_streams, segment: see `TokenStreams`.
     """
 
-    def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
-        super().__init__(streams=streams, eval_streams=eval_streams, segment=segment)
-
     def load(self) -> Corpus:
         from pydoc_data.topics import topics
 
