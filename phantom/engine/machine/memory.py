@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 from pathlib import Path
 
@@ -30,7 +31,5 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak in bytes since `begin_peak`: allocated on the GPU, or resident for the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows does not have
-
     # kibibytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -149,5 +149,4 @@ def _say(text: str) -> None:
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_ignore_in_child)
+os.register_at_fork(after_in_child=_ignore_in_child)
