@@ -7,20 +7,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from phantom.solution import Solution, Stats
 
+Policy = Literal["useless", "ignore", "warn", "raise"]
+CHOICES = get_args(Policy)
 # what to do about a failed solve; a function is called with the statistics
-OnFailure = Literal["useless", "ignore", "warn", "raise"] | Callable[[Stats], None]
-CHOICES = ("useless", "ignore", "warn", "raise")
+OnFailure = Policy | Callable[[Stats], None]
 # what has failed, in the sentence about it
 SOLVE, ADJOINT = "the solve of z = f(z)", "the adjoint solve of u = J^T u + g"
-
-
 # the files of phantom and of torch
 INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
 COUPLED = (
