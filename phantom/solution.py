@@ -98,8 +98,8 @@ class Solution(Generic[S]):
     Args:
         value: the state to compute with. With grad enabled it carries the estimator's graph; without, it is `z_star`.
         z0: the initial guess.
-        z_star: the detached iterate whose residual is reported (the best one visited, which is finite if `z0` is;
-            the last one of `Rollout`, which measures nothing).
+        z_star: the detached iterate whose residual is reported: the best one visited, which is finite if `z0` is, or
+            with `returns="last"` the last one; also the last one of `Rollout`, which measures nothing.
         stats: cost and quality of the solve.
         history: the solver's memory, kept only for an estimator that reuses it; None otherwise.
         states: the iterates that `fixed_point(states=...)` asks for, each with the estimator's graph as `value` has it.

@@ -1,4 +1,4 @@
-"""The rows of a run's metrics.jsonl, for everything that reads them without the engine, and without torch."""
+"""The rows of a run's metrics.jsonl, for all scripts: some of them run without torch, which the engine imports."""
 
 from __future__ import annotations
 

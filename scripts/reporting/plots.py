@@ -1,4 +1,4 @@
-"""What the figures of the measures share: a canvas of panels, colours along a range, a mean with its band."""
+"""What all figures share: a canvas of panels, colours along a range, a mean with its band."""
 
 from __future__ import annotations
 
