@@ -126,13 +126,5 @@ def save(target: Target, say: Callable[[str], None]) -> None:
         say(made.save().url)
 
 
-def definitions(target: Target) -> dict[str, str]:
-    """Return workspace and report as the JSON that would be sent; the report asks the server for the project's id."""
-    return {
-        "workspace": workspace(target)._to_model().model_dump_json(by_alias=True, exclude_none=True),
-        "report": report(target)._to_model().model_dump_json(by_alias=True, exclude_none=True),
-    }
-
-
 def _line(title: str, *keys: str, x: str = "step", **options: Any) -> wr.LinePlot:
     return wr.LinePlot(title=title, x=x, y=list(keys), **options)

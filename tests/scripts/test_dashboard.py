@@ -94,7 +94,9 @@ def definitions(monkeypatch):
     monkeypatch.setattr(interface, "_get_api", lambda: None)
     monkeypatch.setattr(interface, "execute_graphql", lambda *_: {"project": {"internalId": "UHJvamVjdA=="}})
     target = drawn.Target("me", "mine", "accuracy", "test")
-    return {name: json.loads(text) for name, text in drawn.definitions(target).items()}
+    made = {"workspace": drawn.workspace(target), "report": drawn.report(target)}
+    sent = {name: one._to_model().model_dump_json(by_alias=True, exclude_none=True) for name, one in made.items()}
+    return {name: json.loads(text) for name, text in sent.items()}
 
 
 def texts(node):
