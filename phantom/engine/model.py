@@ -70,18 +70,6 @@ def _check_output(model: nn.Module, _: tuple[Any, ...], output: object) -> None:
         )
 
 
-def find_cell(model: nn.Module) -> nn.Module:
-    """Return the module that computes f.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    cell = getattr(model, "cell", None)
-    if not isinstance(cell, nn.Module):
-        raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
-    return cell
-
-
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Return the number of parameters of every part of a model, and of `dead` ones; they add up to all parameters.
 

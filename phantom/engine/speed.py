@@ -16,7 +16,6 @@ from phantom import Solver
 from phantom.deq import deqs_of
 from phantom.engine.errors import ConfigError, as_config_error
 from phantom.engine.machine.compiler import can_compile, check_compiler
-from phantom.engine.model import find_cell
 from phantom.engine.tasks import Task
 from phantom.engine.training.rules import Rules
 from phantom.validate import check_triton
@@ -187,7 +186,9 @@ def compile_cell(model: nn.Module) -> None:
     Raises:
         ConfigError: the model has no such module.
     """
-    cell = find_cell(model)
+    cell = getattr(model, "cell", None)
+    if not isinstance(cell, nn.Module):
+        raise ConfigError(f"compile=true needs a model whose f is one module, `cell`; {type(model).__name__} has none")
     # adjoint estimators and diagnostics run the backward of one evaluation of f several times
     functorch_config.donated_buffer = False
     # torch.compile makes one graph per shape and grad mode. Text needs many: the memory grows and the last segment is
