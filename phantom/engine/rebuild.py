@@ -152,10 +152,8 @@ def rebuild_official(
     state = read_tensors(path)
 
     def load(model: nn.Module) -> None:
-        try:
+        with as_config_error(TypeError, prefix=f"{path}: "):
             load_reference(model, state, source)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
 
     return _rebuild(plan, load, {"source": source})
 

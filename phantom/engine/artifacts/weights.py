@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phantom.engine.artifacts import checkpoint
-from phantom.engine.errors import CheckpointError, ConfigError, first_line
+from phantom.engine.errors import CheckpointError, ConfigError, as_config_error, first_line
 
 LoadReference = Callable[[nn.Module, dict[str, Any], str], None]
 SAFETENSORS = ".safetensors"
@@ -54,10 +54,8 @@ def load_initial(model: nn.Module, init: str, load_reference: LoadReference | No
     if source is not None:
         if load_reference is None:
             raise ConfigError(f"init={init}: this program knows no names of other code bases")
-        try:
+        with as_config_error(TypeError, prefix=f"init={init}: "):
             load_reference(model, state, source)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"init={init}: {error}") from error
     elif "format" in state:
         whole = checkpoint.load(path)
         checkpoint.load_weights(model, whole["model"] if whole["ema"] is None else whole["ema"], path)
