@@ -58,7 +58,7 @@ class TokenStreams(Source):
 
     def __init__(self, *, streams: int, eval_streams: int, segment: int) -> None:
         check_counts(least=1, streams=streams, eval_streams=eval_streams, segment=segment)
-        self.streams, self.eval_streams, self.segment = streams, eval_streams, segment
+        self.streams, self.segment = streams, segment
         self._tokens, counts, digests = self.load()
         self.splits = tuple(self._tokens)
         self._train = self._cut("train", streams, "streams")

@@ -19,13 +19,13 @@ _PARTS = {
     ("mlp", "down_proj"): "mlp.down",
 }
 _OTHERS = {
-    "H_init": ("start_slow",),
-    "L_init": ("start_fast",),
-    "embed_tokens.embedding_weight": ("embedding.weight",),
-    "embed_pos.embedding_weight": ("positions",),
-    "lm_head.weight": ("readout.weight",),
-    "q_head.weight": ("halting.weight",),
-    "q_head.bias": ("halting.bias",),
+    "H_init": "start_slow",
+    "L_init": "start_fast",
+    "embed_tokens.embedding_weight": "embedding.weight",
+    "embed_pos.embedding_weight": "positions",
+    "lm_head.weight": "readout.weight",
+    "q_head.weight": "halting.weight",
+    "q_head.bias": "halting.bias",
 }
 
 
@@ -40,7 +40,7 @@ def rename_reasoner(official: str, *, shared: bool) -> tuple[str, ...]:
         level, layer, module, part = match.groups()
         roles = ("fast", "slow") if shared else ("fast",) if level == "L" else ("slow",)
         return tuple(f"cell.{role}.blocks.{layer}.{_PARTS.get((module, part), part)}.weight" for role in roles)
-    return _OTHERS.get(name, (official,))
+    return (_OTHERS.get(name, official),)
 
 
 def _inner(official: str) -> str:
