@@ -68,13 +68,12 @@ class CIFAR10Small(InMemoryImages):
         hashes = {split: images.hashes() for split, images in sets.items()}
         if {split: digest(sorted(each)) for split, each in hashes.items()} != DIGESTS:
             log.warning(OTHER)
-        train, test = (
+        chosen = (
             _first_of_every_class(sets[split], hashes[split], count // len(CLASSES))
             for split, count in (("train", self.num_train), ("test", self.num_test))
         )
-        return train._replace(images=shrink(train.images, self.size)), test._replace(
-            images=shrink(test.images, self.size)
-        )
+        train, test = (part._replace(images=shrink(part.images, self.size)) for part in chosen)
+        return train, test
 
 
 def shrink(images: Tensor, size: int) -> Tensor:

@@ -18,11 +18,8 @@ class GroupNorm(nn.GroupNorm):
         if torch.compiler.is_compiling() and x.device.type == "cpu":
             return self.from_channel_means(x)
         channels_last = x.stride(1) == 1  # also of the first channels of a wider image
-        return (
-            super()
-            .forward(x)
-            .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        )
+        kept = torch.channels_last if channels_last else torch.contiguous_format
+        return super().forward(x).contiguous(memory_format=kept)
 
     def from_channel_means(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, H, W) by the mean and the mean square of every channel, in float32 or wider.

@@ -148,16 +148,11 @@ class MDEQ(nn.Module):
 
     def _zeros(self, u: Tensor) -> Branches:
         batch, _, height, width = u.shape
+        dtype = self.head.classifier.weight.dtype  # the parameters', even if autocast gives u a narrower one
         zeros = []
         for c in self.cell.channels:
-            # the state has the parameters' dtype, even if autocast gives u a narrower one
-            zeros.append(
-                torch.zeros(
-                    (batch, c, height, width),
-                    device=u.device,
-                    dtype=self.head.classifier.weight.dtype,
-                ).contiguous(memory_format=self.memory_format)
-            )
+            zero = torch.zeros((batch, c, height, width), device=u.device, dtype=dtype)
+            zeros.append(zero.contiguous(memory_format=self.memory_format))
             height, width = (height + 1) // 2, (width + 1) // 2
         return tuple(zeros)
 
