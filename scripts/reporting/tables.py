@@ -10,7 +10,8 @@ from typing import Any
 from scripts import studies
 from scripts.reporting import markdown, provenance
 
-DIFFERENCE = ["difference", "in spread"]
+DIFFERENCE = ("difference", "in spread")
+SPEEDS = ("training h", "speed", "by timed steps", "paper's speed")
 TIMED = (
     " Training time is the median step times the steps; speed is relative to the first row. `by timed steps` is the "
     "ratio of single steps in a record of benchmark/gpu, on the card that it names; unrolled pretraining is not in it."
@@ -33,9 +34,8 @@ def _seeds(table: dict[str, Any]) -> markdown.Page:
         groups.setdefault(row.get("group"), row)
     timed = list(groups) != [None]
     compared = any(row["paper"] != "--" for row in table["rows"])
-    heads = ["row", "paper", "best", "last", "budget", "parameters", "step ms", "peak MB", "commit"]
-    heads[7:7] = ["training h", "speed", "by timed steps", "paper's speed"] if timed else []
-    heads[3:3] = DIFFERENCE if compared else []
+    heads = ["row", "paper", "best", *(DIFFERENCE if compared else ()), "last", "budget", "parameters", "step ms"]
+    heads += [*(SPEEDS if timed else ()), "peak MB", "commit"]
     about = (
         f"`best`: the best evaluation of a run on `{split}`, as the paper reports; `last`: its last one. "
         f"mean ± {std} std (n runs). Smaller budgets are labelled, with the data where they are told; * marks "
@@ -49,16 +49,12 @@ def _seeds(table: dict[str, Any]) -> markdown.Page:
     for row, scale, records in _shown(table):
         best = [record["best"][split][metric] for record in records]
         last = [record["final"][split][metric] for record in records]
-        cells = [budget(row, scale, records), *measured(records)]
-        if timed:
-            seconds = training_seconds(records)
-            hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
-            first = groups[row["group"]]
-            cells[3:3] = [hours, speed(row, first), timed_speed(row, first), row["speed"]]
+        gap = difference(row["paper"], best if scale == "paper" else []) if compared else []
+        times = _speeds(row, groups[row["group"]], records) if timed else []
+        parameters, step, peak, commits = measured(records)
         label = label_of(scale, records)
-        shown = [cell(best, std, label), cell(last, std, label)]
-        shown[1:1] = difference(row["paper"], best if scale == "paper" else []) if compared else []
-        rows.append([row["name"], row["paper"], *shown, *cells])
+        cells = [cell(best, std, label), *gap, cell(last, std, label), budget(row, scale, records), parameters, step]
+        rows.append([row["name"], row["paper"], *cells, *times, peak, commits])
     return markdown.page(f"# {table['title']}", about, markdown.table(heads, rows))
 
 
@@ -134,6 +130,13 @@ def training_seconds(records: list[dict[str, Any]]) -> float | None:
         return None
     times = [record["times"]["step"]["median"] * record["steps"] for record in records if "step" in record["times"]]
     return statistics.median(times) if times else None
+
+
+def _speeds(row: dict[str, Any], first: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    """Return the cells of `SPEEDS`; `first` is the first row of the group."""
+    seconds = training_seconds(records)
+    hours = "--" if seconds is None else f"{seconds / 3600:.2f}"
+    return [hours, speed(row, first), timed_speed(row, first), row["speed"]]
 
 
 def speed(row: dict[str, Any], first: dict[str, Any]) -> str:
