@@ -15,8 +15,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: int, *, least: int, also: str = "") -> None:
-    """Raise ValueError unless `value` is an integer >= `least`; `also` ends the message with what else is allowed."""
+def check_count(name: str, value: int | None, *, least: int, also: str = "", optional: bool = False) -> None:
+    """Raise ValueError unless `value` is an integer >= `least`, or None if `optional`; `also` ends the message."""
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer >= {least}{also}")
 

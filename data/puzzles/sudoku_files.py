@@ -55,8 +55,7 @@ class SudokuFiles(SudokuTokens):
     def __post_init__(self) -> None:
         check_size(self.size)
         for name, value in (("num_train", self.num_train), ("num_test", self.num_test)):
-            if value is not None:
-                check_count(name, value, least=1)
+            check_count(name, value, least=1, optional=True)
         if self.test_file is None and self.num_test is not None:
             raise ValueError(
                 f"num_test={self.num_test!r} needs a test_file: without one a fifth of the puzzles is held out"

@@ -75,8 +75,7 @@ class WikiText103(TokenStreams):
                 f"files={files!r} must name a file for train; valid and test are optional, no other is known, and each "
                 "is one file, as in {train: wiki.train.tokens, valid: null, test: null}"
             )
-        if eval_tokens is not None:
-            check_count("eval_tokens", eval_tokens, least=2, also=", or null for all")
+        check_count("eval_tokens", eval_tokens, least=2, also=", or null for all", optional=True)
         self._download, self._allow_partial, self._eval_tokens = download, allow_partial, eval_tokens
         self._oov: OOV = oov
         self._cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "tokens"

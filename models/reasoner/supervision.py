@@ -60,8 +60,7 @@ class Supervision(nn.Module):
         check_choice("supervision.halting", halting, get_args(Halting))
         check_choice("supervision.loss", loss, get_args(Loss))
         check_count("supervision.restarts", restarts, least=1)
-        if eval_steps is not None:
-            check_count("supervision.eval_steps", eval_steps, least=1)
+        check_count("supervision.eval_steps", eval_steps, least=1, optional=True)
         check_number("supervision.exploration", exploration, "[0, 1]", also=": a probability")
         self.steps, self.halting, self.exploration, self.loss = steps, halting, exploration, loss
         self.eval_steps, self.restarts = eval_steps, restarts

@@ -42,8 +42,8 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps, least=0)
-        if self.sync_every is not None:
-            check_count("sync_every", self.sync_every, least=1, also=", or None (null in YAML) never to ask the device")
+        never = ", or None (null in YAML) never to ask the device"
+        check_count("sync_every", self.sync_every, least=1, also=never, optional=True)
         if self.tol is not None:
             check_number("tol", self.tol, ">= 0", also=", or None (null in YAML) for a fixed budget")
         check_choice("stop", self.stop, get_args(Stop))

@@ -69,8 +69,7 @@ class Broyden(Solver):
         check_flag("kernels", self.kernels)
         if self.kernels:
             check_triton()
-        if self.memory is not None:
-            check_count("memory", self.memory, least=1)
+        check_count("memory", self.memory, least=1, optional=True)
 
     def start(self, z: Tensor, g: Tensor) -> Steps:
         if self.kernels:

@@ -41,8 +41,7 @@ class Ramp(Value):
         for name, value in (("first", self.first), ("last", self.last)):
             check_number(name, value, "> 0")
         check_count("steps", self.steps, least=1)
-        if self.of_steps is not None:
-            check_count("of_steps", self.of_steps, least=1)
+        check_count("of_steps", self.of_steps, least=1, optional=True)
 
     def at(self, step: int, total: int, seed: int) -> float:
         steps = max(1, share_of_run(self.steps, self.of_steps, total))

@@ -32,8 +32,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         check_count("pretraining.steps", self.steps, least=1)
         check_count("pretraining.layers", self.layers, least=1)
-        if self.of_steps is not None:
-            check_count("pretraining.of_steps", self.of_steps, least=1)
+        check_count("pretraining.of_steps", self.of_steps, least=1, optional=True)
 
     def active(self, step: int, total: int) -> bool:
         return step < share_of_run(self.steps, self.of_steps, total)
@@ -65,12 +64,9 @@ class Penalty:
     def __post_init__(self) -> None:
         check_number("weight", self.weight, ">= 0")
         check_number("increment", self.increment, ANY)
-        if self.increment_every is not None:
-            check_count("increment_every", self.increment_every, least=1)
-        if self.stop_step is not None:
-            check_count("stop_step", self.stop_step, least=0)
-        if self.of_steps is not None:
-            check_count("penalty.of_steps", self.of_steps, least=1)
+        check_count("increment_every", self.increment_every, least=1, optional=True)
+        check_count("stop_step", self.stop_step, least=0, optional=True)
+        check_count("penalty.of_steps", self.of_steps, least=1, optional=True)
         check_number("frequency", self.frequency, "(0, 1]", also=": the share of regularised steps")
 
     def at(self, step: int, seed: int, total: int | None = None) -> float:

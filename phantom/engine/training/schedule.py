@@ -50,8 +50,7 @@ class Cosine(Schedule):
     def __post_init__(self) -> None:
         check_number("floor", self.floor, ">= 0")
         check_count("warmup_steps", self.warmup_steps, least=0)
-        if self.of_steps is not None:
-            check_count("of_steps", self.of_steps, least=1)
+        check_count("of_steps", self.of_steps, least=1, optional=True)
 
     def rate(self, t: int, *, base: float, total: int, epoch: int) -> float:
         warmup = share_of_run(self.warmup_steps, self.of_steps, total)
