@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,23 +28,27 @@ def _splits(key: str, value: object) -> None:
         raise ValueError(f"{key}={value!r} must be a list of splits of the data, such as [test]")
 
 
+def _one_of(allowed: Sequence[str | None]) -> Check:
+    return partial(check_choice, allowed=allowed)
+
+
 def _or_null(check: Callable[..., None], **allowed: Any) -> Check:
     return lambda key, value: None if value is None else check(key, value, **allowed)
 
 
-WORD, COUNT = partial(partial, check_choice), partial(check_count, least=1)
-COUNT_OR_NULL = _or_null(check_count, least=1, also=" or null")
+COUNT = partial(check_count, least=1)
+COUNT_OR_NULL = partial(check_count, least=1, also=" or null", optional=True)
 SWITCH_OR_NULL = _or_null(check_flag, also=", or null to let speed= decide")
 NAME, PATH_OR_NULL = partial(_text, what="name"), _or_null(_text, what="path or null")
 # every root key that is no group, and what it may hold
 RULES: dict[str, Check] = {
-    "precision": WORD(allowed=("auto", *PRECISIONS)),
-    "speed": WORD(allowed=SPEEDS),
-    "gradient_precision": WORD(allowed=(None, "bf16")),
-    "device": WORD(allowed=DEVICES),
-    "on_failure": WORD(allowed=ON_FAILURE),
-    "wandb": WORD(allowed=tracking.MODES),
-    "resume": WORD(allowed=("auto", "never")),
+    "precision": _one_of(("auto", *PRECISIONS)),
+    "speed": _one_of(SPEEDS),
+    "gradient_precision": _one_of((None, "bf16")),
+    "device": _one_of(DEVICES),
+    "on_failure": _one_of(ON_FAILURE),
+    "wandb": _one_of(tracking.MODES),
+    "resume": _one_of(("auto", "never")),
     **dict.fromkeys(("epochs", "accumulate", "log_every", "keep_checkpoints", "smoke_steps", "repeats"), COUNT),
     **dict.fromkeys(("steps", "eval_every", "checkpoint_every", "subset", "test_subset"), COUNT_OR_NULL),
     "seed": partial(check_count, least=0),
