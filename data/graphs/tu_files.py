@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,19 +73,8 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
     with without_deprecations():
         from torch_geometric.io import read_tu_data
 
-    # torch_geometric's reader silently drops a last line without a newline
     parts = (*parts, "node_labels", "node_attributes", "edge_labels", "edge_attributes", "graph_attributes")
-    for path in (folder / f"{name}_{part}.txt" for part in parts):
-        if not path.is_file():
-            continue
-        text = path.read_bytes()
-        if not text.strip():
-            raise DataError(f"{path} is empty: copy or download it again, or remove it if the set needs no such file")
-        if not text.endswith(b"\n"):
-            raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
-    # and such an edge
-    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", needed[0].read_text("utf-8")):
-        raise DataError(f"{needed[0]} holds a node id below 1: node ids count from 1 over all graphs")
+    _check_text([folder / f"{name}_{part}.txt" for part in parts])
     num_nodes = _count_nodes(needed[1])
     try:
         read: Any = read_tu_data(os.fspath(folder), name)
@@ -123,6 +113,20 @@ def read_tu(root: Path, name: str, *, download: bool) -> Raw:
         arcs=arcs,
         labels=data.y,
     )
+
+
+def _check_text(files: Sequence[Path]) -> None:
+    """Raise DataError where torch_geometric's reader would silently drop a line; the first file has the edges."""
+    for path in files:
+        if not path.is_file():
+            continue
+        text = path.read_bytes()
+        if not text.strip():
+            raise DataError(f"{path} is empty: copy or download it again, or remove it if the set needs no such file")
+        if not text.endswith(b"\n"):  # it drops such a last line
+            raise DataError(f"{path} does not end in a newline, so that its last line would be lost: add one")
+    if re.search(r"(?m)(^|,)[ \t]*(0+|-\d+)[ \t]*(,|$)", files[0].read_text("utf-8")):  # and such an edge
+        raise DataError(f"{files[0]} holds a node id below 1: node ids count from 1 over all graphs")
 
 
 def _count_nodes(path: Path) -> int:
