@@ -70,8 +70,8 @@ def fixed_point(
             Of a tuple state that is so in any case.
         confirm: where the best iterates of the problems are of different steps, measure the residual of the state that
             they make together, which is another one if the problems depend on each other. The evaluation is that of
-            the estimator; under `torch.no_grad()`, and in the backward solve, it is one more. False where they are
-            known not to.
+            the estimator; under `torch.no_grad()`, and in the backward solve, it is one more; torch.export records
+            none. False where they are known not to.
         on_failure: what to do about a solve that failed, here and in the backward: "useless" warns once of an outcome
             that is no answer; "warn" and "raise" speak of every problem above `tol`; "ignore"; or a function that is
             called with the statistics. Read where the host waits anyway: with a `tol` and a `sync_every`, or on a CPU.
@@ -148,7 +148,7 @@ def fixed_point(
     stats = flat.stats
     stats.group, stats.on_failure, stats.confirm = group, on_failure, confirm
     stats.computed_in, stats.differentiated_in = computed_in, gradient_precision or computed_in
-    unsure = confirm and not stats.confirmed and not transforms.are_active()
+    unsure = confirm and not (stats.confirmed or transforms.are_active() or torch.compiler.is_exporting())
     if differentiate:
         with clock("attach"):
             if gradient_precision is not None:

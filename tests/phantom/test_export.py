@@ -1,5 +1,7 @@
 """torch.export and ONNX record a solve that never asks the host, for every batch size; they refuse another one."""
 
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,9 +40,13 @@ class Model(nn.Module):
         return torch.cat((value["image"].flatten(1), value["rest"]), 1)
 
 
-def exported(model: nn.Module) -> nn.Module:
+def program_of(model: nn.Module) -> torch.export.ExportedProgram:
     batch = {"x": {0: torch.export.Dim("batch")}}
-    return torch.export.export(model, (randn(5, 4, seed=2),), dynamic_shapes=batch).module()
+    return torch.export.export(model, (randn(5, 4, seed=2),), dynamic_shapes=batch)
+
+
+def exported(model: nn.Module) -> nn.Module:
+    return program_of(model).module()
 
 
 def check(model: nn.Module, recorded: nn.Module, *, same: float = SAME) -> None:
@@ -74,10 +80,19 @@ def test_an_exported_model_has_the_numbers_of_eager(name):
     ],
     ids=["plain", "broyden of a dict", "rollout of a dict", "rollout"],
 )
-def test_inference_is_exported(solver, grad, parts):
-    model = Model(DEQ(solver=solver, grad=grad), parts=parts)
+def test_inference_is_exported_and_saved(solver, grad, parts):
+    model, file = Model(DEQ(solver=solver, grad=grad), parts=parts), io.BytesIO()
     with torch.no_grad():
-        check(model, exported(model))
+        torch.export.save(program_of(model), file)
+        file.seek(0)
+        check(model, torch.export.load(file).module())
+
+
+def test_no_evaluation_is_recorded_for_statistics_alone():
+    with torch.no_grad():
+        recorded = exported(Model(DEQ(solver=SOLVERS["plain"])))
+    code = "".join(part.code for part in recorded.modules() if isinstance(part, torch.fx.GraphModule))
+    assert code.count("aten.tanh") == SOLVERS["plain"].max_steps + 1
 
 
 def test_a_tolerance_is_refused_with_the_way_out():
