@@ -18,7 +18,7 @@ from torch import Tensor
 from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
 from phantom.gradient.inverse import Inverse, OnceOnly, Operator
-from phantom.gradient.linear import Linearisation, Readings, agree, edge_of, leads_elsewhere, partial_vjps, vjp
+from phantom.gradient.linear import Linearisation, Readings, agree, at, edge_of, leads_elsewhere, partial_vjps, vjp
 from phantom.report import ADJOINT, act
 from phantom.runtime import transforms
 from phantom.runtime.frozen import is_kept_elsewhere, reusable, twice_differentiable, uncompiled
@@ -82,7 +82,7 @@ class _Backward:
         self.stats.num_evals += 1
         with torch.enable_grad():
             z = self.linear.z.detach().requires_grad_()
-            fz = self.anew(z)
+            fz = self.anew(at(z))
         # of a compiled module all that it reads is bound, and the host need not wait
         if self.anew is self.f and not self.is_value(fz, self.linear.fz):
             name = type(self.estimator).__name__

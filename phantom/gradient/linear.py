@@ -33,9 +33,14 @@ class Linearisation:
     def __init__(self, f: FlatMap, z: Tensor) -> None:
         self.z = z.detach().requires_grad_()
         with Readings(self.z) as readings:
-            self.fz = f(self.z)
+            self.fz = f(at(self.z))
         self.inputs = readings.tensors
         self.is_frozen = not self.fz.requires_grad or not (self.inputs or readings.missed(self.fz))
+
+
+def at(z: Tensor) -> Tensor:
+    """Return the leaf `z` for f to read: torch's FLOP counter refuses products with the graph of a module's leaf."""
+    return z.view_as(z)
 
 
 def vjp(fz: Tensor, z: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
 
 from phantom import BPTT, NPG, UPG, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.diagnostics import dense_jacobian, exact_adjoint
@@ -201,3 +202,20 @@ def test_threads_that_overlap_leave_the_compiler_as_it_was():
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["kept", "checkpoint"])
+@pytest.mark.parametrize("grad", [NPG(k=4), Implicit(solver=SOLVER)], ids=lambda grad: type(grad).__name__)
+def test_torch_counts_the_operations_that_the_statistics_tell(grad, kept):
+    layer, found = nn.Linear(6, 6, dtype=DTYPE), []
+
+    def run(x: Tensor) -> Tensor:
+        z0 = torch.zeros_like(X)
+        found.append(fixed_point(lambda z: torch.tanh(0.5 * layer(z) + x), z0, solver=SOLVER, grad=grad))
+        return found[-1].value
+
+    with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
+        (run(X) if kept else checkpoint(run, X, use_reentrant=False)).sum().backward()
+    counted = sum(solution.stats.num_evals + solution.stats.num_vjps for solution in found)
+    # the graph of f itself has two products backward, for z and for the weight
+    assert counter.get_total_flops() == 2 * X.numel() * 6 * (counted + 2)
