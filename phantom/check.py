@@ -188,8 +188,8 @@ class _Reads(Watching):
         if is_traced(tensor) or id(tensor) in self._own or id(tensor) in self.tensors:
             return  # torch.func inside f makes tensors of its own
         self.tensors[id(tensor)] = tensor
-        # an adjacency matrix in a sparse layout is no buffer that moves, and torch cannot compare two of them
-        if not tensor.requires_grad and tensor.layout == torch.strided:
+        # neither a sparse adjacency matrix nor a quantised weight is a buffer that moves, or can be compared
+        if not tensor.requires_grad and tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter):
             self._before[id(tensor)] = tensor.detach().clone()
 
     def moved(self) -> list[str]:

@@ -201,3 +201,19 @@ def test_a_map_that_reads_a_sparse_matrix(layout):
     assert phantom.check(lambda z: torch.tanh(adjacency @ z[0] @ weight + 1)[None], torch.zeros(1, 4, 2)) == []
     (finding,) = phantom.check(lambda z: torch.tanh(adjacency @ z @ weight + 1), torch.zeros(4, 2))
     assert finding.startswith("f couples the rows of z")
+
+
+class Quantised(Tensor):
+    """A weight of numbers that cannot be compared, as in torchao."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.equal:
+            raise NotImplementedError("no equal of quantised weights")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_map_that_reads_a_quantised_weight():
+    weight = (0.3 * torch.eye(4, dtype=DTYPE)).as_subclass(Quantised)
+    assert phantom.check(lambda z: (z @ weight).as_subclass(Tensor) + 1, Z) == []
+    assert "couples the rows" in phantom.check(lambda z: (z @ weight).as_subclass(Tensor).flip(0), Z)[0]
