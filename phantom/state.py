@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Packing:
     def __init__(self, z0: State) -> None:
         parts, self._spec = _flatten(z0)
         _check_parts(z0, parts)
+        self._keys = [*map(str, z0)] if isinstance(z0, Mapping) else []
         self.joins = len(parts) > 1  # packing is a concatenation, into new memory
         self.dtype = parts[0].dtype
         self.device = parts[0].device
@@ -123,14 +124,17 @@ class Packing:
             return f"a tensor {shapes}"
         if self._spec is tuple:
             return f"a tuple of tensors {shapes}"
-        keys = f", with the keys {', '.join(map(str, self._spec.context))} in order" if self._spec.type is dict else ""
+        keys = f", with the keys {', '.join(self._keys)} in order" if self._keys else ""
         return f"a {self._spec.type.__name__} of tensors {shapes}{keys}"
 
 
 def _check_parts(z0: State, parts: list[Any]) -> None:
     """Raise TypeError or ValueError where `parts` are not those of a state: see `Packing`."""
     if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
-        way = "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too"
+        way = (
+            "z0=torch.zeros(B, ...) or z0=(zeros_1, zeros_2, ...); lists, dicts and nested ones are fine, too, and "
+            "dataclasses that torch.export.register_dataclass knows"
+        )
         if any(isinstance(part, Tensor) and part.is_complex() for part in parts):
             way = "z0=torch.view_as_real(z0), and let f begin with torch.view_as_complex and end with view_as_real"
         raise TypeError(
@@ -182,7 +186,7 @@ def form_of(z: object) -> str:
     """Return what `z` is, for a message."""
     if isinstance(z, Tensor):
         return f"a tensor {tuple(z.shape)} of {z.dtype}"
-    if isinstance(z, dict):
+    if isinstance(z, Mapping):
         return f"a {type(z).__name__} of ({', '.join(f'{name}: {form_of(part)}' for name, part in z.items())})"
     if isinstance(z, (tuple, list)):
         return f"a {type(z).__name__} of ({', '.join(form_of(part) for part in z)})"

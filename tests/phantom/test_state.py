@@ -1,13 +1,49 @@
 """The two forms of a state: packing is exact, keeps the layout, and names what does not fit."""
 
+from collections import UserDict
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from phantom import UPG, Broyden, FixedPoint, Implicit, fixed_point
 from phantom.state import Packing
 
 PARTS = (torch.arange(24.0).reshape(2, 3, 2, 2), torch.arange(10.0).reshape(2, 5), torch.tensor([7.0, 8.0]))
+
+
+@dataclass
+class Pair:
+    a: Tensor
+    b: Tensor
+
+
+class Known(Pair):
+    """A pair that torch can take apart."""
+
+
+class Keyed(UserDict):
+    """A mapping that is no dict, as the ones of other libraries are."""
+
+
+torch.export.register_dataclass(Known)
+pytree.register_pytree_node(
+    Keyed, lambda z: ([*z.values()], [*z]), lambda parts, keys: Keyed(zip(keys, parts, strict=True))
+)
+KEYED = Keyed(a=torch.zeros(2, 3), b=torch.zeros(2, 3))
+
+
+def test_dataclasses_and_mappings_are_states():
+    start, grad = torch.zeros(2, 3), Implicit(solver=FixedPoint(tol=1e-6))
+    x = torch.ones(2, 3, requires_grad=True)
+    pair = fixed_point(lambda z: Known(0.5 * z.b, 0.5 * z.a + x), Known(start, start), grad=grad).value
+    keyed = fixed_point(lambda z: Keyed(a=0.5 * z["b"], b=0.5 * z["a"] + x), KEYED, grad=grad).value
+    for a, b in ((pair.a, pair.b), (keyed["a"], keyed["b"])):  # b = b / 4 + x and a = b / 2
+        torch.testing.assert_close(a, 2 / 3 * x, rtol=1e-3, atol=0)
+        torch.testing.assert_close(b, 4 / 3 * x, rtol=1e-3, atol=0)
+        torch.testing.assert_close(torch.autograd.grad((a + b).sum(), x)[0], 2 * torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("z", [PARTS[0], PARTS[1], PARTS[2], PARTS, PARTS[:1]], ids=["4d", "2d", "1d", "tuple", "one"])
@@ -123,6 +159,11 @@ def test_an_empty_batch_is_solved():
         (torch.zeros(2, 3, dtype=torch.long), TypeError, "got a tensor (2, 3) of torch.int64"),
         (None, TypeError, "got NoneType"),
         ((), TypeError, "non-empty tuple"),
+        (
+            Pair(torch.zeros(2, 3), torch.zeros(2, 1)),
+            TypeError,
+            "dataclasses that torch.export.register_dataclass knows",
+        ),
         (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "pass z0=torch.view_as_real(z0)"),
         (torch.zeros(()), ValueError, "leading axis B, got shapes [()]: parts of one problem without such an axis get"),
         ((torch.zeros(2, 3), torch.zeros(3, 3)), ValueError, "got shapes [(2, 3), (3, 3)]"),
@@ -155,6 +196,7 @@ def test_a_sharded_guess():
         (lambda z: None, torch.zeros(2, 3), "got NoneType"),
         (lambda z: z.numpy(), torch.zeros(2, 3), "got ndarray"),
         (lambda z: {"a": z["a"], "b": z["b"]}, {"b": torch.zeros(2, 3), "a": torch.zeros(2, 3)}, "keys b, a in order"),
+        (lambda z: Keyed(b=z["b"], a=z["a"]), KEYED, "keys a, b in order, got a Keyed of (b: a tensor (2, 3) of"),
         (lambda z: z[::-1], (torch.zeros(2, 3), torch.zeros(2, 4)), "(2, 3), (2, 4), got a tuple of (a tensor (2, 4)"),
     ],
 )
