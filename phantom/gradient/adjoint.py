@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phantom.confirm import Confirming
 from phantom.gradient.base import GradientEstimator, check_grad_enabled
-from phantom.gradient.inverse import Inverse, OnceOnly, Operator
+from phantom.gradient.inverse import BATCHED, Inverse, OnceOnly, Operator
 from phantom.gradient.linear import Linearisation, Readings, agree, at, edge_of, leads_elsewhere, partial_vjps, vjp
 from phantom.report import ADJOINT, act
 from phantom.runtime import transforms
@@ -98,10 +98,7 @@ class _Backward:
     def cotangents(self, g: Tensor) -> Tensor:
         """Return u for a `g` under vmap, of `is_grads_batched=True` for one."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a graph of a gradient under is_grads_batched is not there: use torch.func around the whole "
-                "model (hessian, jacrev), or differentiate one row after the other"
-            )
+            raise RuntimeError(BATCHED)
 
         def solve(product: Vjp, v: Tensor) -> Tensor:
             return self.estimator.cotangent(product, v, self.stats, self.history)

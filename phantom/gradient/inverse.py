@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,10 @@ Cotangent = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 REFUSAL = (
     "this gradient cannot be differentiated twice: use UPG or BPTT, which can, or Implicit, which is exact in every "
     "order (under torch.func each order is a transform of its own, and autograd around func.grad is one)"
+)
+BATCHED = (
+    "a graph of a gradient under is_grads_batched is not there: use torch.func around the whole model (hessian, "
+    "jacrev), or differentiate one row after the other"
 )
 
 
@@ -102,8 +105,10 @@ class Inverse(torch.autograd.Function):
     def forward(
         v: Tensor, index: Tensor, operator: Operator, transposed: bool, acts: bool, lead: tuple[bool, ...]
     ) -> Tensor:
-        if not acts:
-            return v.clone()
+        return Inverse._apply(v, operator, transposed, lead) if acts else v.clone()
+
+    @staticmethod
+    def _apply(v: Tensor, operator: Operator, transposed: bool, lead: tuple[bool, ...]) -> Tensor:
         n = len(lead)
         order = [i for i in range(n) if lead[i]] + [i for i in range(n) if not lead[i]] + [*range(n, v.dim())]
         ordered = v.permute(order)
@@ -120,6 +125,8 @@ class Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and transforms.is_grads_batched(g):
+            raise RuntimeError(BATCHED)
         return Inverse._derivative(ctx, g, not ctx.transposed), None, None, None, None, None
 
     @staticmethod
@@ -129,8 +136,8 @@ class Inverse(torch.autograd.Function):
     @staticmethod
     def _derivative(ctx: Any, v: Tensor, transposed: bool) -> Tensor:
         fz, index = ctx.saved_tensors
-        if transforms.is_grads_batched(v):  # torch.autograd.functional, vectorized, in forward mode
-            return transforms.on_batch(partial(ctx.operator, transposed=transposed), v)
+        if transforms.is_grads_batched(v):  # torch.autograd.functional, vectorized
+            return transforms.on_batch(lambda v: Inverse._apply(v, ctx.operator, transposed, (True, *ctx.lead)), v)
         u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
         if ctx.acts:
             return u
