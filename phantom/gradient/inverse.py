@@ -139,12 +139,12 @@ class Inverse(torch.autograd.Function):
         if transforms.is_grads_batched(v):  # torch.autograd.functional, vectorized
             return transforms.on_batch(lambda v: Inverse._apply(v, ctx.operator, transposed, (True, *ctx.lead)), v)
         u = Inverse.apply(v, index, ctx.operator, transposed, True, ctx.lead)
-        if ctx.acts:
+        if transforms.are_active() and (ctx.acts or ctx.operator.is_exact):
             return u
-        # once the transforms are over, autograd around them asks: then the Newton steps that follow are not there
-        is_differentiable = ctx.operator.is_exact and transforms.are_active()
-        # and it is linear in v, by which a solve around this one differentiates it
-        return u if is_differentiable else u - u.detach() + OnceOnly.apply(u.detach(), fz)
+        # once the transforms are over, autograd around them asks: then the Newton steps that follow are not there. u is
+        # linear in v, by which a solve around this one differentiates it
+        source = ctx.operator.fz if ctx.acts else fz
+        return u - u.detach() + OnceOnly.apply(u.detach(), source)
 
     @staticmethod
     def vmap(

@@ -265,25 +265,6 @@ def test_a_batched_gradient_with_a_graph_is_refused_in_a_sentence():
         torch.autograd.grad(equilibrium(weight, X), weight, basis, is_grads_batched=True, create_graph=True)
 
 
-def vmapped(solve):
-    return lambda x: func.vmap(func.vmap(solve, (None, 0)), (0, None))(torch.stack([WEIGHT, WEIGHT.mT]), x[:, None])
-
-
-@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-def test_a_vectorised_jacobian_of_autograd_around_vmap(strategy):
-    jacobian = torch.autograd.functional.jacobian
-    found, expected = (
-        jacobian(vmapped(solve), X, vectorize=True, strategy=strategy) for solve in (equilibrium, newton)
-    )
-    close(found, expected)
-
-
-def test_a_batched_gradient_with_a_graph_around_vmap_is_refused_in_a_sentence():
-    """It had no graph through the equilibrium: beside another term, the second derivative was silently partial."""
-    with pytest.raises(RuntimeError, match="around the whole model"):
-        torch.autograd.functional.jacobian(vmapped(equilibrium), X, vectorize=True, create_graph=True)
-
-
 def tangent(solve):
     """Return the tangent of a dual number, with its graph."""
     with forward_ad.dual_level():
