@@ -142,10 +142,11 @@ def test_a_map_that_has_changed_until_backward_is_refused(keep, grad):
             gradient(kept)
 
 
+@pytest.mark.parametrize("change", [1e-5, 1e-2])
 @pytest.mark.parametrize("grad", ESTIMATORS, ids=lambda grad: type(grad).__name__)
-def test_a_map_that_rounds_otherwise_in_backward_is_the_same(grad):
+def test_a_map_that_rounds_otherwise_in_backward_is_the_same(grad, change):
     """As sums in another order do on a GPU: to half of the digits of float32 it has its value again."""
-    weight, rounding = torch.full((6, 6), 0.05, dtype=DTYPE, requires_grad=True), [1e-5, 0.0]
+    weight, rounding = torch.full((6, 6), 0.05, dtype=DTYPE, requires_grad=True), [change, 0.0]
 
     def f(z: Tensor) -> Tensor:
         return torch.tanh(z @ weight + X) * (1 + rounding[0])
@@ -154,6 +155,10 @@ def test_a_map_that_rounds_otherwise_in_backward_is_the_same(grad):
         value = fixed_point(f, torch.zeros_like(X), solver=SOLVER, grad=grad).value
     expected = torch.autograd.grad(value.sum(), weight, retain_graph=True)[0]
     rounding.reverse()
+    if change > 1e-3 and not isinstance(grad, UPG):
+        with pytest.raises(RuntimeError, match="has another value"):
+            torch.autograd.grad(value.sum(), weight)
+        return
     found = torch.autograd.grad(value.sum(), weight)[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 

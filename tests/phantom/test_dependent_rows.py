@@ -289,6 +289,30 @@ def test_independent_cotangents_are_left_alone():
         assert solution.stats.num_vjps - 20 in ((0, 1) if confirm else (0,))
 
 
+def test_the_rounding_of_one_more_evaluation_is_no_dependence():
+    """The evaluation that confirms rounds otherwise, as in a batch of another size; a residual may be zero by luck."""
+    rates, calls = torch.tensor([[0.5], [0.1]], dtype=DTYPE), []
+
+    def f(z: Tensor) -> Tensor:
+        calls.append(None)
+        return (rates * z + 1) * (1 + torch.finfo(DTYPE).eps * (len(calls) == 62))
+
+    with torch.no_grad():
+        stats = fixed_point(f, torch.zeros(2, 3, dtype=DTYPE), solver=FixedPoint(max_steps=60, tol=None)).stats
+    assert len(calls) == 62, "the best iterates are of different steps, else nothing is confirmed"
+    assert stats.trace.amin(dim=0)[1] == 0 < stats.residual[1] < 1e-15
+    assert stats.confirmed and not stats.dependent
+
+
+def test_a_residual_of_zero_meets_a_tolerance_of_zero():
+    """One problem is held at its exact solution while the other goes on: to be at `tol` is not to move."""
+    end = torch.tensor([[9.0], [2.0]], dtype=DTYPE)
+    solver = FixedPoint(max_steps=20, tol=0.0)
+    z, stats, _ = solve(lambda z: torch.minimum(z + 1, end), torch.zeros(2, 3, dtype=DTYPE), solver)
+    assert torch.equal(z, end.expand(2, 3)) and stats.converged.all() and not stats.dependent
+    assert stats.num_steps.tolist() == [9, 2] and stats.num_evals == 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preconditioned(Solver):
     """z <- z + P g for the D unknowns of a problem; notes the shapes that `start` gets."""

@@ -135,6 +135,11 @@ def test_measurements_that_were_not_finite_are_left_out_with_their_steps(keep, t
     assert accuracy.page(FIG3, runs_of(FIG3)).count("| not finite (1 of 1) |") == 2
 
 
+def test_the_radius_over_runs_is_a_mean_where_all_of_them_have_one():
+    runs = [trained(0, 0, values) for values in ([0.5, None, 0.75, 0.5], [1.0, 0.5, 0.25])]
+    assert accuracy._mean_radius(runs) == {10: 0.75, 30: 0.5}
+
+
 def test_nothing_is_drawn_that_was_not_run(keep, tmp_path):
     folder = tmp_path / "results" / "f"
     folder.mkdir(parents=True)

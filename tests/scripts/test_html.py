@@ -112,6 +112,15 @@ def test_every_benchmark_to_choose_has_bars(reader):
     assert shown and all(all(bar["phases"] for bar in one["bars"]) for one in shown)
 
 
+def test_every_exploration_to_choose_has_its_rows(reader):
+    shown = json.loads(reader.payload)["explorations"]
+    assert shown
+    for one in shown:
+        rows = json.loads((studies.ROOT / one["record"]).read_text())["rows"]
+        measured = [row["estimator"] for row in rows if row["cosine"] is not None]
+        assert [point["label"] for point in one["points"]] == measured != []
+
+
 def test_every_committed_run_is_there_with_its_command(reader):
     kept = {
         path.relative_to(studies.ROOT).as_posix()
