@@ -1,8 +1,10 @@
 """The comparison of estimators: cosines against a dense solve, costs by definition, the front, and the command."""
 
+import io
 import itertools
 import json
 import shlex
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import pytest
@@ -186,15 +188,22 @@ def folder(tmp_path_factory):
     return trainer.folder
 
 
-def test_of_a_run_the_page_and_the_figure_are_kept(folder, capsys):
+@pytest.fixture(scope="module")
+def explored(folder):
+    """Return an exploration of a run, and what was printed."""
+    out, grid = folder / "found.json", ["grad=upg,npg,shine", "k=2", "lam=0.5"]
+    with redirect_stdout(io.StringIO()) as printed:
+        explore.main([f"run={folder}", "batches=1", "solver.max_steps=12", *grid, "cosine=0.999", f"out={out}"])
+    return json.loads(out.read_text()), printed.getvalue()
+
+
+def test_of_a_run_the_page_and_the_figure_are_kept(folder, explored):
+    found, printed = explored
     out = folder / "found.json"
-    grid = ["grad=upg,npg,shine", "k=2", "lam=0.5"]
-    explore.main([f"run={folder}", "batches=1", "solver.max_steps=12", *grid, "cosine=0.999", f"out={out}"])
-    found = json.loads(out.read_text())
     assert found["step"] == 1 and found["examples"] == "1 training batch of 8 images"
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     text = out.with_suffix(".md").read_text()
-    assert text == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert text == printed.rstrip("\n") + "\n"
     for name in ("grad=upg k=2 lam=0.5", "grad=npg k=2 lam=0.5", "grad=shine"):
         assert f"| {name} |" in text
     assert "None has a cosine of 0.999; the nearest is `grad=" in text
@@ -247,11 +256,9 @@ def test_the_page_that_is_printed_is_the_one_that_is_kept(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("residual", "said"), [(None, True), (0.1, True), (0.09, False)])
-def test_a_state_that_is_no_equilibrium_is_told(folder, monkeypatch, capsys, residual, said):
-    measure = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *args: measure(*args) | {"residual": residual})
-    explore.main([f"run={folder}", "batches=1", "solver.max_steps=2", "grad=one_step"])
-    assert ("This is no equilibrium" in capsys.readouterr().out) == said
+def test_a_state_that_is_no_equilibrium_is_told(explored, residual, said):
+    found, _ = explored
+    assert ("This is no equilibrium" in page.render(found | {"residual": residual})) == said
 
 
 def test_a_config_begins_with_the_weights_of_init(tmp_path):
