@@ -17,7 +17,7 @@ from phantom.gradient.unroll import UPG
 from phantom.report import SOLVE, OnFailure, act, check_on_failure
 from phantom.runtime import transforms
 from phantom.runtime.frozen import forget_without_graph, frozen, twice_differentiable
-from phantom.runtime.host import can_ask, is_traced
+from phantom.runtime.host import can_ask, is_exporting, is_traced
 from phantom.runtime.purity import Pure
 from phantom.runtime.ranks import Group, name_of
 from phantom.solution import Solution, Stats
@@ -148,7 +148,7 @@ def fixed_point(
     stats = flat.stats
     stats.group, stats.on_failure, stats.confirm = group, on_failure, confirm
     stats.computed_in, stats.differentiated_in = computed_in, gradient_precision or computed_in
-    unsure = confirm and not (stats.confirmed or transforms.are_active() or torch.compiler.is_exporting())
+    unsure = confirm and not (stats.confirmed or transforms.are_active() or is_exporting())
     if differentiate:
         with clock("attach"):
             if gradient_precision is not None:
@@ -266,7 +266,7 @@ def _check_settings(
 
 def _check_surroundings(solver: Solver) -> None:
     """Raise where torch records what is run, or differentiates it, in a way that a solve cannot have."""
-    if solver.asks and torch.compiler.is_exporting():
+    if solver.asks and is_exporting():
         raise ValueError(
             f"torch.export records a fixed number of steps, and solver.tol={solver.tol} asks for as many as it takes: "
             "give a solver with tol=None, dataclasses.replace(solver, max_steps=..., tol=None), or one with "

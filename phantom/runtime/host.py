@@ -19,6 +19,11 @@ def is_traced(z: Tensor) -> bool:
     return torch.compiler.is_compiling() or TORCH._functorch.is_functorch_wrapped_tensor(z)
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export records; torch.compiler.is_exporting is true in all that torch 2.11 compiles, too."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_on_host(z: Tensor) -> bool:
     """Return whether reading a number waits for nothing, and is possible at all: nobody traces operators."""
     return z.device.type == "cpu" and type(z) is Tensor and not is_traced(z) and TORCH._len_torch_dispatch_stack() == 0
