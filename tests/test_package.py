@@ -61,6 +61,12 @@ def test_no_version_of_datasets_runs_scripts_of_a_data_set(extra):
     assert not any(version in found.specifier for version in ("2.19.2", "3.6.0")) and "4.0.0" in found.specifier
 
 
+def test_torch_geometric_reads_ppi_beside_every_networkx():
+    """Up to 2.6 it leaves a name of the file's format to networkx, and networkx 3.6 has another one for it."""
+    (found,) = [one for one in map(Requirement, EXTRAS["graphs"]) if one.name == "torch_geometric"]
+    assert "2.6.1" not in found.specifier and "2.7.0" in found.specifier
+
+
 def test_the_workflow_is_the_test_script_with_the_oldest_and_the_newest_torch():
     jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
     assert jobs["test"]["steps"][-1] == {"run": "bash scripts/test.sh"}
