@@ -303,7 +303,8 @@ def test_what_vjp_returns_is_not_differentiated_by_backward():
 def test_forward_mode_needs_grad_and_vmap_does_not(grad, mode):
     with mode():
         for name in ("jvp", "jacfwd"):
-            with pytest.raises(RuntimeError, match="forward mode differentiates under"):
+            # torch 2.11 itself refuses jacfwd in inference mode, before it calls anything
+            with pytest.raises(RuntimeError, match=r"forward mode differentiates under|aten::_make_dual"):
                 FIRST[name](lambda weight, x: equilibrium(weight, x, grad=grad))
         assert FIRST["vmap"](lambda weight, x: equilibrium(weight, x, grad=grad)).shape == XS.shape
 
