@@ -138,6 +138,14 @@ def test_kernels_without_triton_are_refused_in_a_sentence(monkeypatch):
         check_speed({"cuda_graph": None, "speed": "kernels"}, torch.device("cuda"), 1)
 
 
+def test_a_cuda_graph_is_of_one_process_on_a_gpu():
+    asked = {"cuda_graph": True, "speed": "auto", "compile": None, "solver": {}, "grad": {}, "eval_solver": None}
+    check_speed(asked, torch.device("cuda"), 1)
+    for device, world_size in (("cuda", 2), ("cpu", 1)):
+        with pytest.raises(ConfigError, match="cuda_graph=true needs a GPU and one process"):
+            check_speed(asked, torch.device(device), world_size)
+
+
 @pytest.mark.parametrize("tol", ["1e-3", "null"])
 def test_a_tolerance_is_no_obstacle_to_graphs(tol, tmp_path):
     made = plan([f"solver.tol={tol}", "grad=implicit", f"adjoint_solver.tol={tol}", f"runs={tmp_path}"])

@@ -146,3 +146,12 @@ def test_room_is_made_as_steps_are_taken(monkeypatch):
     assert room == [60, 60] and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     dense = torch.linalg.solve(torch.eye(40, dtype=DTYPE) - matrix, c)
     torch.testing.assert_close(found[0][0], dense, rtol=1e-5, atol=1e-5)
+
+
+def test_room_is_doubled_up_to_the_memory():
+    solver, z, g = Anderson(max_steps=90, memory=40), randn(2, 3, seed=1), randn(2, 3, seed=2)
+    memory, rooms = solver.start(z, g), []
+    for _ in range(90):
+        solver.propose(memory, z, g)
+        rooms.append((len(memory.z), len(memory.g), memory.gram.shape[1]))
+    assert rooms == [(16,) * 3] * 16 + [(32,) * 3] * 16 + [(40,) * 3] * 58
