@@ -163,6 +163,26 @@ def test_a_start_at_the_rounding_is_an_answer(dtype, monkeypatch):
     assert len(stats.trace) <= 4 and bool((stats.stalled | stats.converged).all())
 
 
+def test_the_backward_of_a_state_stops_at_the_rounding_too():
+    found = []
+
+    class Noted(Implicit):
+        def cotangent(self, vjp, g, stats, history):
+            u = super().cotangent(vjp, g, stats, history)
+            found.append(stats.adjoint)
+            return u
+
+    model, grad = Model(DEQ()), Noted(solver=Broyden(max_steps=60, tol=1e-6))
+    x = 0.3 * torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = fixed_point(
+            lambda z: torch.tanh(2 * model.inner(z) + x), torch.zeros(6, 8), grad=grad, states=(2,), on_failure="ignore"
+        )
+        torch.autograd.grad(solution.states[0].square().sum(), model.inner.weight)
+    (adjoint,) = found
+    assert adjoint.stalled.any() and len(adjoint.trace) < 40
+
+
 def test_a_fixed_budget_is_run_whole_under_autocast():
     model = Model(DEQ(solver=FixedPoint(max_steps=40, tol=None)))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
