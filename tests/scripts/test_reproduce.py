@@ -12,6 +12,10 @@ from scripts import report, reproduce, studies
 from scripts.running import process
 from tests.plans import composed, plan
 
+# what the record of a finished run has at least
+FOUND = {"seed": 0, "final": {}, "best": {}, "folder": "", "num_parameters": 3, "metric": "accuracy"}
+FOUND |= {"train": {}, "times": {}, "items_per_second": 1.0}
+
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
@@ -71,7 +75,7 @@ def test_a_finished_run_that_was_typed_by_groups_is_the_row(ran, tmp_path):
     folder = tmp_path / "runs" / typed.folder.relative_to(typed.root)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(typed.text)
-    found = {"seed": 0, "final": {}, "best": {}, "steps": 7}
+    found = FOUND | {"steps": 7}
     (folder / "record.json").write_text(json.dumps(found | {"label": typed.label}))
     reproduce.main(["table3", "rows=imagenet_upg,cifar10_upg", "repeats=2"])
     assert [(line[0], line[-1]) for line in ran] == [
@@ -94,7 +98,7 @@ def test_a_typed_run_of_other_data_is_not_the_row(ran, tmp_path, monkeypatch, ca
     folder = tmp_path / "runs" / typed.folder.relative_to(typed.root)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(typed.text)
-    found = {"seed": 0, "final": {}, "best": {}, "label": typed.label, "data_digests": {"train": "xyz"}}
+    found = FOUND | {"label": typed.label, "data_digests": {"train": "xyz"}}
     (folder / "record.json").write_text(json.dumps(found))
     digest = lambda made: {"train": (Path(made.config["data"]["root"]) / "digest").read_text()}  # noqa: E731
     monkeypatch.setattr(process, "build_source", lambda made: SimpleNamespace(digests=lambda: digest(made)))
