@@ -15,12 +15,17 @@ from phantom.runtime.host import is_traced
 from phantom.runtime.watching import Watching
 from phantom.state import FlatMap, Map, Packing, State, form_of
 
+CHANGES = (
+    "f is random, or remembers earlier calls: two evaluations at the same z differ. Draw masks once per solve, outside "
+    "of f (phantom.variational_mask), and give its layers no cache, so that f stays one map."
+)
+
 
 def check(f: Map, z0: State) -> list[str]:
     """Return in sentences what is wrong with `f` as a map of states like `z0`; an empty list where nothing was found.
 
-    f is evaluated about 6 + 2 log2(B) times: it must return the form and dtype of z0, leave its argument and its
-    buffers alone, give the same value twice, and with a graph as without, treat the B problems apart, depend on z, and
+    f is evaluated about 7 + 2 log2(B) times: it must return the form and dtype of z0, leave its argument and its
+    buffers alone, give the same value again, and with a graph as without, treat the B problems apart, depend on z, and
     lead its graph to z and to every parameter that it reads. The state of the random generators and the buffers are as
     before afterwards.
 
@@ -80,10 +85,7 @@ def _findings(f: Map, packing: Packing, z: Tensor, reads: _Reads) -> list[str]:
         leaf = z.clone().requires_grad_()
         with_graph = evaluate(leaf)
     if not _same(again, fz):
-        found.append(
-            "f is random: two evaluations at the same z differ. Draw masks once per solve, outside of f "
-            "(phantom.variational_mask), so that f stays one map."
-        )
+        found.append(CHANGES)
     else:
         # a solve inside f returns another iterate with a graph, within its tolerance
         if not _same(with_graph.detach(), fz, tol=torch.finfo(z.dtype).eps ** 0.5):
@@ -104,6 +106,8 @@ def _dependence(f: FlatMap, z: Tensor, fz: Tensor) -> list[str]:
     step = torch.randn_like(z) * (0.1 * z.square().mean().sqrt() + 0.01)
     if _same(f(z + step), fz):
         return ["f does not depend on z: its fixed point is f(z0), and no solve is needed."]
+    if not _same(evaluate(z), fz):
+        return [CHANGES]
     rows = torch.arange(len(z), device=z.device)
     for bit in range((len(z) - 1).bit_length()):
         for value in (0, 1):

@@ -30,10 +30,22 @@ def under_no_grad(z: Tensor) -> Tensor:
     return torch.tanh(z + weight)
 
 
+class Remembering:
+    """The mean over all states seen so far, as attention to a growing cache: the same where z is the same."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.seen.append(z)
+        return 0.5 * torch.stack(self.seen).mean(0)
+
+
 FAULTS = {
     "writes": ([in_place], "writes its argument"),
     "relu": ([nn.ReLU(inplace=True)], "writes its argument"),
     "random": ([nn.Dropout(0.5), lambda z: z + torch.rand_like(z)], "is random"),
+    "remembers": ([Remembering()], "remembers earlier calls"),
     "rows": ([lambda z: 0.2 * CHAIN @ z, lambda z: z - z.mean(0), lambda z: z.flip(0)], "couples the rows"),
     "last_row": ([lambda z: torch.cat((z[:4], z[:1] * 0.5)), lambda z: z.cumsum(0)], "couples the rows"),
     "dtype": ([lambda z: z.float()], "changes the dtype of its state from torch.float64 to torch.float32"),
