@@ -21,7 +21,7 @@ from phantom.engine.machine.memory import begin_peak
 from phantom.engine.model import check_model
 from phantom.engine.plan import Plan
 from phantom.engine.source import Shard, Source, Spec
-from phantom.engine.speed import check_speed, choose_speed, speed_up
+from phantom.engine.speed import check_kernels, check_speed, choose_speed, speed_up
 from phantom.engine.training.course import Course
 from phantom.engine.training.loop import Trainer
 
@@ -50,11 +50,13 @@ def set_up_machine(plan: Plan) -> tuple[torch.device, int, int]:
     """Set torch's global switches, join the other processes; return (this process's device, rank, world size).
 
     Raises:
-        ConfigError: the device is not there, or another process is not.
+        ConfigError: the device is not there, or not what the solvers need, or another process is not there.
     """
     precision.set_up(plan.config["precision"], deterministic=plan.config["deterministic"])
     with as_config_error(TimeoutError, DistError):
-        return distributed.start(plan.config["device"])
+        device, rank, world_size = distributed.start(plan.config["device"])
+    check_kernels(plan.config, device)
+    return device, rank, world_size
 
 
 def _say(line: str) -> None:

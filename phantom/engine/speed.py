@@ -87,14 +87,30 @@ def check_speed(config: dict[str, Any], device: torch.device, world_size: int) -
     if config["speed"] == "kernels":
         with as_config_error(prefix="speed=kernels: "):
             check_triton()
-    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
-    solvers["eval_solver"] = config["eval_solver"]
-    names = [f"{name}.compile" for name, solver in solvers.items() if solver is not None and solver.get("compile")]
+    names = _asked(config, "compile")
     if config["compile"]:
         names.insert(0, "compile")
     if names:
         with as_config_error():
             check_compiler(device, names[0])
+
+
+def check_kernels(config: dict[str, Any], device: torch.device) -> None:
+    """Check that the solvers have a GPU for the kernels that the config gives them, in training and evaluation.
+
+    Raises:
+        ConfigError: they have none.
+    """
+    names = _asked(config, "kernels")
+    if names and device.type != "cuda":
+        raise ConfigError(f"{names[0]}=true needs a GPU: {names[0]}=false is the same solver anywhere")
+
+
+def _asked(config: dict[str, Any], flag: str) -> list[str]:
+    """Return the keys of the solvers whose `flag` is set."""
+    solvers = {"solver": config["solver"], "adjoint_solver": config["grad"].get("solver")}
+    solvers["eval_solver"] = config["eval_solver"]
+    return [f"{name}.{flag}" for name, solver in solvers.items() if solver is not None and solver.get(flag)]
 
 
 def choose_speed(plan: Plan, model: nn.Module, steps: int, device: torch.device, world_size: int) -> Speed:

@@ -122,6 +122,8 @@ WHILE_BUILDING = [
     ("data.batch_size=0", "batch_size=0 must be an integer >= 1"),
     ("model.dropout=1.5", r"dropout=1\.5 must be in \[0, 1\)"),
     ("cuda_graph=true device=cpu", "needs a GPU"),
+    ("solver.kernels=true device=cpu", r"solver\.kernels=true needs a GPU|need Triton"),
+    ("grad=implicit adjoint_solver.kernels=true device=cpu", r"adjoint_solver\.kernels=true needs a GPU|need Triton"),
     ("compile=true model=ignn data=chains solver=fixed_point", "`cell`"),
 ]
 
