@@ -50,6 +50,20 @@ def test_the_blocks_of_a_page_print_what_stands_below_them(page, monkeypatch):
         check_alike(printed(code, names), shown, rel=0.1)
 
 
+def test_a_model_inside_of_other_libraries(tmp_path, monkeypatch):
+    """Needs `pip install transformers peft lightning`."""
+    for name in ("transformers", "peft", "lightning"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    examples, names = EXAMPLE.findall((DOCS / "ecosystem.md").read_text()), {}
+    for code, shown in examples:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), warnings.catch_warnings(action="ignore"):
+            exec(code, names)
+        assert out.getvalue() == shown != ""
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in names["adapted"].parameters() if p.grad is not None)
+
+
 def test_a_number_that_differs_is_noticed():
     check_alike("residual 1.0e-04 of\n8 rows", "residual 1.05e-04 of 8 rows", rel=0.1)
     for other in ("residual 1.2e-04 of 8 rows", "residual 1e-04 of 7 rows", "residual 1e-04 in 8 rows"):
