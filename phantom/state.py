@@ -39,7 +39,7 @@ class Packing:
         self._shapes = [p.shape for p in parts]
         self._sizes = [p.shape[1:].numel() for p in parts]
         # a (B, D) tensor in solver precision is its own packing
-        self._is_flat = self._spec is None and z0.dim() == 2 and self.dtype == self.flat_dtype
+        self._is_flat = self._spec is None and parts[0].dim() == 2 and self.dtype == self.flat_dtype
 
     def computed_in(self) -> torch.dtype | None:
         """Return the arithmetic of f under the autocast that is active now, where it is coarser than the solver's."""
