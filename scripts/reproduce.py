@@ -10,7 +10,7 @@
     python scripts/reproduce.py table4 rows=cox2_implicit data.folds=stratified data.eval_adjacency=same \\
         data.validation=0.1 eval_splits=[valid,test]              # an honest protocol
     python scripts/reproduce.py chains panels="length 10"         # the lines of one panel of a figure
-    python scripts/reproduce.py fig1                              # measured, nothing is trained; also theorems, table2
+    python scripts/reproduce.py fig1 theorems table2              # several; these are measured, and nothing is trained
     python scripts/reproduce.py theorems rows=theorem1 dim=10     # one of its measures, with a setting changed
 
     rows=<name,...>    these rows, lines or measures alone
@@ -23,11 +23,12 @@
     list               say the cost, print the commands and run nothing
 
 Everything else goes to train.py, or is a setting of a measure (those are in study.yaml); of an axis of a grid, as k=5
-of fig3, it chooses points. The command says first what it will run, and what that costs by the records of runs of the
-same kind. What has a record in results/ is not run; finished runs of runs/ are not trained again, interrupted ones
-resume. A run that was typed as model=, data= and grad= counts as the row whose resolved config it has. Overrides that
-make it another experiment are in the name of the record, which no page shows. The exit status is 1 where something
-failed, and 3 where it was stopped with something left. `python scripts/report.py` renders the pages.
+of fig3, it chooses points. Beside studies that train, those that measure know the scale alone. The command says first
+what it will run, and what that costs by the records of runs of the same kind. What has a record in results/ is not
+run; finished runs of runs/ are not trained again, interrupted ones resume. A run that was typed as model=, data= and
+grad= counts as the row whose resolved config it has. Overrides that make it another experiment are in the name of the
+record, which no page shows. The exit status is 1 where something failed, and 3 where it was stopped with something
+left. `python scripts/report.py` renders the pages.
 
 A run that is told to end exits at once, or where its trainer knows the signal with a checkpoint of its last step; it
 resumes at its last checkpoint (those of evaluations, and every checkpoint_every=<n> steps). scale=cpu and scale=smoke
@@ -40,6 +41,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 try:
@@ -66,7 +68,7 @@ class Part(NamedTuple):
 
 
 def main(items: Sequence[str]) -> None:
-    """Run a study: its name first, then the items of this command, and overrides of train.py."""
+    """Run studies: their names first, then the items of this command, and overrides of train.py."""
     streams.prepare()
     try:
         _main(items)
@@ -76,44 +78,48 @@ def main(items: Sequence[str]) -> None:
 
 def _main(items: Sequence[str]) -> None:
     known = [name for name in studies.names() if running.rows_of(studies.load(name))]
-    name = items[0] if items else ""
+    named = [*takewhile(lambda item: item in (*known, ALL), items)]
     own, words, overrides = arguments.split(
-        items[1:] if name in (*known, ALL) else [item for item in items if item.startswith("-")],
+        items[len(named) :] if named else [item for item in items if item.startswith("-")],
         doc=__doc__,
         own=OWN,
         words=("list", "again"),
     )
-    if name not in (*known, ALL):
+    if not named:
+        name = items[0] if items else ""
         other = f"{name} is no study of training runs, results/README.md has its command; " * (name in studies.names())
         arguments.fail(f"{other}name a study first, one of {', '.join(known)}, or {ALL}")
+    names = known if ALL in named else [*dict.fromkeys(named)]
     for key in ("rows", "panels", "folds"):
-        if name == ALL and key in own:
-            arguments.fail(f"{key}={own[key]} belongs to one study: name it, or leave {key}= out")
+        if len(names) > 1 and key in own:
+            arguments.fail(f"{key}={own[key]} belongs to one study: name it alone, or leave {key}= out")
     jobs, gpus = arguments.count(own, "jobs", None), arguments.count(own, "gpus", None)
     deadline = arguments.count(own, "deadline", None)
     if gpus is not None and jobs is not None:
         arguments.fail(f"gpus={gpus} takes all of them for one run after the other: leave jobs= out")
     stop, parts = Stop(deadline), []
     try:
-        for study in _studies(known if name == ALL else [name], overrides):
-            # of all studies those that measure do so on one thread, without a GPU, and know the scale alone
-            training = name != ALL or "measures" not in study
-            asked, on = (own, gpus) if training else ({}, None)
-            items = overrides if training else [item for item in overrides if item.startswith("scale=")]
+        chosen = _studies(names, overrides)
+        train = ALL in named or any("measures" not in study for study in chosen)
+        for study in chosen:
+            # beside studies that train those that measure do so on one thread, without a GPU, and know the scale alone
+            takes = not train or "measures" not in study
+            asked, on = (own, gpus) if takes else ({}, None)
+            items = overrides if takes else [item for item in overrides if item.startswith("scale=")]
             found = running.works(study, asked, items, again="again" in words, gpus=on)
-            parts += [Part(study["name"], work, jobs if training else None) for work in found]
+            parts += [Part(study["name"], work, jobs if takes else None) for work in found]
     except (RuntimeError, UserError) as error:
         arguments.fail(str(error))
     if not parts:
-        print(f"nothing is missing in {name}; `again` runs it once more", file=sys.stderr)
+        print(f"nothing is missing in {', '.join(named)}; `again` runs it once more", file=sys.stderr)
     for part in parts:
-        of = f" of {part.study}" if name == ALL else ""
+        of = f" of {part.study}" if len(names) > 1 else ""
         print(f"to run{of}: {len(part.work.runs)}. {part.work.cost}.", file=sys.stderr)
     if "list" in words:
         for run in (run for part in parts for run in part.work.runs):
             print(run.line())
         return
-    _run(parts, stop, others_go_on=name == ALL)
+    _run(parts, stop, others_go_on=len(names) > 1)
 
 
 def _studies(names: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:

@@ -213,10 +213,29 @@ def test_of_all_studies_those_that_measure_know_the_scale_alone(ran, tmp_path, c
     assert capsys.readouterr().out == "python scripts/reproduce.py table2 rows=table scale=smoke\n"
 
 
+def test_several_studies_are_one_line(ran, tmp_path, capsys):
+    for name in ("fig1", "theorems"):
+        shutil.copytree(Path(__file__).parents[2] / "results" / name, tmp_path / "results" / name)
+    reproduce.main(["fig1", "theorems", "table2", "fig1", "again", "list"])
+    said = capsys.readouterr()
+    measures = ["fig1 rows=curves", *(f"theorems rows=theorem{i}" for i in (1, 2, 3)), "table2 rows=table"]
+    assert said.out.splitlines() == [f"python scripts/reproduce.py {one} again" for one in measures]
+    assert [line.split(":")[0] for line in said.err.splitlines()] == [
+        f"to run of {name}" for name in ("fig1", "theorems", "table2")
+    ]
+    with pytest.raises(SystemExit, match="leave jobs= and gpus= out"):
+        reproduce.main(["fig1", "theorems", "jobs=2"])
+    reproduce.main(["fig1", "table1", "repeats=1", "scale=smoke", "again", "list"])
+    measured, *trained = capsys.readouterr().out.splitlines()
+    assert measured == "python scripts/reproduce.py fig1 rows=curves scale=smoke again" and len(trained) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "name a study first, one of table1"),
+        (["table1", "table3", "rows=implicit"], "rows=implicit belongs to one study: name it alone"),
+        (["table1", "table9"], "'table9' is neither one of list, again"),
         (["table9"], "name a study first"),
         (["table1", "rows=implicit,upg"], "table1 has no row upg; it has implicit, "),
         (["table1", "seed=3"], "seed is set by this script"),
