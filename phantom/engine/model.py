@@ -11,7 +11,6 @@ from torch import nn
 
 from phantom.deq import DEQ, deqs_of
 from phantom.engine.errors import ConfigError
-from phantom.solution import Solution
 
 
 class Model(Protocol):
@@ -44,7 +43,7 @@ class Model(Protocol):
 
 
 def check_model(model: object, deq: DEQ) -> nn.Module:
-    """Return the model that a constructor made with `deq`, if the engine can train it; its outputs are checked, too.
+    """Return the model that a constructor made with `deq`, if the engine can train it.
 
     Raises:
         ConfigError: it is no module, or holds neither `deq` nor a copy.
@@ -56,18 +55,7 @@ def check_model(model: object, deq: DEQ) -> nn.Module:
     if not any((own.solver, own.grad) == (deq.solver, deq.grad) for own in held):
         found = "no DEQ but its own, which the config does not set" if held else "no DEQ"
         raise ConfigError(f"model: {name} holds {found}: keep the argument `deq` as a child module, self.deq = deq")
-    model.register_forward_hook(_check_output)
     return model
-
-
-def _check_output(model: nn.Module, _: tuple[Any, ...], output: object) -> None:
-    solutions = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-    if not isinstance(solutions, (tuple, list)) or not all(isinstance(solution, Solution) for solution in solutions):
-        parts = ", ".join(type(part).__name__ for part in output) if isinstance(output, tuple) else None
-        raise ConfigError(
-            f"model: {type(model).__name__}.forward must return (output, solutions), where solutions is a tuple of the "
-            f"Solution of every solve: return logits, (solution,). It returns {parts or type(output).__name__}"
-        )
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import functools
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from data.graphs.chains import Chains
 from data.graphs.ppi_synthetic import SyntheticPPI
 from models.ignn.layers import ImplicitGraphLayer
 from models.ignn.model import ChainsIGNN, NodeIGNN
-from phantom import DEQ, UPG, FixedPoint
+from phantom import DEQ, UPG, FixedPoint, Solution, Stats
 from phantom.engine.source import Shard
 from phantom.engine.tasks.graphs import GraphClassification, NodeClassification, NodeLabelling
 
@@ -27,7 +26,8 @@ class Says(nn.Module):
         self.logits, self.states = logits, states
 
     def forward(self, graph):
-        return self.logits, tuple(SimpleNamespace(z_star=state) for state in self.states)
+        stats = Stats.of_no_solve(torch.zeros(1, 1))
+        return self.logits, tuple(Solution(value=z, z0=z, z_star=z, stats=stats) for z in self.states)
 
 
 def layer():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -129,6 +129,24 @@ class Task(ABC):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"{name}.report must give numbers, got {key}={value!r}") from error
         return found
+
+
+def outputs_of(model: nn.Module, *inputs: Any) -> Sequence[Any]:
+    """Return what `model(*inputs)` returns, (output, solutions) and what its kind of task takes besides.
+
+    Raises:
+        ConfigError: it returns something else.
+    """
+    found = model(*inputs)
+    solutions = found[1] if isinstance(found, (tuple, list)) and len(found) > 1 else None
+    if not isinstance(solutions, (tuple, list)) or not all(isinstance(solution, Solution) for solution in solutions):
+        name = type(getattr(model, "module", model)).__name__  # of a model that DistributedDataParallel holds
+        parts = ", ".join(type(part).__name__ for part in found) if isinstance(found, (tuple, list)) else None
+        raise ConfigError(
+            f"model: {name}.forward must return (output, solutions), where solutions is a tuple of the Solution of "
+            f"every solve: return logits, (solution,). It returns {parts or type(found).__name__}"
+        )
+    return found
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from phantom.engine.tasks.base import (
     at_least_float32,
     classification_report,
     classification_tally,
+    outputs_of,
 )
 
 # |X*| of every implicit layer, as sums that add: squares and how many
@@ -41,7 +42,7 @@ class GraphClassification(_Classification):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch
-        logits, solutions = model(graph)
+        logits, solutions = outputs_of(model, graph)
         return Score(_with_states(classification_tally(logits, labels), solutions), solutions, None)
 
 
@@ -52,7 +53,7 @@ class NodeClassification(_Classification):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels, nodes = batch
-        logits, solutions = model(graph)
+        logits, solutions = outputs_of(model, graph)
         return Score(_with_states(classification_tally(logits[nodes], labels[nodes]), solutions), solutions, None)
 
 
@@ -70,7 +71,7 @@ class NodeLabelling(Task):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         graph, labels = batch
-        logits, solutions = model(graph)
+        logits, solutions = outputs_of(model, graph)
         predicted, present = logits > 0, labels > 0.5
         sums = {
             "true_positives": (predicted & present).sum(),

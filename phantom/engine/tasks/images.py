@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from phantom.engine.tasks.base import Score, Tally, Task, classification_report, classification_tally
+from phantom.engine.tasks.base import Score, Tally, Task, classification_report, classification_tally, outputs_of
 
 
 class ImageClassification(Task):
@@ -20,7 +20,7 @@ class ImageClassification(Task):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         images, labels = batch
-        logits, solutions = model(images)
+        logits, solutions = outputs_of(model, images)
         return Score(classification_tally(logits, labels), solutions, None)
 
     def report(self, tally: Tally) -> dict[str, float]:

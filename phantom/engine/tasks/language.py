@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from phantom.engine.tasks.base import Score, Tally, Task
+from phantom.engine.tasks.base import Score, Tally, Task, outputs_of
 
 
 class LanguageModelling(Task):
@@ -25,7 +25,7 @@ class LanguageModelling(Task):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         tokens, targets = batch
-        nll, solutions, memory = model(tokens, targets, carry)
+        nll, solutions, memory = outputs_of(model, tokens, targets, carry)
         return Score(Tally(nll.sum(), targets.numel()), solutions, memory)
 
     def report(self, tally: Tally) -> dict[str, float]:

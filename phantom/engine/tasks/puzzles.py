@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from phantom.engine.tasks.base import Score, Tally, Task
+from phantom.engine.tasks.base import Score, Tally, Task, outputs_of
 
 
 class PuzzleSolving(Task):
@@ -27,7 +27,7 @@ class PuzzleSolving(Task):
 
     def score(self, model: nn.Module, batch: Any, carry: Any) -> Score:
         inputs, labels = batch
-        outcome, solutions, carry = model(inputs, labels, carry)
+        outcome, solutions, carry = outputs_of(model, inputs, labels, carry)
         return Score(Tally(outcome.loss.sum(), len(inputs), outcome.sums), solutions, carry)
 
     def report(self, tally: Tally) -> dict[str, float]:
