@@ -111,7 +111,7 @@ def _main(items: Sequence[str]) -> None:
     except (RuntimeError, UserError) as error:
         arguments.fail(str(error))
     if not parts:
-        print(f"nothing is missing in {', '.join(named)}; `again` runs it once more", file=sys.stderr)
+        print(f"nothing is missing in {', '.join(dict.fromkeys(named))}; `again` runs it once more", file=sys.stderr)
     for part in parts:
         of = f" of {part.study}" if len(names) > 1 else ""
         print(f"to run{of}: {len(part.work.runs)}. {part.work.cost}.", file=sys.stderr)
@@ -123,11 +123,11 @@ def _main(items: Sequence[str]) -> None:
 
 
 def _studies(names: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the studies, of several those alone that have the scale."""
+    """Return the studies, of several those alone that have the scale; where none has it, all, which say so."""
     found = list(map(studies.load, names))
     scale = running.scale_of(overrides)
     without = [study for study in found if scale in ("gpu", "cpu") and scale not in running.scales_of(study)]
-    if len(found) == 1 or not without:
+    if not without or len(without) == len(found):
         return found
     print(f"scale={scale} is no scale of {', '.join(study['name'] for study in without)}", file=sys.stderr)
     return [study for study in found if study not in without]

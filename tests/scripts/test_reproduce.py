@@ -235,6 +235,7 @@ def test_several_studies_are_one_line(ran, tmp_path, capsys):
     [
         ([], "name a study first, one of table1"),
         (["table1", "table3", "rows=implicit"], "rows=implicit belongs to one study: name it alone"),
+        (["table2", "table3", "scale=cpu"], "table2 has no scale=cpu; it has paper, smoke"),
         (["table1", "table9"], "'table9' is neither one of list, again"),
         (["table9"], "name a study first"),
         (["table1", "rows=implicit,upg"], "table1 has no row upg; it has implicit, "),
